@@ -1,0 +1,11 @@
+"""Removes concepts from text-to-image diffusion models: RealEra's neighbor-concept mining."""
+
+from importlib.metadata import version as _version
+
+from realera_fast.concepts import Concept
+from realera_fast.config import EraseConfig
+from realera_fast.erase import erase
+from realera_fast.erasure import Erasure
+
+__version__ = _version("realera_fast")
+__all__ = ["Concept", "EraseConfig", "Erasure", "__version__", "erase"]

@@ -1,0 +1,873 @@
+"""The command line: ``realera-fast erase | apply | verify | info | demo``.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed (one line that
+begins with ``error:``; ``--debug`` shows the traceback), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from realera_fast import __version__, ops
+from realera_fast.concepts import KINDS, Concept, parse_concept, parse_concepts
+from realera_fast.config import EraseConfig
+from realera_fast.erase import erase as erase_concepts
+from realera_fast.erasure import Erasure
+from realera_fast.text import TextModel
+from realera_fast.unet import projections
+
+PROGRAM = "realera-fast"
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Names of ``--dtype``."""
+
+SAVED = ("pipeline", "delta", "lora")
+"""Names of ``--save``."""
+
+
+class CommandError(Exception):
+    """A failure that one line explains."""
+
+
+app = typer.Typer(
+    name=PROGRAM,
+    # Plain help: examples keep their lines, and the output is the same in a pipe.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A diffusers pipeline folder, the id of a cached one, or 'embedded'.",
+        show_default=False,
+    ),
+]
+Delta = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DELTA",
+        help="A file that 'erase' wrote: erasure.safetensors.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="Output folder.", show_default=False)
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write into a folder that is not empty, replacing what it holds."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: the first GPU, or the CPU)."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="fp32|bf16|fp16", help="Dtype in which the model is loaded and saved."),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Variant of the weight files, such as fp16."),
+]
+Mining = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help="How neighbors are mined: vocabulary, gaussian, covariance, offset or none.",
+    ),
+]
+NoAlign = Annotated[
+    bool, typer.Option("--no-align", help="Closed form alone, without the LoRA stage.")
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="JSON with the fields of EraseConfig; the options here override it.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Remove concepts from text-to-image diffusion models.
+
+    \b
+    Examples:
+      realera-fast demo
+      realera-fast erase embedded --concept cat --out out/no-cat
+      realera-fast erase ./sd14 --concept "Van Gogh=art" --kind style \\
+          --device cuda --dtype fp16 --out out/no-van-gogh
+      realera-fast verify ./sd14 out/no-van-gogh/erasure.safetensors \\
+          --prompt "a painting by Van Gogh" --untouched "a painting by Monet" \\
+          --device cuda --dtype fp16 --out out/check
+
+    Run 'realera-fast COMMAND --help' for the options of a command.
+    """
+    if version:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def erase(
+    model: Model,
+    out: Out,
+    concept: Annotated[
+        list[str],
+        typer.Option(
+            "--concept",
+            "-c",
+            metavar="WORDS[=ANCHOR]",
+            help="What to erase, and what it becomes; may be given several times.",
+            show_default=False,
+        ),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help=f"Kind of the concepts ({', '.join(KINDS)}): their templates and default anchor.",
+        ),
+    ] = "object",
+    synonym: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="Another name of the one concept, erased with it; may be given several times.",
+        ),
+    ] = None,
+    preserve: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS", help="What must keep its meaning; may be given several times."
+        ),
+    ] = None,
+    save: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="What to write: pipeline (folder), delta (small file), lora (adapter).",
+        ),
+    ] = "pipeline,delta",
+    mining: Mining = None,
+    no_align: NoAlign = False,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all randomness.", min=0)] = None,
+    config: ConfigFile = None,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    variant: Variant = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Erase concepts from a model and write the result.
+
+    \b
+    Writes into DIR, as --save asks:
+      pipeline/            the edited model, for DiffusionPipeline.from_pretrained
+      erasure.safetensors  the delta, for 'apply', 'verify' and Erasure.load
+      lora/                an adapter, for pipe.load_lora_weights
+      report.html, report.json
+
+    \b
+    Examples:
+      realera-fast erase embedded -c cat -o out/no-cat
+      realera-fast erase ./sd14 -c "Van Gogh=art" -c "Picasso=art" --kind style \\
+          --preserve Monet --save delta,lora --device cuda -o out/no-artists
+      realera-fast erase CompVis/stable-diffusion-v1-4 -c cat --synonym kitten \\
+          --config settings.json --no-align --seed 7 -o out/no-cat
+    """
+    wanted = _save_list(save)
+    concepts, preserved = _concepts(concept, kind, synonym or [], preserve or [])
+    settings = _settings(config, mining=mining, no_align=no_align, seed=seed)
+    _check_dtype(dtype)
+    _start(quiet)
+    if dry_run:
+        _check_output(out, force)
+        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        _echo_plan(pipe, concepts, preserved, settings, out, wanted)
+        return
+    with _output_folder(out, force) as folder:
+        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        if "pipeline" in wanted:
+            _check_space(pipe, folder)
+        second = getattr(pipe, "text_encoder_2", None)
+        erasure = erase_concepts(
+            pipe.unet,
+            pipe.text_encoder if second is None else (pipe.text_encoder, second),
+            concepts,
+            tokenizer=pipe.tokenizer,
+            scheduler=pipe.scheduler,
+            preserve=preserved,
+            config=settings,
+            progress=False if quiet else None,
+        )
+        if "delta" in wanted:
+            erasure.save(folder / "erasure.safetensors")
+        if "lora" in wanted:
+            erasure.save_lora(folder / "lora", pipe.unet)
+        if "pipeline" in wanted:
+            pipe.save_pretrained(folder / "pipeline", safe_serialization=True)
+        _write_report(erasure, folder, model)
+        written = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    typer.echo(_summary(erasure))
+    typer.echo(f"\nwrote {', '.join(written)} to {out}")
+
+
+@app.command(short_help="Apply a saved delta to a model.")
+def apply(
+    model: Model,
+    delta: Delta,
+    out: Out,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    variant: Variant = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Apply a saved delta to a model and write the edited pipeline to DIR.
+
+    The delta must have been made from the same base weights.
+
+    \b
+    Example:
+      realera-fast apply ./sd14 out/no-cat/erasure.safetensors -o out/sd14-no-cat
+    """
+    _check_dtype(dtype)
+    erasure = Erasure.load(delta)
+    _start(quiet)
+    with _output_folder(out, force) as folder:
+        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        _check_space(pipe, folder)
+        erasure.apply_(pipe.unet)
+        pipe.save_pretrained(folder, safe_serialization=True)
+    names = ", ".join(repr(concept.target) for concept in erasure.concepts)
+    typer.echo(f"wrote a pipeline without {names or 'any change'} to {out}")
+
+
+@app.command()
+def verify(
+    model: Model,
+    delta: Delta,
+    out: Out,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Draw this; may be given several times (default: every erased word).",
+        ),
+    ] = None,
+    untouched: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="Draw this too: it should not change; may be given several times."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="LIST", help="Seeds, the same for every prompt.")
+    ] = "0,1,2",
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps (default: 25).", min=1)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="X", help="Classifier-free guidance (default: 7.5).", min=0.0)
+    ] = None,
+    height: Annotated[int | None, typer.Option(metavar="N", help="In pixels.", min=8)] = None,
+    width: Annotated[int | None, typer.Option(metavar="N", help="In pixels.", min=8)] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Pictures drawn together.", min=1)] = 4,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    variant: Variant = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures before and after a delta, from the same seeds.
+
+    MODEL is the model the delta was made from. Writes before_after.png, report.html and
+    report.json into DIR.
+
+    \b
+    Examples:
+      realera-fast verify embedded out/no-cat/erasure.safetensors \\
+          -p "a photo of a cat" --untouched "a photo of a dog" -o out/check
+      realera-fast verify ./sd14 out/no-van-gogh/erasure.safetensors \\
+          -p "Starry night by Van Gogh" --seeds 1,2,3 --device cuda -o out/check
+    """
+    from realera_fast import embedded
+    from realera_fast.page import write_html
+    from realera_fast.verification import before_after_grid, write_file
+    from realera_fast.verification import verify as verify_pictures
+
+    _check_dtype(dtype)
+    numbers = _seeds(seeds)
+    erasure = Erasure.load(delta)
+    _start(quiet)
+    sampling: dict[str, Any] = {"steps": 25, "guidance": 7.5}
+    if model == "embedded":
+        table = embedded.words().sampling
+        sampling = {"steps": table["steps"], "guidance": table["guidance_scale"]}
+        height, width = height or table.get("height"), width or table.get("width")
+    sampling |= {
+        k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None
+    }
+    with _output_folder(out, force) as folder:
+        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        found = verify_pictures(
+            pipe,
+            erasure,
+            prompt or None,
+            untouched=untouched or (),
+            seeds=numbers,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            judge=embedded.load_judge() if model == "embedded" else None,
+            progress=False if quiet else None,
+            **sampling,
+        )
+        title = f"Before and after: {_names(erasure)}"
+        before_after_grid(found.rows, folder / "before_after.png", title=title)
+        warnings = [*erasure.report.get("warnings", ()), *found.warnings]
+        write_html(
+            folder / "report.html",
+            title=title,
+            summary=f"{model}, each pair of pictures from the same seed.",
+            rows=found.rows,
+            warnings=warnings,
+            report=erasure.report,
+            provenance={**erasure.provenance, "sampling": found.settings},
+        )
+        outcome = found.to_dict() | {"provenance": dict(erasure.provenance)}
+        write_file(folder / "report.json", _json(outcome).encode())
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    lines = [("change of pixels", "group", "prompt")]
+    lines += [(f"{100 * row.change:.1f} %", row.group, row.prompt) for row in found.rows]
+    typer.echo(_columns(lines, right=(0,)))
+    typer.echo(f"\nwrote before_after.png, report.html, report.json to {out}")
+
+
+@app.command(short_help="Print versions, devices and operations.")
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print versions, devices, and which implementation serves each operation.
+
+    \b
+    Examples:
+      realera-fast info
+      realera-fast info --json
+    """
+    found = _info()
+    if as_json:
+        typer.echo(_json(found), nl=False)
+        return
+    typer.echo("versions")
+    typer.echo(_columns([("", name, version or "-") for name, version in found["versions"].items()]))
+    typer.echo("\ndevices")
+    typer.echo(_columns([("", d["name"], d["description"]) for d in found["devices"]]))
+    typer.echo("\noperations")
+    served = found["operations"]
+    names = list(dict.fromkeys(device for entry in served.values() for device in entry))
+    lines = [("", "", *names)]
+    lines += [("", op, *(entry.get(n, "-") for n in names)) for op, entry in served.items()]
+    typer.echo(_columns(lines))
+
+
+@app.command(short_help="Erase an object and a style from the model that ships here.")
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Output folder.")] = Path(
+        "out/demo"
+    ),
+    thing: Annotated[str, typer.Option(metavar="WORD", help="The object to erase.")] = "cat",
+    style: Annotated[str, typer.Option(metavar="WORD", help="The style to erase.")] = "mosaic",
+    mining: Mining = None,
+    no_align: NoAlign = False,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the eraser.", min=0)] = None,
+    config: ConfigFile = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Erase an object and a style from the model that ships with the library.
+
+    Draws some hundred pictures before and after, lets a classifier judge them, and writes
+    before_after.png, report.html, report.json and erasure.safetensors into DIR, replacing older
+    ones. Takes a few minutes on a CPU.
+
+    \b
+    Examples:
+      realera-fast demo
+      realera-fast demo --thing dog --style blueprint --no-align --out out/dog
+    """
+    from realera_fast.demo import FILES, DemoConfig, run_demo
+
+    settings = _settings(config, mining=mining, no_align=no_align, seed=seed)
+    _start(quiet)
+    result = run_demo(
+        out,
+        DemoConfig(thing=thing, style=style),
+        erase_config=settings,
+        device=_device(device),
+        progress=False if quiet else None,
+    )
+    typer.echo(result.text())
+    typer.echo(f"\n{sum(result.seconds.values()):.0f} seconds: ", nl=False)
+    typer.echo(", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items()))
+    width = max(map(len, FILES))
+    about = ("pictures, same seeds", "everything on one page", "all numbers", "the delta")
+    for name, text in zip(FILES, about, strict=True):
+        typer.echo(f"  {result.folder / name!s:<{width + len(str(result.folder)) + 1}}  {text}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code and leaves this process as it was."""
+    with _settings_kept():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = app(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader went away ("info | head"): nothing is left to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except typer.Abort:
+        typer.echo("aborted", err=True)
+        return 1
+    except _CLICK_ERROR as error:  # wrong usage: prints the command's usage line and the reason
+        error.show()
+        return int(error.exit_code)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        typer.echo(f"error: {_reason(error)}", err=True)
+        return 1
+
+
+# The base of all usage errors. Newer typers carry their own copy of click, older ones use click:
+# the class has no public name that fits both.
+_CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _reason(error: Exception) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    else:
+        reason = " ".join(str(error).split())
+    if isinstance(error, CommandError | ValueError | TypeError | OSError | RuntimeError):
+        return reason or type(error).__name__
+    return f"{type(error).__name__}: {reason} (--debug shows where)"
+
+
+def _start(quiet: bool) -> None:
+    """Sets up messages on stderr; `_settings_kept` undoes it."""
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    from transformers.utils import logging as transformers_logging
+
+    # Importing its models logs what optional packages it would like; users did not ask.
+    transformers_logging.set_verbosity_error()
+    if quiet:
+        from diffusers.utils import logging as diffusers_logging
+
+        transformers_logging.disable_progress_bar()
+        diffusers_logging.disable_progress_bar()
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Puts the root logger and the other libraries' messages back as they were."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    modules: list[Any] = [
+        sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")
+    ]
+    kept = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in modules if m]
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
+        for module, verbosity, bars in kept:
+            module.set_verbosity(verbosity)
+            (module.enable_progress_bar if bars else module.disable_progress_bar)()
+
+
+def _usage(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"'{option}'")
+
+
+def _save_list(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in SAVED]
+    if unknown or not names:
+        raise _usage("--save", f"expected a list of {', '.join(SAVED)}, got {text!r}")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise _usage("--seeds", f"expected numbers such as 0,1,2, got {text!r}") from None
+    if min(seeds) < 0 or max(seeds) >= 2**63:
+        raise _usage("--seeds", f"seeds are from 0 to 2^63 - 1, got {text!r}")
+    return seeds
+
+
+def _check_dtype(name: str) -> None:
+    if name not in DTYPES:
+        raise _usage("--dtype", f"expected one of {', '.join(DTYPES)}, got {name!r}")
+
+
+def _concepts(
+    words: Sequence[str], kind: str, synonyms: Sequence[str], preserve: Sequence[str]
+) -> tuple[tuple[Concept, ...], list[str]]:
+    if kind not in KINDS:
+        raise _usage("--kind", f"expected one of {', '.join(KINDS)}, got {kind!r}")
+    if synonyms and len(words) != 1:
+        raise _usage("--synonym", f"needs exactly one --concept, got {len(words)}")
+    try:
+        concepts = [parse_concept(word, kind=kind) for word in words]
+        if synonyms:
+            concepts = [replace(concepts[0], synonyms=tuple(synonyms))]
+        return parse_concepts(concepts, preserve=preserve), list(preserve)
+    except ValueError as error:
+        raise _usage("--concept", str(error)) from error
+
+
+def _settings(
+    file: Path | None, *, mining: str | None, no_align: bool, seed: int | None
+) -> EraseConfig:
+    """`EraseConfig` from a file and the options that override it."""
+    config = EraseConfig()
+    if file is not None:
+        try:
+            config = EraseConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise _usage("--config", f"{file}: {error.strerror}") from error
+        except ValueError as error:
+            raise _usage("--config", f"{file}: {error}") from error
+    try:
+        if mining is not None:
+            config = replace(config, mining=replace(config.mining, mode=mining))
+    except ValueError as error:
+        raise _usage("--mining", str(error)) from error
+    if no_align:
+        config = replace(config, alignment=replace(config.alignment, enabled=False))
+    return config if seed is None else replace(config, seed=seed)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise _usage("--device", f"no such device: {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device {name}: this PyTorch ({torch.__version__}) sees no GPU")
+    return device
+
+
+def _load(model: str, *, dtype: str, device: str | None, variant: str | None) -> Any:
+    """The pipeline, offline, from safetensors alone."""
+    where = _device(device)
+    if model == "embedded":
+        from realera_fast import embedded
+
+        if not (embedded.FOLDER / "pipeline" / "model_index.json").is_file():
+            raise CommandError("this installation does not hold the embedded model")
+        return embedded.load_pipeline(DTYPES[dtype]).to(where)
+    from diffusers import DiffusionPipeline
+
+    folder = Path(model).expanduser()
+    is_folder = folder.is_dir()
+    if folder.is_file():
+        raise CommandError(
+            f"{model} is a file, not a pipeline folder; convert a single-file checkpoint with "
+            "diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
+        )
+    if is_folder and not (folder / "model_index.json").is_file():
+        raise CommandError(f"{model} is not a diffusers pipeline folder: no model_index.json in it")
+    if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        raise CommandError(f"{model}: no such folder")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder) if is_folder else model,
+            dtype=DTYPES[dtype],
+            variant=variant,
+            local_files_only=True,
+            # A pickle can run anything on loading; there is no switch to allow it.
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        if not is_folder and not _is_cached(model):
+            raise CommandError(
+                f"{model!r} is neither a folder nor in the Hugging Face cache; "
+                f"download it first: hf download {model}"
+            ) from error
+        raise CommandError(
+            f"cannot load {model}: {' '.join(str(error).split())} (weights must be safetensors; "
+            "for files named like model.fp16.safetensors pass --variant fp16)"
+        ) from error
+    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
+        raise CommandError(
+            f"{type(pipe).__name__} has no U-Net with a text encoder; "
+            "models of the Stable Diffusion family are supported"
+        )
+    return pipe.to(where)
+
+
+def _is_cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    with suppress(ValueError):
+        return isinstance(try_to_load_from_cache(model, "model_index.json"), str)
+    return False
+
+
+def _check_output(out: Path, force: bool) -> Path:
+    """The folder to write, resolved, after making sure that it may be written."""
+    out = out.expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise CommandError(f"--out {out} is a file")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise CommandError(f"--out {out} is not empty; choose another folder or pass --force")
+    return out
+
+
+@contextmanager
+def _output_folder(out: Path, force: bool) -> Iterator[Path]:
+    """An empty folder beside `out` that becomes `out` in one step at the end, or never.
+
+    It is made at once, so that an unwritable place fails before any long work. With `force`,
+    entries of the same name are replaced and all others stay.
+    """
+    out = _check_output(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
+            staged.rmdir()
+            raise PermissionError(13, "Permission denied", str(out))
+    except OSError as error:
+        raise CommandError(f"cannot write --out {out}: {error.strerror}") from error
+    try:
+        yield staged
+        for file in staged.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        staged.chmod(0o777 & ~umask)
+        if not out.exists():
+            os.rename(staged, out)
+        else:
+            for entry in sorted(staged.iterdir()):
+                _replace(entry, out / entry.name, staged)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _replace(new: Path, old: Path, aside: Path) -> None:
+    """Moves `new` to `old`; what was there goes into the folder `aside`, which is then deleted."""
+    if old.is_dir() and not old.is_symlink():
+        os.rename(old, aside / f".old.{old.name}")
+    elif new.is_dir():
+        old.unlink(missing_ok=True)
+    os.replace(new, old)
+
+
+def _check_space(pipe: Any, folder: Path) -> None:
+    modules = (m for m in pipe.components.values() if isinstance(m, torch.nn.Module))
+    needed = sum(t.numel() * t.element_size() for m in modules for t in m.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CommandError(
+            f"the edited pipeline needs {needed / 1e9:.2f} GB and --out has {free / 1e9:.2f} GB "
+            "free; --save delta needs far less"
+        )
+
+
+def _names(erasure: Erasure) -> str:
+    return ", ".join(concept.target for concept in erasure.concepts) or "nothing"
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, default=str) + "\n"
+
+
+def _write_report(erasure: Erasure, folder: Path, model: str) -> None:
+    from realera_fast.page import write_html
+    from realera_fast.verification import write_file
+
+    write_html(
+        folder / "report.html",
+        title=f"Erased: {_names(erasure)}",
+        summary=f"From {model}. For pictures before and after, run: {PROGRAM} verify",
+        warnings=erasure.report.get("warnings", ()),
+        tables=[],
+        report=erasure.report,
+        provenance={**erasure.provenance, "erase_config": erasure.config},
+    )
+    report = {
+        "model": model,
+        "concepts": [concept.to_dict() for concept in erasure.concepts],
+        "report": dict(erasure.report),
+        "provenance": dict(erasure.provenance),
+        "erase_config": dict(erasure.config),
+    }
+    write_file(folder / "report.json", _json(report).encode())
+
+
+def _summary(erasure: Erasure) -> str:
+    """The report's words that a user named, and one line about the solve."""
+    report = erasure.report
+    lines = [("word", "role", "becomes", "moved", "drift")]
+    for word in report.get("words", ()):
+        if word["role"] in ("neighbor", "vocabulary"):
+            continue
+        anchor = "-" if word["anchor"] is None else word["anchor"] or "(nothing)"
+        moved = "-" if word["moved"] is None else f"{word['moved']:.0%}"
+        drift = "-" if word["drift"] is None else f"{word['drift']:.2f}"
+        lines.append((word["word"], word["role"], anchor, moved, drift))
+    text = [_columns(lines, right=(3, 4))]
+    for target, words in report.get("neighbors", {}).items():
+        if words:
+            more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+            text.append(f"neighbors of {target}: {', '.join(words[:8])}{more}")
+    solve = report.get("solve", {})
+    if solve:
+        text.append(
+            f"solve: {solve['method']}, rank {solve['rank']}, condition {solve['condition']:.1e}, "
+            f"residual ratio {solve['residual_ratio']:.2g}"
+        )
+    seconds = report.get("seconds", {})
+    if seconds:
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        text.append(f"{sum(seconds.values()):.1f} seconds: {parts}")
+    return "\n".join(text)
+
+
+def _echo_plan(
+    pipe: Any,
+    concepts: Sequence[Concept],
+    preserve: Sequence[str],
+    config: EraseConfig,
+    out: Path,
+    wanted: Sequence[str],
+) -> None:
+    layers = projections(pipe.unet)
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    weight = next(iter(layers.values())).weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    typer.echo(f"would edit {len(layers)} projections of {type(pipe.unet).__name__} ({dtype})")
+    lines = [("", "word", "kind", "becomes", "tokens")]
+    for concept in concepts:
+        for word in concept.words:
+            tokens = str(len(text.token_ids(word)))
+            lines.append(("", word, concept.kind, concept.destination or "(nothing)", tokens))
+    typer.echo(_columns(lines, right=(4,)))
+    if preserve:
+        typer.echo(f"would preserve {', '.join(preserve)}")
+    stage = "with" if config.alignment.enabled else "without"
+    typer.echo(
+        f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, "
+        f"seed {config.seed}"
+    )
+    typer.echo(f"would write {', '.join(wanted)} and a report to {out}")
+
+
+def _info() -> dict[str, Any]:
+    versions: dict[str, str | None] = {
+        "realera_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    for package in ("triton", "diffusers", "transformers", "peft", "accelerate", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [
+        {
+            "name": "cpu",
+            "description": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+        }
+    ]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": f"cuda:{index}",
+                "description": f"{found.name}, {found.total_memory / 2**30:.0f} GiB, "
+                f"compute capability {found.major}.{found.minor}",
+            }
+        )
+    return {"versions": versions, "devices": devices, "operations": ops.implementations()}
+
+
+def _columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Lines of cells, aligned."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

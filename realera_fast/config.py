@@ -1,0 +1,82 @@
+"""`EraseConfig`: the settings of all stages in one frozen tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from realera_fast.alignment import AlignmentConfig
+from realera_fast.closed_form import ClosedFormConfig
+from realera_fast.mining import MiningConfig
+from realera_fast.pairs import PairsConfig
+from realera_fast.vocabulary import VocabularyConfig
+
+
+@dataclass(frozen=True)
+class EraseConfig:
+    """All settings of `erase`; every field of every part says unit, default and where it is from."""
+
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Prompt templates."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """The preserve prior."""
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    """Neighbor-concept mining (RealEra)."""
+    closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
+    """The regularised least squares."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """The LoRA stage."""
+    erase_scale: float = 1.0
+    """Weight of each named word's mean row (ratio to the preserve prior; UCE's `erase_scale`, 1)."""
+    seed: int = 0
+    """All randomness comes from it (default: 0)."""
+
+    def __post_init__(self) -> None:
+        if not self.erase_scale > 0:
+            raise ValueError(f"EraseConfig.erase_scale must be > 0, got {self.erase_scale}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"EraseConfig.seed must be a non-negative int, got {self.seed!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EraseConfig:
+        """Settings from JSON values; fields left out keep their defaults.
+
+        Raises:
+            ValueError: an unknown field, with the ones that exist.
+        """
+        return _from_dict(cls, values, "EraseConfig")
+
+
+_PARTS: Mapping[str, Any] = {
+    "pairs": PairsConfig,
+    "vocabulary": VocabularyConfig,
+    "mining": MiningConfig,
+    "closed_form": ClosedFormConfig,
+    "alignment": AlignmentConfig,
+}
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be an object with fields, got {type(values).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where} has no field {unknown[0]!r}; it has {sorted(known)}")
+    arguments = {}
+    for name, value in values.items():
+        if cls is EraseConfig and name in _PARTS:
+            value = _from_dict(_PARTS[name], value, f"{where}.{name}")
+        elif name == "templates" and value is not None:
+            value = {kind: tuple(templates) for kind, templates in value.items()}
+        arguments[name] = value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -1,0 +1,585 @@
+"""The main job on the embedded model: erase one object and one style, and show what happened.
+
+`run_demo` draws a fixed list of prompts before and after the erasure from the same seeds, lets the
+embedded judge say what it sees, and writes ``before_after.png``, ``report.html``, ``report.json``
+and ``erasure.safetensors``. The words that measure generality are held out: the eraser never gets
+one of them, which is checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from realera_fast.concepts import Concept
+from realera_fast.config import EraseConfig
+from realera_fast.erase import erase
+from realera_fast.erasure import Erasure
+from realera_fast.metrics import Scores, accuracy
+from realera_fast.page import ScoreLine, Table, write_html
+from realera_fast.verification import (
+    Group,
+    Judge,
+    Row,
+    before_after_grid,
+    generate,
+    picture_warnings,
+    sampling_settings,
+    write_file,
+)
+
+logger = logging.getLogger(__name__)
+
+FILES = ("before_after.png", "report.html", "report.json", "erasure.safetensors")
+"""What `run_demo` writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What is erased and how many pictures judge it.
+
+    The defaults draw some 300 pictures before and as many after, about a minute and a half on two
+    cores.
+    """
+
+    thing: str = "cat"
+    """The object to erase: one of the embedded model's judged things (ours: the one of CIFAR-10
+    with the nearest relatives, which must survive)."""
+
+    style: str = "mosaic"
+    """The style to erase: one of the embedded model's judged styles (ours)."""
+
+    style_anchor: str = "color"
+    """What the style becomes: the plain style of the embedded model (ours)."""
+
+    pictures: int = 24
+    """Pictures of the erased object, and of the erased style (count; ours)."""
+
+    synonym_pictures: int = 10
+    """Pictures of every held-out synonym (count; ours)."""
+
+    relative_pictures: int = 6
+    """Pictures of every near relative of the object (count; ours)."""
+
+    other_pictures: int = 2
+    """Pictures of every other thing (count; ours)."""
+
+    style_pictures: int = 10
+    """Pictures in every other style (count; ours)."""
+
+    columns: int = 4
+    """Seeds shown side by side (count; ours)."""
+
+    batch_size: int = 32
+    """Pictures drawn together (count; ours)."""
+
+    seed: int = 1000
+    """First seed of the pictures (ours)."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("pictures", "synonym_pictures", "relative_pictures", "other_pictures"),
+            *("style_pictures", "columns", "batch_size"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DemoConfig.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One picture to draw and what a faithful model would show in it."""
+
+    erased: str
+    """The concept whose scores it counts for."""
+
+    group: Group
+    """What the prompt is to that concept."""
+
+    word: str
+    """The word of the prompt that is judged."""
+
+    expected: str
+    """The judge's name for it."""
+
+    kind: Literal["thing", "style"]
+    """Whether the judge is asked for the thing or for the style."""
+
+    prompt: str
+    """The prompt."""
+
+    seed: int
+    """The seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo found."""
+
+    folder: Path
+    """Where everything was written."""
+
+    scores: tuple[ScoreLine, ...]
+    """The object's and the style's, before and after."""
+
+    erasure: Erasure
+    """What was applied."""
+
+    seconds: Mapping[str, float]
+    """Wall-clock seconds by part of the job."""
+
+    warnings: tuple[str, ...]
+    """The erasure's and the pictures'."""
+
+    def text(self) -> str:
+        """The scores as a table for a terminal."""
+        names = ("Acc_e", "Acc_s", "Acc_g", "H_o")
+        width = max(len(line.name) for line in self.scores)
+        lines = [" " * width + "".join(f"{name:>17}" for name in names)]
+        for line in self.scores:
+            before, after = line.before.percentages(), line.after.percentages()
+            cells = "".join(
+                f"{_percent(before[name]):>8} ->{_percent(after[name]):>6}" for name in names
+            )
+            lines.append(f"{line.name:<{width}}{cells}")
+        lines += [
+            "",
+            "percent, before -> after; Acc_e on the erased concept and Acc_g on its held-out",
+            "synonyms: lower is better; Acc_s on everything else and H_o: higher is better",
+        ]
+        return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def plan(table: Any, config: DemoConfig) -> tuple[Shot, ...]:
+    """Every picture of the demo.
+
+    Args:
+        table: The embedded model's words.
+        config: What to erase and how many pictures of each kind.
+
+    Raises:
+        ValueError: If the embedded model does not know the thing or the style.
+    """
+    names = [thing.name for thing in table.things]
+    styles = [style.name for style in table.styles]
+    for field, value, known in (
+        ("thing", config.thing, names),
+        ("style", config.style, styles),
+        ("style_anchor", config.style_anchor, styles),
+    ):
+        if value not in known:
+            raise ValueError(f"{field}: the embedded model has no {value!r}; it has {known}")
+    target, style = table.thing(config.thing), table.style(config.style)
+    # Things to draw in styles: every other one but the erased, spread over the table.
+    models = [thing for thing in table.things if thing.name != target.name]
+    shots: list[Shot] = []
+
+    def add(count: int, prompts: Sequence[str], **fields: Any) -> None:
+        for i in range(count):
+            shots.append(Shot(prompt=prompts[i % len(prompts)], seed=config.seed + i, **fields))
+
+    about: dict[str, Any] = {"erased": target.name, "kind": "thing"}
+    templates = [t for t in table.templates[target.kind] if "{}" in t][:3]
+    words = [_prompt(template, target.name) for template in templates]
+    add(
+        config.pictures,
+        # Whole rows of the grid come from the first template.
+        [words[0]] * config.columns + words,
+        group="erased",
+        word=target.name,
+        expected=target.name,
+        **about,
+    )
+    for word in target.synonyms:
+        add(
+            config.synonym_pictures,
+            [_prompt(templates[0], word)],
+            group="synonym",
+            word=word,
+            expected=target.name,
+            **about,
+        )
+    shown = {thing.name for thing in _shown_things(table, config)}
+    for thing in models:
+        related = thing.name in target.relatives
+        count = config.relative_pictures if related else config.other_pictures
+        add(
+            max(count, config.columns) if thing.name in shown else count,
+            [_prompt(table.templates[thing.kind][0], thing.name)],
+            group="relative" if related else "untouched",
+            word=thing.name,
+            expected=thing.name,
+            **about,
+        )
+    about = {"erased": style.name, "kind": "style"}
+    stride = max(1, len(models) // max(config.pictures, config.style_pictures))
+    in_style = [thing.name for thing in models[:: stride + (len(models) % stride == 0)]]
+    template = table.templates["style"][0]
+    for word, group, count in (
+        (style.name, "erased", config.pictures),
+        *((synonym, "synonym", config.synonym_pictures) for synonym in style.synonyms),
+        *(
+            (other.name, "untouched", config.style_pictures)
+            for other in table.styles
+            if other.name != style.name
+        ),
+    ):
+        add(
+            count,
+            [_prompt(template, name, word) for name in in_style],
+            group=group,
+            word=word,
+            expected=style.name if group == "synonym" else word,
+            **about,
+        )
+    return tuple(shots)
+
+
+def run_demo(
+    out: str | Path,
+    config: DemoConfig | None = None,
+    *,
+    erase_config: EraseConfig | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    pipe: Any = None,
+    judge: Judge | None = None,
+    table: Any = None,
+) -> DemoResult:
+    """Erases one object and one style from the embedded model and reports what happened.
+
+    Args:
+        out: Folder for the results; made if it is not there. Its `FILES` are replaced.
+        config: What to erase and how many pictures to draw.
+        erase_config: Settings of the eraser; None takes the defaults, with both stages.
+        device: Where to run; None takes the first GPU, or the CPU.
+        progress: Draw progress bars; None follows diffusers' switch.
+        pipe: A pipeline in place of the embedded one.
+        judge: A judge in place of the embedded one.
+        table: Words in place of the embedded ones.
+
+    Returns:
+        Scores before and after; everything else is in the files.
+    """
+    from realera_fast import embedded
+
+    config = config or DemoConfig()
+    table = embedded.words() if table is None else table
+    shots = plan(table, config)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    # An unwritable folder shows now, not after minutes of work.
+    write_file(folder / FILES[2], b"{}\n")
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = (embedded.load_pipeline() if pipe is None else pipe).to(device)
+    judge = embedded.load_judge() if judge is None else judge
+    clock.lap("load")
+
+    # Pictures are drawn with one call for all shots: batches stay full.
+    sampling = {
+        "steps": table.sampling["steps"],
+        "guidance": table.sampling["guidance_scale"],
+    }
+
+    def draw(description: str) -> list[Image.Image]:
+        return generate(
+            pipe,
+            [shot.prompt for shot in shots],
+            [shot.seed for shot in shots],
+            height=table.sampling.get("height"),
+            width=table.sampling.get("width"),
+            batch_size=config.batch_size,
+            description=description,
+            progress=progress,
+            **sampling,
+        )
+
+    before = draw("before: drawing")
+    clock.lap("pictures before")
+    concepts = (
+        Concept(config.thing),
+        Concept(config.style, anchor=config.style_anchor, kind="style"),
+    )
+    held_out = _check_held_out(concepts, table)
+    erasure = erase(
+        pipe.unet,
+        pipe.text_encoder,
+        concepts,
+        tokenizer=pipe.tokenizer,
+        scheduler=pipe.scheduler,
+        config=erase_config,
+        progress=progress,
+    )
+    clock.lap("erasing")
+    after = draw("after: drawing")
+    clock.lap("pictures after")
+    seen_before, seen_after = _judged(judge, shots, before), _judged(judge, shots, after)
+    clock.lap("judging")
+
+    scores = (
+        ScoreLine(
+            name=f"{config.thing} (object)",
+            before=_scores(shots, seen_before, config.thing),
+            after=_scores(shots, seen_after, config.thing),
+        ),
+        ScoreLine(
+            name=f"{config.style} (style)",
+            before=_scores(shots, seen_before, config.style),
+            after=_scores(shots, seen_after, config.style),
+        ),
+    )
+    rows = _rows(shots, before, after, seen_before, seen_after, table, config)
+    mined = {word for words in erasure.report.get("neighbors", {}).values() for word in words}
+    by_word = _by_word(shots, seen_before, seen_after, mined)
+    warnings = (*erasure.report.get("warnings", ()), *picture_warnings(rows))
+    before_after_grid(
+        rows,
+        folder / FILES[0],
+        title=f"Erased from the embedded model: {config.thing} and the style {config.style}",
+    )
+    erasure.save(folder / FILES[3])
+    clock.lap("writing")
+    settings = sampling_settings(pipe, **sampling) | {
+        "first_seed": config.seed,
+        "pictures": 2 * len(shots),
+        "machine": platform.machine(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    provenance = {**erasure.provenance, "sampling": settings, "erase_config": erasure.config}
+    anchor = concepts[0].destination or "a prompt without it"
+    write_html(
+        folder / FILES[1],
+        title=f"Erased: {config.thing} and the style {config.style}",
+        summary=(
+            f"From the embedded model, in one call: the object {config.thing!r} became {anchor}, "
+            f"the style {config.style!r} became {config.style_anchor!r}. {len(shots)} pictures "
+            "were drawn before and as many after, from the same seeds, and named by a classifier "
+            f"trained on real renderings. The eraser was never given {_listed(held_out)}."
+        ),
+        scores=scores,
+        rows=rows,
+        warnings=warnings,
+        tables=[
+            _word_table("Near relatives", "relative", by_word, "Must stay recognizable."),
+            _word_table(
+                "Held-out synonyms",
+                "synonym",
+                by_word,
+                "Never given to the eraser; 'mined' says whether neighbor mining found the word.",
+            ),
+            _word_table("Everything else", "untouched", by_word, "The 20 that lost the most."),
+            Table(
+                title="Seconds",
+                header=("part", "seconds"),
+                rows=tuple(seconds.items()),
+            ),
+        ],
+        report=erasure.report,
+        provenance=provenance,
+    )
+    report = {
+        "scores": {
+            line.name: {"before": line.before.to_dict(), "after": line.after.to_dict()}
+            for line in scores
+        },
+        "words": by_word,
+        "held_out": held_out,
+        "warnings": list(warnings),
+        "seconds": seconds,
+        "erasure": dict(erasure.report),
+        "provenance": provenance,
+    }
+    write_file(folder / FILES[2], (json.dumps(report, indent=1, default=str) + "\n").encode())
+    return DemoResult(
+        folder=folder,
+        scores=scores,
+        erasure=erasure,
+        seconds=seconds,
+        warnings=tuple(warnings),
+    )
+
+
+class _Clock:
+    """Wall-clock seconds between laps."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self.last, 2)
+        self.last = now
+
+
+def _prompt(template: str, word: str, style: str = "") -> str:
+    """A prompt with "an" where English wants it: "a photo of an airplane"."""
+    words = template.replace("{style}", style).replace("{}", word).split()
+    for i, (one, following) in enumerate(zip(words, words[1:], strict=False)):
+        if one in ("a", "an"):
+            words[i] = "an" if following[0].lower() in "aeiou" else "a"
+    return " ".join(words)
+
+
+def _shown_things(table: Any, config: DemoConfig) -> list[Any]:
+    """Things of the grid: two relatives, then three that have nothing to do with the target."""
+    target = table.thing(config.thing)
+    relatives = [table.thing(name) for name in target.relatives[:2]]
+    strangers, kinds = [], {target.category}
+    for thing in table.things:
+        if thing.category not in kinds and thing.name not in target.relatives:
+            strangers.append(thing)
+            kinds.add(thing.category)
+    # One near stranger of the target's own category leads, then other categories.
+    near = [
+        thing
+        for thing in table.things
+        if thing.category == target.category and thing.name not in (target.name, *target.relatives)
+    ]
+    return [*relatives, *near[:1], *strangers[:2]]
+
+
+def _rows(
+    shots: Sequence[Shot],
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    seen_before: Sequence[str],
+    seen_after: Sequence[str],
+    table: Any,
+    config: DemoConfig,
+) -> tuple[Row, ...]:
+    """Rows of the grid: the first seeds of the words worth showing."""
+    target, style = table.thing(config.thing), table.style(config.style)
+    others = [s.name for s in table.styles if s.name not in (style.name, config.style_anchor)]
+    wanted = [
+        *((target.name, word) for word in (target.name, *target.synonyms[:2])),
+        *((target.name, thing.name) for thing in _shown_things(table, config)),
+        *((style.name, word) for word in (style.name, *style.synonyms[:1], *others[:1])),
+    ]
+    rows = []
+    for erased, word in wanted:
+        chosen = [
+            i for i, shot in enumerate(shots) if shot.erased == erased and shot.word == word
+        ][: config.columns]
+        first = shots[chosen[0]]
+        prompt = first.prompt
+        if first.kind == "style":
+            prompt = f"a ... in the style of {word}"
+        rows.append(
+            Row(
+                group=first.group,
+                prompt=prompt,
+                seeds=tuple(shots[i].seed for i in chosen),
+                before=tuple(before[i] for i in chosen),
+                after=tuple(after[i] for i in chosen),
+                seen_before=tuple(seen_before[i] for i in chosen),
+                seen_after=tuple(seen_after[i] for i in chosen),
+            )
+        )
+    return tuple(rows)
+
+
+def _judged(judge: Judge, shots: Sequence[Shot], pictures: Sequence[Image.Image]) -> list[str]:
+    """`[n]` what the judge sees of the kind that each shot asks for."""
+    things, styles = judge.classify(pictures)
+    return [
+        things[i] if shot.kind == "thing" else styles[i] for i, shot in enumerate(shots)
+    ]
+
+
+def _scores(shots: Sequence[Shot], seen: Sequence[str], erased: str) -> Scores:
+    """The scores of one erased concept; every word counts the same, however many its pictures."""
+
+    def of(*groups: Group) -> float | None:
+        right: dict[str, list[bool]] = {}
+        for shot, name in zip(shots, seen, strict=True):
+            if shot.erased == erased and shot.group in groups:
+                right.setdefault(shot.word, []).append(name == shot.expected)
+        if not right:
+            return None
+        return sum(sum(marks) / len(marks) for marks in right.values()) / len(right)
+
+    efficacy, specificity = of("erased"), of("relative", "untouched")
+    assert efficacy is not None and specificity is not None
+    return Scores(acc_e=efficacy, acc_s=specificity, acc_g=of("synonym"))
+
+
+def _by_word(
+    shots: Sequence[Shot], before: Sequence[str], after: Sequence[str], mined: set[str]
+) -> list[dict[str, Any]]:
+    """One record per judged word: pictures, accuracy before and after, fractions."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for i, shot in enumerate(shots):
+        numbers.setdefault((shot.erased, shot.word), []).append(i)
+    records = []
+    for (erased, word), chosen in numbers.items():
+        expected = [shots[i].expected for i in chosen]
+        records.append(
+            {
+                "erased": erased,
+                "group": shots[chosen[0]].group,
+                "word": word,
+                "pictures": len(chosen),
+                "before": accuracy([before[i] for i in chosen], expected),
+                "after": accuracy([after[i] for i in chosen], expected),
+                "mined": word in mined,
+            }
+        )
+    return records
+
+
+def _word_table(title: str, group: Group, by_word: Sequence[Mapping[str, Any]], note: str) -> Table:
+    records = [record for record in by_word if record["group"] == group]
+    if group == "untouched":
+        records = sorted(records, key=lambda r: (r["after"] - r["before"], r["after"]))[:20]
+    return Table(
+        title=title,
+        note=note,
+        header=("word", "erased", "pictures", "before, %", "after, %", "mined"),
+        rows=tuple(
+            (
+                record["word"],
+                record["erased"],
+                record["pictures"],
+                round(100 * record["before"], 1),
+                round(100 * record["after"], 1),
+                "yes" if record["mined"] else "no",
+            )
+            for record in records
+        ),
+    )
+
+
+def _check_held_out(concepts: Sequence[Concept], table: Any) -> list[str]:
+    """The held-out words of the concepts, after making sure that the eraser gets none of them."""
+    held_out: list[str] = []
+    for concept in concepts:
+        entry = (table.style if concept.kind == "style" else table.thing)(concept.target)
+        held_out += entry.synonyms
+    given = {w.casefold() for concept in concepts for w in (*concept.words, concept.destination)}
+    leaked = [word for word in held_out if word.casefold() in given]
+    if leaked:
+        raise ValueError(
+            f"concepts name held-out words {leaked}: generality could not be measured with them"
+        )
+    return held_out
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(repr(word) for word in words)

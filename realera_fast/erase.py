@@ -1,0 +1,325 @@
+"""The one verb: pairs, mining, closed form, noise alignment, and a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realera_fast import alignment, mining, report, unet as unets
+from realera_fast.alignment import Alignment, align_noise
+from realera_fast.closed_form import ConceptMap, NormalEquations, Pairs, Solution
+from realera_fast.concepts import Concept, parse_concepts
+from realera_fast.config import EraseConfig
+from realera_fast.erasure import Erasure
+from realera_fast.pairs import AlignedPrompts, align, align_concept, fill
+from realera_fast.text import TextModel
+from realera_fast.vocabulary import (
+    Vocabulary,
+    describe,
+    encode_vocabulary,
+    preserve_gram,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _Clock:
+    """Wall-clock seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 4)
+        logger.info("%s: %.2f s", name, self.seconds[name])
+
+
+def neighbor_words(
+    text: TextModel,
+    vocabulary: Vocabulary,
+    concepts: Sequence[Concept],
+    config: mining.MiningConfig,
+    *,
+    keep: Sequence[str] = (),
+) -> dict[str, tuple[str, ...]]:
+    """Words of the tokenizer that lie in the neighborhood of each concept, nearest first.
+
+    Args:
+        keep: words that are never neighbors (preserved words and anchors).
+
+    Returns:
+        Neighbor words by target; a word near two concepts goes to the nearer one.
+    """
+    found: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
+    if not vocabulary.words or not concepts:
+        return {target: () for target in found}
+    taken = {word.casefold() for c in concepts for word in (*c.words, c.destination)}
+    taken |= {word.casefold() for word in keep}
+    # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
+    taken |= {part for phrase in list(taken) for part in phrase.split()}
+    scores = torch.stack(
+        [
+            vocabulary.similarity(describe(text, concept.words).mean(dim=0))
+            for concept in concepts
+        ]
+    )
+    best, owner = scores.max(dim=0)
+    for index, word in enumerate(vocabulary.words):
+        if word.casefold() not in taken and float(best[index]) >= config.word_cosine:
+            found[concepts[int(owner[index])].target].append((float(best[index]), word))
+    return {
+        target: tuple(word for _, word in sorted(words, reverse=True)[: config.max_words])
+        for target, words in found.items()
+    }
+
+
+def normal_equations(
+    named: Sequence[AlignedPrompts],
+    neighbors: Sequence[AlignedPrompts],
+    preserved: Sequence[Tensor],
+    prior: Tensor,
+    config: EraseConfig,
+) -> NormalEquations:
+    """All rows of the least squares: target, neighbor, beyond and preserve.
+
+    Args:
+        named: prompts of targets and synonyms.
+        neighbors: prompts of mined words.
+        preserved: `[p, t, d]` prompts of words that keep their place, one tensor a word.
+        prior: `[d, d]` mean second moments of the preserve prior.
+    """
+    equations = NormalEquations(prior.shape[0], device=prior.device)
+    equations.update_moments(config.vocabulary.preserve_scale * prior)
+    for prompts, scale in (
+        *((p, config.erase_scale) for p in named),
+        *((p, config.mining.neighbor_scale) for p in neighbors),
+    ):
+        rows = prompts.weight > 0
+        equations.update(
+            Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
+        )
+    for hidden in preserved:
+        rows = hidden[:, 1:].flatten(0, 1)
+        weight = torch.full((len(rows),), config.vocabulary.preserve_scale / len(rows))
+        equations.update(Pairs(rows, rows, weight.to(rows.device)))
+    if config.mining.mode in ("gaussian", "covariance", "offset"):
+        for number, prompts in enumerate(named):
+            mining.add_neighbors(
+                equations,
+                prompts.source,
+                prompts.destination,
+                prompts.weight,
+                config.mining,
+                seed=config.seed + number,
+                covariance=prior if config.mining.mode == "covariance" else None,
+            )
+    return equations
+
+
+def solve(equations: NormalEquations, prior: Tensor, config: EraseConfig) -> Solution:
+    """The concept map T of the accumulated rows; the ridge is relative to the prior's mean diagonal."""
+    scale = float(prior.diagonal().mean()) or float(equations.gram.diagonal().mean()) or 1.0
+    return equations.solve(
+        ridge=config.closed_form.ridge * scale, rank_tolerance=config.closed_form.rank_tolerance
+    )
+
+
+def erase(
+    unet: Any,
+    text_encoder: Any,
+    concepts: str | Concept | Sequence[str | Concept],
+    *,
+    tokenizer: Any = None,
+    preserve: Sequence[str] = (),
+    scheduler: Any = None,
+    config: EraseConfig | None = None,
+    progress: bool | None = None,
+) -> Erasure:
+    """Removes concepts from a diffusion model, in place (RealEra, arXiv 2410.09140).
+
+    The cross-attention key and value projections of `unet` are edited transactionally: any failure,
+    an interrupt included, leaves them bit-identical to before. `dtype` and `device` are the U-Net's.
+
+    Args:
+        unet: a `UNet2DConditionModel` with text cross-attention (fp32, bf16 or fp16; CPU or CUDA).
+        text_encoder: its CLIP text encoder; never changed.
+        concepts: strings, `Concept`s or a mix; `"Van Gogh=art"` names an anchor.
+        tokenizer: the encoder's tokenizer; `None` looks beside the encoder's own files.
+        preserve: words that must keep their meaning, in addition to the vocabulary's.
+        scheduler: noise scheduler of the pipeline; `None` looks beside the U-Net's own files and
+            falls back to Stable Diffusion's schedule. Used by the alignment stage alone.
+        config: settings of all stages.
+        progress: draw progress bars; `None` follows diffusers' switch.
+
+    Returns:
+        A frozen `Erasure`: undo it with `restore_`, keep it with `save` or `save_lora`, read
+        `report` to see what moved.
+
+    Raises:
+        ValueError, TypeError: unusable input; the message names the argument and what to do.
+    """
+    config = config or EraseConfig()
+    if isinstance(preserve, str):
+        raise TypeError(f"preserve: expected a list of strings, got the string {preserve!r}")
+    if not isinstance(config, EraseConfig):
+        raise TypeError(f"config: expected an EraseConfig, got {type(config).__name__}")
+    parsed = parse_concepts(concepts, preserve=preserve)
+    layers = unets.projections(unet)
+    text = TextModel(text_encoder, tokenizer)
+    if text.width != unets.text_width(unet):
+        raise ValueError(
+            f"text_encoder: its embeddings have width {text.width}, but the U-Net's cross-attention "
+            f"takes {unets.text_width(unet)}; pass the text encoder that belongs to this U-Net"
+        )
+    provenance = _provenance(unet, config)
+    if not parsed:
+        logger.warning("concepts is empty: nothing is erased")
+        empty_report = report.Report((), {}, {}, dict.fromkeys(layers, 0.0), {}, {}, ()).to_dict()
+        nothing = ConceptMap.identity(text.width)
+        return Erasure(nothing, {}, (), config.to_dict(), provenance, empty_report)
+
+    clock = _Clock()
+    with clock.stage("prior"):
+        vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
+    with clock.stage("pairs"):
+        named = [
+            (concept, word, align_concept(text, concept, config.pairs, word=word))
+            for concept in parsed
+            for word in concept.words
+        ]
+        anchors = tuple(dict.fromkeys(c.destination for c in parsed if c.destination))
+        kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
+        kept_templates = [t for t in config.pairs.of("object") if "{word}" not in t]
+        kept = [text.encode([fill(t, word) for t in kept_templates]) for word in kept_words]
+    with clock.stage("mining"):
+        mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
+        neighbors: list[tuple[Concept, str, AlignedPrompts]] = []
+        if config.mining.mode == "vocabulary":
+            if not vocabulary.words:
+                logger.warning("the tokenizer offers no whole words: no neighbors are mined")
+            mined = neighbor_words(text, vocabulary, parsed, config.mining, keep=kept_words)
+            neighbors = [
+                (concept, word, align_concept(text, concept, config.pairs, word=word))
+                for concept in parsed
+                for word in mined[concept.target]
+            ]
+        gone = [w for c in parsed for w in (*c.words, *mined[c.target])]
+        prior, _ = preserve_gram(text, vocabulary, gone)
+        equations = normal_equations(
+            [p for *_, p in named], [p for *_, p in neighbors], kept, prior, config
+        )
+    with clock.stage("closed form"):
+        solution = solve(equations, prior, config)
+
+    stayers = _stayers(vocabulary, gone, kept_words)
+    aligned = Alignment({}, False, None, None, (), 0.0)
+    before = {name: module.weight.detach().clone() for name, module in layers.items()}
+    with unets.transaction(unet):
+        if config.alignment.enabled and solution.map.rank:
+            with clock.stage("alignment"):
+                aligned = align_noise(
+                    unet,
+                    scheduler or alignment.find_scheduler(unet),
+                    solution.map,
+                    named=[p for *_, p in named],
+                    neighbors=[p for *_, p in neighbors],
+                    preserve=text.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
+                    empty=text.encode([""]),
+                    config=config.alignment,
+                    mining_config=config.mining,
+                    seed=config.seed,
+                    progress=progress,
+                )
+        draft = Erasure(solution.map, aligned.lora, parsed, config.to_dict(), provenance, {})
+        edited = draft.edited_weights(before)
+        with clock.stage("report"):
+            found = _report(
+                before, edited, named, neighbors, kept_words, stayers, text, solution, aligned, mined
+            )
+        full = report.Report(**found, seconds=clock.seconds).to_dict()
+        result = Erasure(solution.map, aligned.lora, parsed, config.to_dict(), provenance, full)
+        result.apply_(unet)
+    return result
+
+
+def _stayers(
+    vocabulary: Vocabulary, gone: Sequence[str], kept_words: Sequence[str], count: int = 64
+) -> list[str]:
+    """Words that should not move: the named ones, then an even sample of the vocabulary."""
+    leaving = {word.casefold() for word in gone}
+    rest = [w for w in vocabulary.words if w.casefold() not in leaving and w not in kept_words]
+    step = max(1, math.ceil(len(rest) / count))
+    return [*kept_words, *rest[::step]]
+
+
+def _report(
+    before: Mapping[str, Tensor],
+    edited: Mapping[str, Tensor],
+    named: Sequence[tuple[Concept, str, AlignedPrompts]],
+    neighbors: Sequence[tuple[Concept, str, AlignedPrompts]],
+    kept_words: Sequence[str],
+    stayers: Sequence[str],
+    text: TextModel,
+    solution: Solution,
+    aligned: Alignment,
+    mined: Mapping[str, tuple[str, ...]],
+) -> dict[str, Any]:
+    old, new = list(before.values()), [edited[name] for name in before]
+    words = []
+    for group, is_neighbor in ((named, False), (neighbors, True)):
+        for concept, word, prompts in group:
+            role = "target" if word == concept.target else "synonym"
+            words.append(
+                report.WordReport(
+                    word,
+                    "neighbor" if is_neighbor else role,
+                    concept.destination,
+                    report.moved(old, new, prompts),
+                    None,
+                )
+            )
+    hidden = text.encode([fill("a photo of a {}", word) for word in stayers])
+    for word, drift in zip(stayers, report.drifts(old, new, hidden), strict=True):
+        role = "preserved" if word in kept_words else "vocabulary"
+        words.append(report.WordReport(word, role, None, None, drift))
+    outcome = aligned.to_dict()
+    return {
+        "words": tuple(words),
+        "neighbors": dict(mined),
+        "solve": solution.info.to_dict(),
+        "layers": {
+            name: float((edited[name].float() - weight.float()).norm() / weight.float().norm())
+            for name, weight in before.items()
+        },
+        "alignment": outcome,
+        "warnings": report.warnings_of(words, outcome),
+    }
+
+
+def _provenance(unet: Any, config: EraseConfig) -> dict[str, Any]:
+    versions = {}
+    for package in ("realera_fast", "torch", "diffusers", "transformers", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    weight = next(iter(unets.projections(unet).values())).weight
+    return {
+        "versions": versions,
+        "model_class": type(unet).__name__,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "base_hashes": unets.base_hashes(unet),
+        "seed": config.seed,
+    }

@@ -1,0 +1,691 @@
+"""The result of an erasure: small factors that can be applied, undone, saved and shared.
+
+    W' = W + (W L) R + up @ down
+
+L and R are the closed form's map, shared by all projections; up and down the alignment's LoRA
+factors of each. The sum is made in float32 (float64 for float64 weights) and rounded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from realera_fast import ops
+from realera_fast.closed_form import ConceptMap
+from realera_fast.concepts import Concept
+from realera_fast.lora import LoraFactors
+from realera_fast.unet import base_hashes, projections, transaction, unwrapped, weights_hash
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Raised when older files can no longer be read."""
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Where ``load_lora_weights`` looks in a folder."""
+
+_MAX_FILE_BYTES = 2 << 30
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_DEPTH = 32
+_MAX_NAME = 256
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_FIELDS = ("concepts", "config", "provenance", "report")
+_DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64"}
+
+
+class BaseModelMismatchError(ValueError):
+    """The model is not the one the erasure was made for."""
+
+
+class ErasureFileError(ValueError):
+    """The file is not a valid saved erasure. The message says what is wrong with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Application:
+    """One edit of one model in this process."""
+
+    erasure: Erasure
+    originals: Mapping[str, Tensor]
+    """Weights of the edited projections before, on the CPU."""
+    before: str
+    """Hash of all projections before."""
+    after: str
+    """Hash of all projections after."""
+
+
+_history: WeakKeyDictionary[nn.Module, list[_Application]] = WeakKeyDictionary()
+"""What was applied to each living model, in order. It is what makes a bit-exact undo possible."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Erasure:
+    """What was erased and how: everything needed to do it again on the same base model."""
+
+    map: ConceptMap
+    """The closed form, T = I + L R, for every projection."""
+    lora: Mapping[str, LoraFactors]
+    """Alignment factors by projection name; empty without that stage."""
+    concepts: tuple[Concept, ...]
+    """What was erased."""
+    config: Mapping[str, Any]
+    """All settings, as plain JSON values."""
+    provenance: Mapping[str, Any]
+    """Library versions, seed, and ``base_hashes`` of the model the factors belong to."""
+    report: Mapping[str, Any]
+    """How it went, as plain JSON values."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", dict(self.lora))
+        object.__setattr__(self, "concepts", tuple(self.concepts))
+        for field in ("config", "provenance", "report"):
+            value = getattr(self, field)
+            try:
+                # A copy of plain values: the caller's later changes don't reach a frozen object.
+                plain = json.loads(json.dumps(dict(value)))
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{field}: expected plain JSON values: {error}") from error
+            object.__setattr__(self, field, plain)
+        if not all(isinstance(concept, Concept) for concept in self.concepts):
+            raise TypeError("concepts: expected Concept objects")
+        for name, factors in self.lora.items():
+            if factors.down.shape[1] != self.map.width:
+                raise ValueError(
+                    f"lora[{name!r}]: expected down of shape [r, {self.map.width}] like the map, "
+                    f"got {list(factors.down.shape)}"
+                )
+        for name, tensor in self._tensors().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name}: holds NaN or infinity")
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{c.target!r} -> {c.destination!r}" for c in self.concepts)
+        return f"Erasure({words or 'nothing'}; rank {self.map.rank}, LoRA on {len(self.lora)})"
+
+    # Editing a model
+
+    def edited_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The edited weights, without a model and without changing the given ones.
+
+        Args:
+            weights: `[o, d]` un-edited weight of each projection name; any may be left out.
+
+        Returns:
+            New tensors of the same dtype; where nothing changes, the given tensor itself.
+        """
+        edited = dict(weights)
+        changed = [name for name in weights if self._changes(name)]
+        for name in changed:
+            weight = weights[name]
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            # The dtype that the sum is made in: with LoRA to come it must not be rounded between.
+            dtype = wide if name in self.lora else weight.dtype
+            edited[name] = weight.detach().to(dtype, copy=True)
+        if self.map.rank and changed:
+            device = edited[changed[0]].device
+            left, right = self.map.left.to(device), self.map.right.to(device)
+            ops.low_rank_update_([edited[name] for name in changed], left, right)
+        for name in changed:
+            if name in self.lora:
+                wide_weight, factors = edited[name], self.lora[name]
+                up, down = factors.up.to(wide_weight), factors.down.to(wide_weight)
+                edited[name] = wide_weight.addmm_(up, down).to(weights[name].dtype)
+            if not edited[name].isfinite().all():
+                raise ValueError(
+                    f"{name}.weight overflows {weights[name].dtype} when edited; "
+                    "convert the model to bfloat16 or float32 first"
+                )
+        return edited
+
+    def apply_(self, unet: nn.Module) -> nn.Module:
+        """Edits the model in place; any failure leaves it bit-identical to before.
+
+        An erasure of nothing (rank 0, no LoRA) writes nothing.
+
+        Args:
+            unet: The base model that the erasure was made for, in any dtype of at most its width.
+
+        Returns:
+            The same `unet`.
+
+        Raises:
+            BaseModelMismatchError: other weights, or already edited ones.
+            ValueError: the model can't be edited (see :func:`realera_fast.unet.projections`).
+        """
+        layers = self._layers(unet)
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        before = _state(weights)
+        history = _history.setdefault(unwrapped(unet), [])
+        _forget_undone(history, before)
+        top = history[-1] if history else None
+        if top and top.after == before != top.before and self._is_same(top.erasure):
+            raise BaseModelMismatchError("unet: this erasure is already applied to it")
+        self._check_base(unet)
+        edited = self.edited_weights(weights)
+        originals = {
+            name: weights[name].to("cpu", copy=True) for name in edited if self._changes(name)
+        }
+        record: _Application | None = None
+        try:
+            with transaction(unet):
+                with torch.no_grad():
+                    for name in originals:
+                        layers[name].weight.copy_(edited[name])
+                after = _state({name: layer.weight.detach() for name, layer in layers.items()})
+                record = _Application(self, originals, before, after)
+                history.append(record)
+        except BaseException:
+            if record in history:
+                history.remove(record)
+            raise
+        logger.info("applied %r to %d projections", self, len(originals))
+        return unet
+
+    def restore_(self, unet: nn.Module) -> nn.Module:
+        """Undoes this erasure bit for bit, if it was the last one applied to `unet`.
+
+        Returns:
+            The same `unet`.
+
+        Raises:
+            ValueError: it is not the last one, the weights changed since, or it was not applied
+                to this model object in this process.
+        """
+        layers = self._layers(unet)
+        now = _state({name: layer.weight.detach() for name, layer in layers.items()})
+        history = _history.get(unwrapped(unet), [])
+        known = any(self._is_same(entry.erasure) for entry in history)
+        place = _last(history, now)
+        if not known:
+            raise ValueError(
+                "unet: this erasure was not applied to this model in this process, so its original "
+                "weights are not known; reload the base model"
+            )
+        if place is None:
+            raise ValueError(
+                "unet: its weights (or their dtype) changed since the erasure was applied, so "
+                "undoing it would lose that change; reload the base model"
+            )
+        entry = history[place]
+        if not self._is_same(entry.erasure):
+            raise ValueError(f"unet: {entry.erasure!r} was applied last; restore that one first")
+        with transaction(unet), torch.no_grad():
+            for name, original in entry.originals.items():
+                layers[name].weight.copy_(original)
+        del history[place:]
+        return unet
+
+    def state_dict(self, unet: nn.Module) -> dict[str, Tensor]:
+        """The edited tensors alone, for ``unet.load_state_dict(..., strict=False)``.
+
+        Args:
+            unet: The base model, or the model this erasure was applied to last.
+
+        Returns:
+            Copies by ``"<module>.weight"``; empty if nothing changes.
+        """
+        layers = self._layers(unet)
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        history = _history.get(unwrapped(unet), [])
+        place = _last(history, _state(weights))
+        if place is None or not self._is_same(history[place].erasure):
+            self._check_base(unet)
+            weights = self.edited_weights(weights)
+        return {f"{n}.weight": w.clone() for n, w in weights.items() if self._changes(n)}
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one safetensors file, atomically: the factors, and all else in its header.
+
+        Equal erasures give equal bytes. Missing folders are made.
+
+        Returns:
+            The path written.
+
+        Raises:
+            OSError: the folder can't be written or the disk is full; an older file stays as it was.
+        """
+        if self.map.rank > self.map.width:
+            raise ValueError(
+                f"map: its rank {self.map.rank} exceeds its width; save a compressed() one"
+            )
+        for name in self.lora:
+            _check_name(name)
+        metadata = {
+            "format": "pt",
+            "realera_fast": str(FORMAT_VERSION),
+            "concepts": _json([concept.to_dict() for concept in self.concepts]),
+            **{field: _json(getattr(self, field)) for field in _FIELDS if field != "concepts"},
+        }
+        return _write(Path(path), self._tensors(), metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Erasure:
+        """Reads what :meth:`save` wrote. The file is not trusted: everything in it is checked.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ErasureFileError: it is not a valid erasure.
+        """
+        path = Path(path)
+        try:
+            metadata, tensors = _read(path)
+            fields = {field: _parsed(field, metadata[field]) for field in _FIELDS}
+            concepts = _concepts(fields.pop("concepts"))
+            _check_provenance(fields["provenance"])
+            lora = {
+                name: LoraFactors(tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"])
+                for name in _lora_names(tensors)
+            }
+            concept_map = ConceptMap(tensors["map.left"], tensors["map.right"])
+            return cls(concept_map, lora, concepts, **fields)
+        except ErasureFileError as error:
+            raise ErasureFileError(f"{path}: {error}") from error.__cause__
+        except (TypeError, ValueError) as error:
+            raise ErasureFileError(f"{path}: {error}") from error
+
+    def save_lora(self, path: str | os.PathLike[str], unet: nn.Module | None = None) -> Path:
+        """Writes the edit as an adapter that stock ``pipe.load_lora_weights`` loads.
+
+        ``(W L) R + up @ down = [W L, up] [R; down]``: the update is a LoRA of rank k + r, exactly,
+        for the base model and no other. Where that is not less than a full matrix's rank, the
+        layer's update is decomposed (singular values) and written at the rank it has.
+
+        Args:
+            path: A folder (the file gets the name diffusers looks for), or a ``.safetensors`` file.
+            unet: The base model, or the one this erasure was applied to. Not needed for a model
+                that it is applied to right now, or without a closed form.
+
+        Returns:
+            The path of the file written.
+
+        Raises:
+            ValueError: nothing to save, or the base weights are not known.
+            BaseModelMismatchError: `unet` is another model.
+        """
+        if self.map.rank == 0 and not self.lora:
+            raise ValueError("this erasure changes nothing, so there is no adapter to save")
+        path = Path(path)
+        file = path if path.suffix == ".safetensors" else path / LORA_FILE
+        tensors: dict[str, Tensor] = {}
+        ranks: dict[str, int] = {}
+        for name, (up, down) in self._adapter_factors(self._base_weights(unet)).items():
+            ranks[name] = down.shape[0]
+            tensors[f"unet.{name}.lora_A.weight"] = down
+            tensors[f"unet.{name}.lora_B.weight"] = up
+        common = Counter(ranks.values()).most_common(1)[0][0]
+        others = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
+        # peft's LoraConfig, only what differs from its defaults: those fields exist in every
+        # release, so that the file loads in older and newer ones. alpha = rank: the scaling is 1.
+        adapter = {
+            "r": common,
+            "lora_alpha": common,
+            "target_modules": sorted(ranks),
+            "rank_pattern": others,
+            "alpha_pattern": others,
+        }
+        metadata = {
+            "format": "pt",
+            "lora_adapter_metadata": _json({f"unet.{key}": adapter[key] for key in adapter}),
+        }
+        return _write(file, tensors, metadata)
+
+    # Inside
+
+    def _changes(self, name: str) -> bool:
+        return self.map.rank > 0 or name in self.lora
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"map.left": self.map.left, "map.right": self.map.right}
+        for name, factors in self.lora.items():
+            tensors[f"lora.{name}.down"] = factors.down
+            tensors[f"lora.{name}.up"] = factors.up
+        return tensors
+
+    def _is_same(self, other: Erasure) -> bool:
+        """The same factors for the same base: a loaded copy may undo what the original did."""
+        return self is other or self._fingerprint() == other._fingerprint()
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(_json(self.provenance.get("base_hashes")).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+    def _layers(self, unet: nn.Module) -> dict[str, nn.Linear]:
+        """The projections of a model that this erasure fits in shape."""
+        layers = projections(unet)
+        width = next(iter(layers.values())).in_features
+        if width != self.map.width:
+            raise BaseModelMismatchError(
+                f"unet: it takes text of width {width}, the erasure is for {self.map.width}"
+            )
+        for name, factors in self.lora.items():
+            if name not in layers:
+                raise BaseModelMismatchError(f"unet: it has no projection {name!r}")
+            if layers[name].out_features != factors.up.shape[0]:
+                raise BaseModelMismatchError(
+                    f"unet: {name} has {layers[name].out_features} output features, the erasure "
+                    f"expects {factors.up.shape[0]}"
+                )
+        return layers
+
+    def _check_base(self, unet: nn.Module) -> None:
+        expected = self.provenance.get("base_hashes")
+        if not expected:
+            raise ValueError(
+                "provenance: holds no base_hashes, so the base model can't be recognized"
+            )
+        got = base_hashes(unet)
+        # The widest dtype that both know (base_hashes lists it first): the narrower ones can't
+        # tell weights apart whose difference is rounded away.
+        common = next((dtype for dtype in got if dtype in expected), None)
+        if common is None:
+            raise BaseModelMismatchError(
+                f"unet: the erasure was made for weights in {', '.join(expected)}, which can't be "
+                f"compared with {', '.join(got)}; load the model in one of the former"
+            )
+        if got[common] != expected[common]:
+            raise BaseModelMismatchError(
+                f"unet: its projections have the {common} hash {got[common][:16]}, but the erasure "
+                f"was made for {expected[common][:16]}; load the base model it was made for, "
+                "without other edits"
+            )
+
+    def _base_weights(self, unet: nn.Module | None) -> dict[str, Tensor]:
+        """Un-edited weights of what changes, from the model or from what was kept at its edit."""
+        if unet is None and self.map.rank == 0:
+            return {}
+        models = list(_history) if unet is None else [unwrapped(unet)]
+        for model in models:
+            for entry in _history.get(model, []):
+                if self._is_same(entry.erasure):
+                    return dict(entry.originals)
+        if unet is None:
+            raise ValueError(
+                "unet: the adapter is made from the base model's weights, and this erasure is not "
+                "applied to a model in this process; pass unet=, the base model"
+            )
+        layers = self._layers(unet)
+        self._check_base(unet)
+        return {n: layer.weight.detach() for n, layer in layers.items() if self._changes(n)}
+
+    def _adapter_factors(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """`[o, q]` and `[q, d]` float32 factors of the whole update of each changed projection."""
+        found = {}
+        for name in weights or self.lora:
+            ups, downs = [], []
+            if self.map.rank:
+                weight = weights[name].to("cpu", torch.float64)
+                ups.append(weight @ self.map.left.to(weight))
+                downs.append(self.map.right.to(weight))
+            if name in self.lora:
+                ups.append(self.lora[name].up.to("cpu", torch.float64))
+                downs.append(self.lora[name].down.to("cpu", torch.float64))
+            up, down = torch.cat(ups, 1), torch.cat(downs, 0)
+            if down.shape[0] >= min(up.shape[0], down.shape[1]):
+                u, s, vh = torch.linalg.svd(up @ down, full_matrices=False)
+                floor = s[0] * torch.finfo(torch.float64).eps * max(up.shape[0], down.shape[1])
+                rank = max(1, int((s > floor).sum()))
+                up, down = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vh[:rank]
+            # Equal sizes on both sides, for fp16's narrow range; powers of two round nothing.
+            ratio = down.norm(dim=1) / up.norm(dim=0)
+            usable = ratio.isfinite() & (ratio > 0)
+            scale = torch.where(usable, ratio, 1.0).sqrt().log2().round().exp2()
+            found[name] = ((up * scale).float(), (down / scale[:, None]).float())
+        return found
+
+
+def _state(weights: Mapping[str, Tensor]) -> str:
+    """Identifies weights as they are stored."""
+    return weights_hash(weights, next(iter(weights.values())).dtype)
+
+
+def _last(history: list[_Application], state: str) -> int | None:
+    """Number of the latest application that led to `state`."""
+    return next((i for i in reversed(range(len(history))) if history[i].after == state), None)
+
+
+def _forget_undone(history: list[_Application], state: str) -> None:
+    """Drops applications that were undone behind our back, as by an outer transaction."""
+    place = _last(history, state)
+    if place is None:
+        place = next((i for i, entry in enumerate(history) if entry.before == state), len(history))
+        del history[place:]
+    else:
+        del history[place + 1 :]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def _check_name(name: str) -> None:
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        raise ValueError(f"not a module name: {name[:_MAX_NAME]!r}")
+
+
+# Writing
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes a safetensors file that is complete or absent.
+
+    The format is made here, not by the safetensors package, which orders the metadata by chance.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    chunks = []
+    end = 0
+    # Widest dtype first, like the safetensors package: all data is then aligned.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        data = _bytes(tensor)
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(data)],
+        }
+        end += len(data)
+        chunks.append(data)
+    encoded = _json(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"report, config: {len(encoded)} bytes of JSON, at most {_MAX_HEADER_BYTES} are saved"
+        )
+    # A link keeps pointing where it did: its target is replaced.
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"path: {path} is a folder; name a file in it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, (len(encoded).to_bytes(8, "little"), encoded, *chunks))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not save, no file was changed: {error.strerror}", str(path)
+        ) from error
+    return path
+
+
+def _replace(target: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    # Exclusive, and with the permissions of an ordinary new file.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    # The new name outlives a power cut too, where folders can be synchronized.
+    with contextlib.suppress(OSError):
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# Reading: nothing in a file is trusted
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors, with sizes, keys, shapes and dtypes checked before data is read."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        raise ErasureFileError("is a folder, expected a file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+    if len(start) < 8:
+        raise ErasureFileError(f"is truncated: {size} bytes")
+    if size > _MAX_FILE_BYTES:
+        raise ErasureFileError(f"is too large: {size} bytes, at most {_MAX_FILE_BYTES} are read")
+    header = int.from_bytes(start, "little")
+    if header > min(size - 8, _MAX_HEADER_BYTES):
+        raise ErasureFileError(
+            f"is truncated or not a safetensors file: a header of {header} bytes in {size}"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            shapes = {}
+            for name in file.keys():  # noqa: SIM118, not a dictionary
+                view = file.get_slice(name)
+                shapes[name] = (view.get_dtype(), tuple(view.get_shape()))
+            _check_metadata(metadata)
+            _check_shapes(shapes)
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except SafetensorError as error:
+        raise ErasureFileError(f"is truncated or not a safetensors file: {error}") from error
+    return metadata, tensors
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    version = metadata.get("realera_fast")
+    if version is None:
+        raise ErasureFileError("is not an erasure (another safetensors file?)")
+    if version != str(FORMAT_VERSION):
+        raise ErasureFileError(
+            f"has format version {version[:20]!r}, this release reads {FORMAT_VERSION}; update it"
+        )
+    expected = {"format", "realera_fast", *_FIELDS}
+    if set(metadata) != expected:
+        odd = sorted(set(metadata) ^ expected)[:5]
+        raise ErasureFileError(f"has missing or unknown metadata: {odd}")
+
+
+def _lora_names(tensors: Iterable[str]) -> list[str]:
+    found = {key.removeprefix("lora.").rpartition(".")[0] for key in tensors if key[:5] == "lora."}
+    return sorted(found)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    names = _lora_names(shapes)
+    expected = {"map.left", "map.right"}
+    for name in names:
+        _check_name(name)
+        expected |= {f"lora.{name}.down", f"lora.{name}.up"}
+    if set(shapes) != expected:
+        odd = [key[:_MAX_NAME] for key in sorted(set(shapes) ^ expected)[:5]]
+        raise ErasureFileError(f"has missing or unknown tensors: {odd}")
+    for key, (dtype, shape) in shapes.items():
+        allowed = ("F32", "F64") if key.startswith("map.") else ("F32",)
+        if dtype not in allowed:
+            raise ErasureFileError(f"{key} has dtype {dtype}, expected {' or '.join(allowed)}")
+        if len(shape) != 2:
+            raise ErasureFileError(f"{key} has shape {list(shape)}, expected a matrix")
+    (left_dtype, left), (right_dtype, right) = shapes["map.left"], shapes["map.right"]
+    width, rank = left
+    if right != (rank, width) or right_dtype != left_dtype or width < 1 or rank > width:
+        raise ErasureFileError(
+            f"map.left {left_dtype} {list(left)} and map.right {right_dtype} {list(right)} "
+            "don't make a map [d, k] [k, d] with k <= d"
+        )
+    for name in names:
+        down, up = shapes[f"lora.{name}.down"][1], shapes[f"lora.{name}.up"][1]
+        if down[1] != width or up[1] != down[0] or not 1 <= down[0] <= max(width, up[0]):
+            raise ErasureFileError(
+                f"lora.{name}: down {list(down)}, up {list(up)} don't make an update [o, {width}]"
+            )
+
+
+def _parsed(field: str, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ErasureFileError(f"its {field} is not JSON: {str(error)[:100]}") from error
+    level, depth = [value], 0
+    while level:
+        if depth > _MAX_DEPTH:
+            raise ErasureFileError(f"its {field} is nested deeper than {_MAX_DEPTH} levels")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level, depth = inner, depth + 1
+    kind = list if field == "concepts" else dict
+    if not isinstance(value, kind):
+        raise ErasureFileError(f"its {field} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _concepts(values: list[Any]) -> tuple[Concept, ...]:
+    for value in values:
+        fields = value if isinstance(value, dict) else {}
+        synonyms = fields.get("synonyms")
+        typed = (
+            isinstance(fields.get("target"), str)
+            and isinstance(fields.get("anchor"), str | None)
+            and isinstance(fields.get("kind"), str)
+            and isinstance(synonyms, list)
+            and all(isinstance(word, str) for word in synonyms)
+        )
+        if not typed:
+            raise ErasureFileError(f"holds a concept that is none: {str(value)[:100]}")
+    return tuple(Concept.from_dict(value) for value in values)
+
+
+def _check_provenance(provenance: Mapping[str, Any]) -> None:
+    hashes = provenance.get("base_hashes")
+    valid = (
+        isinstance(hashes, dict)
+        and hashes
+        and all(
+            key in ("float64", "float32", "float16", "bfloat16")
+            and isinstance(value, str)
+            and _HASH.fullmatch(value)
+            for key, value in hashes.items()
+        )
+    )
+    if not valid:
+        raise ErasureFileError("its provenance holds no valid base_hashes")

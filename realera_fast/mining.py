@@ -1,0 +1,523 @@
+"""Neighbor-concept mining and beyond-concept regularisation (RealEra, arXiv 2410.09140).
+
+A prompt embedding is moved at random inside a region given by cosine and distance. Neighbors, close
+to a target, follow it to the anchor; points further out ("beyond") keep their place. Both are rows
+of the closed form, and both can be sampled or, as the noise is Gaussian, summed over infinitely
+many samples at once (`moments`), which costs no samples and has no sampling noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from realera_fast import ops, philox
+from realera_fast.closed_form import NormalEquations, Pairs
+
+MODES = ("vocabulary", "gaussian", "covariance", "offset", "none")
+"""Where neighbors come from; see `MiningConfig.mode`."""
+
+_BEYOND_OFFSET = 1 << 31
+"""Sample counter of the first beyond sample: they never share noise with neighbors of one seed."""
+
+_ELEMENTS_PER_BLOCK = 1 << 22
+_NODES = 128
+_EMPTY_MASS = 1e-4
+
+
+@dataclass(frozen=True)
+class Region:
+    """Points x around an embedding E with a cosine and a distance in given ranges.
+
+    Accepted: `min_cosine <= cos(E, x) <= max_cosine` and `|x - E| <= max_distance |E|`, over the
+    whole prompt without its begin-of-text row. The region is relative to |E|, so that it means the
+    same for every text encoder.
+
+    Raises:
+        ValueError: a window or distance that no point satisfies.
+    """
+
+    min_cosine: float
+    """Least cosine between E and x; -1 sets no bound."""
+    max_cosine: float
+    """Greatest cosine between E and x; 1 sets no bound."""
+    max_distance: float
+    """Longest step |x - E|, in units of |E|."""
+
+    def __post_init__(self) -> None:
+        if not -1.0 <= self.min_cosine < self.max_cosine <= 1.0:
+            raise ValueError(
+                "Region is empty: it needs -1 <= min_cosine < max_cosine <= 1, "
+                f"got min_cosine={self.min_cosine}, max_cosine={self.max_cosine}"
+            )
+        if not 0.0 < self.max_distance < math.inf:
+            raise ValueError(
+                f"Region.max_distance must be positive and finite, got {self.max_distance}"
+            )
+        # The nearest point at a given angle is the foot of the perpendicular from E, or the origin.
+        nearest = philox.sine(self.max_cosine) if self.max_cosine > 0 else 1.0
+        if self.max_distance <= nearest:
+            raise ValueError(
+                f"Region is empty: no point within {self.max_distance} |E| has a cosine of at most "
+                f"{self.max_cosine}; max_distance must exceed {nearest:.4g}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningConfig:
+    """How associated concepts are found and how much they, and their surroundings, weigh.
+
+    The paper publishes neither its cosine bounds nor its radii: defaults marked (ours) are this
+    library's choice.
+    """
+
+    mode: str = "vocabulary"
+    """Source of neighbors. "vocabulary": the tokenizer's own words whose prompts fall inside the
+    neighbor region; "gaussian": isotropic noise, mapped to the anchor (the paper); "covariance":
+    noise with the covariance of real text embeddings, mapped to the anchor; "offset": isotropic
+    noise whose offset from the target is kept, e + eta -> a + eta; "none": no mining. Default
+    (ours): words did best of all in a trial on a small model."""
+    samples: int | None = None
+    """Samples per prompt and region, a count; `None` takes the limit of infinitely many in closed
+    form. Default (ours): the limit has no sampling noise and a cost independent of the count."""
+    min_cosine: float = 0.5
+    """S1, no unit: neighbors have at least this cosine with the target, beyond samples less.
+    Default (ours): the paper gives no value; 0.5 is used by an independent re-implementation."""
+    max_cosine: float = 0.9
+    """S2, no unit: neighbors have at most this cosine with the target. Default (ours): the paper
+    gives no value; 0.9 is used by an independent re-implementation."""
+    max_distance: float = 1.6
+    """D1, in units of the embedding's norm: longest step of a neighbor. Default (ours): the paper
+    gives no value; a radius of 400 at a norm of 246 (Stable Diffusion 1.4) in an independent
+    re-implementation."""
+    beyond_distance: float = 1.6
+    """D2, in units of the embedding's norm: longest step of a beyond sample. Default (ours): equal
+    to D1."""
+    neighbor_scale: float = 1.0
+    """Weight of all neighbors of a prompt together, in units of the prompt's own weight. Default
+    (ours): as much as the target itself."""
+    beyond_scale: float = 0.1
+    """Weight of all beyond samples of a prompt together, in units of the prompt's own weight.
+    Default (ours): enough to hold directions that no other row defends, too little to hold the
+    target."""
+    max_words: int = 64
+    """Vocabulary mode: most neighbor words per concept, a count. Default (ours)."""
+    word_cosine: float = 0.5
+    """Vocabulary mode, no unit: least cosine between a word and the target, after the mean over all
+    words is taken out, for the word to be a neighbor. Default (ours)."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"MiningConfig.mode must be one of {MODES}, got {self.mode!r}")
+        if self.samples is not None:
+            if isinstance(self.samples, bool) or not isinstance(self.samples, int):
+                raise TypeError(
+                    f"MiningConfig.samples must be an integer or None, got {self.samples!r}"
+                )
+            if not 1 <= self.samples <= _BEYOND_OFFSET:
+                raise ValueError(
+                    f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
+                )
+        for name in ("neighbor_scale", "beyond_scale"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
+        if isinstance(self.max_words, bool) or not isinstance(self.max_words, int):
+            raise TypeError(f"MiningConfig.max_words must be an integer, got {self.max_words!r}")
+        if self.max_words < 0:
+            raise ValueError(f"MiningConfig.max_words must not be negative, got {self.max_words}")
+        if not -1.0 <= self.word_cosine <= 1.0:
+            raise ValueError(
+                f"MiningConfig.word_cosine must be from -1 to 1, got {self.word_cosine}"
+            )
+        # Both regions are built once here, so that a bad window fails where it was written.
+        _ = self.neighbor_region, self.beyond_region
+
+    @property
+    def neighbor_region(self) -> Region:
+        """Where neighbors lie: cosine in [S1, S2], step at most D1."""
+        return Region(self.min_cosine, self.max_cosine, self.max_distance)
+
+    @property
+    def beyond_region(self) -> Region:
+        """Where beyond samples lie: cosine below S1, step at most D2."""
+        return Region(-1.0, self.min_cosine, self.beyond_distance)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Samples around prompt embeddings: `x = alpha E + beta v`."""
+
+    rows: Tensor
+    """`[c, s, t, d]` the samples, in the embeddings' type."""
+    alpha: Tensor
+    """`[c, s]` how much of the embedding is left."""
+    beta: Tensor
+    """`[c, s]` how much noise is added, in units of its draw v."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Expectation of samples around an embedding E, in units |E| = 1.
+
+    With v = g E + v_perp a sample is x = (alpha + beta g) E + beta v_perp. For token i:
+
+        E[x_i] = first e_i
+        E[x_i x_i^T] = second e_i e_i^T + noise (|E|^2 I - e_i e_i^T)
+    """
+
+    first: float
+    """E[alpha + beta g]."""
+    second: float
+    """E[(alpha + beta g)^2]."""
+    noise: float
+    """E[beta^2 |v_perp|^2] / (N - 1): variance of one element, N elements in all."""
+
+
+def sample(
+    embeddings: Tensor,
+    region: Region,
+    *,
+    samples: int,
+    seed: int,
+    factor: Tensor | None = None,
+    offset: int = 0,
+) -> Sampled:
+    """Draws points of a region around prompt embeddings (RealEra, arXiv 2410.09140, mining).
+
+    The same seed draws the same points on every device; samples `o` to `o + s` of `offset=o` are
+    those of one longer draw. The layout of the random stream is written down in
+    `realera_fast.philox`.
+
+    Args:
+        embeddings: `[c, t, d]` prompt embeddings; row 0 is begin-of-text and never moves.
+        region: where the points lie.
+        samples: points per prompt.
+        seed: key of the random stream, in [0, 2^63); use `philox.fold_seed` to derive one per step.
+        factor: `[d, d]` F with trace(F F^T) = d: noise rows are F z instead of z.
+        offset: counter of the first sample.
+
+    Returns:
+        the samples and their scalars.
+
+    Raises:
+        ValueError: a direction was drawn along which no point of the region lies (possible for very
+            small prompts and narrow regions), or an embedding is zero or not finite.
+    """
+    philox.check_seed(seed)
+    arguments = (
+        embeddings,
+        samples,
+        region.min_cosine,
+        region.max_cosine,
+        region.max_distance,
+        seed,
+        offset,
+    )
+    if factor is None:
+        rows, alpha, beta = ops.perturb(*arguments)
+    else:
+        width = embeddings.shape[-1]
+        if factor.shape != (width, width):
+            raise ValueError(
+                f"factor must be [{width}, {width}] like the embeddings' width, "
+                f"got {list(factor.shape)}"
+            )
+        rows, alpha, beta = philox.perturb(*arguments, factor=factor)
+    bad = beta.isnan()
+    if bool(bad.any()):
+        concept = int(bad.any(1).nonzero()[0])
+        moving = embeddings[concept, 1:]
+        if not bool(moving.isfinite().all()):
+            why = "it holds NaN or infinity"
+        elif not bool(moving.any()):
+            why = "it is zero, which has no direction"
+        else:
+            why = (
+                f"{int(bad[concept].sum())} of {samples} directions meet no point of {region}; "
+                "widen the cosine window or raise max_distance"
+            )
+        raise ValueError(f"embeddings[{concept}] can't be mined: {why}")
+    return Sampled(rows, alpha, beta)
+
+
+@lru_cache(maxsize=256)
+def moments(elements: int, region: Region) -> Moments:
+    """The limit of infinitely many samples, by quadrature over the noise.
+
+    In units |E| = 1 the noise is v = g E + v_perp with g ~ N(0, 1/N) and N |v_perp|^2 ~ chi^2 with
+    N - 1 degrees of freedom; the step is uniform in `philox.interval(g, |v_perp|)`, over which
+    the integrals are polynomials.
+
+    Args:
+        elements: N = (t - 1) d, the elements that move.
+        region: where the samples lie.
+
+    Returns:
+        the three moments; without elements, those of a prompt that does not move.
+
+    Raises:
+        ValueError: more than one direction in 10,000 meets no point of the region.
+    """
+    return _moments(elements, elements - 1, 1.0 / max(elements, 1), region)
+
+
+@lru_cache(maxsize=256)
+def _moments(elements: int, degrees: float, variance: float, region: Region) -> Moments:
+    """`moments` with a free number of degrees of |v_perp| and variance of g."""
+    if elements == 0:
+        return Moments(1.0, 1.0, 0.0)
+    if elements == 1 or degrees <= 0:
+        raise ValueError("mining needs at least two elements (tokens x width) that move, got one")
+    nodes, weights = _legendre(_NODES)
+    # Beyond 9 standard deviations a Gaussian holds less than 1e-18; a chi variable has a standard
+    # deviation of at most 0.71.
+    deviation = math.sqrt(variance)
+    g = 9.0 * deviation * nodes
+    g_mass = weights * torch.exp(-0.5 * (g / deviation).square())
+    low_edge = max(0.0, math.sqrt(degrees) - 6.5)
+    half_width = (math.sqrt(degrees) + 6.5 - low_edge) / 2
+    chi = low_edge + half_width * (1.0 + nodes)
+    log_density = (degrees - 1) * torch.log(chi) - chi.square() / 2
+    chi_mass = weights * torch.exp(log_density - log_density.max())
+    mass = g_mass[:, None] * chi_mass
+    mass = mass / mass.sum()
+
+    parallel = g[:, None].expand_as(mass)
+    # |v_perp|^2 has mean (elements - 1) / elements, whatever its degrees of freedom.
+    perpendicular = chi.expand_as(mass) * math.sqrt((elements - 1) / (elements * degrees))
+    low, high = philox.interval(
+        parallel, perpendicular, region.min_cosine, region.max_cosine, region.max_distance
+    )
+    accepted = low <= high
+    kept = float((mass * accepted).sum())
+    if 1.0 - kept > _EMPTY_MASS:
+        raise ValueError(
+            f"{1.0 - kept:.2g} of all directions around an embedding of {elements} elements meet "
+            f"no point of {region}; widen the cosine window or raise max_distance"
+        )
+    mass = torch.where(accepted, mass, 0.0) / kept
+    low, high = torch.where(accepted, low, 0.0), torch.where(accepted, high, 0.0)
+    mean = (low + high) / 2
+    square = (low.square() + low * high + high.square()) / 3
+    away = 1.0 - parallel
+    first = float((mass * (1.0 - mean * away)).sum())
+    second = float((mass * (1.0 - 2.0 * mean * away + square * away.square())).sum())
+    noise = float((mass * square * perpendicular.square()).sum()) / (elements - 1)
+    return Moments(first, second, noise)
+
+
+@lru_cache(maxsize=4)
+def _legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights on [-1, 1] (Golub and Welsch 1969)."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    off_diagonal = k / torch.sqrt(4 * k.square() - 1)
+    nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
+    return nodes, 2 * vectors[0].square()
+
+
+def add_neighbors(
+    equations: NormalEquations,
+    source: Tensor,
+    destination: Tensor,
+    weight: Tensor,
+    config: MiningConfig,
+    *,
+    seed: int,
+    covariance: Tensor | None = None,
+) -> int:
+    """Adds the neighbor and beyond rows of one concept to the normal equations.
+
+    Per token i with weight w, source e and destination a, x a sample around the whole prompt:
+
+        neighbors, weight w neighbor_scale:  x -> a  ("offset" mode: x -> x + a - e)
+        beyond,    weight w beyond_scale:    x -> x
+
+    each the mean over the samples, or its limit where `config.samples` is None. The begin-of-text
+    row does not move, so it enters as itself. Memory is O(d^2) beside one block of samples.
+
+    Args:
+        equations: the accumulator.
+        source: `[p, t, d]` prompt embeddings of the target, each moved as a whole.
+        destination: `[p, t, d]` their anchors.
+        weight: `[p, t]` weight of every row, 0 for rows that are not used.
+        config: mode, regions, scales and samples.
+        seed: key of the random stream; give every concept its own (`philox.fold_seed`). Not used
+            in expectation.
+        covariance: `[d, d]` symmetric positive semi-definite, any scale: shape of the noise of one
+            token in "covariance" mode (required there; not used by the other modes).
+
+    Returns:
+        the number of perturbed prompts drawn, 0 in expectation and for mode "none".
+
+    Raises:
+        ValueError: wrong shapes, a mode that draws no noise ("vocabulary" neighbors are found
+            elsewhere), a missing covariance, or a region that an embedding can't reach.
+    """
+    if config.mode == "none":
+        return 0
+    if config.mode == "vocabulary":
+        raise ValueError(
+            'mode "vocabulary" has no noise to add: pass its words as pairs, or choose "gaussian", '
+            '"covariance" or "offset"'
+        )
+    if source.dim() != 3 or destination.shape != source.shape:
+        raise ValueError(
+            "source and destination must both be [p, t, d], "
+            f"got {list(source.shape)} and {list(destination.shape)}"
+        )
+    if weight.shape != source.shape[:2]:
+        raise ValueError(f"weight must be {list(source.shape[:2])}, got {list(weight.shape)}")
+    if source.shape[2] != equations.width:
+        raise ValueError(f"source must have width {equations.width}, got {source.shape[2]}")
+    if config.mode == "covariance" and covariance is None:
+        raise ValueError('mode "covariance" needs the covariance of real text embeddings')
+    if source.numel() == 0:
+        return 0
+    device = equations.gram.device
+    # Half-precision embeddings would round x to 3 digits; every row is used once, so widen them.
+    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
+    source, destination = source.to(device, wide), destination.to(device, wide)
+    weight = weight.to(device, torch.float64)
+    shape = _normalised(covariance, equations) if config.mode == "covariance" else None
+    if config.samples is None:
+        _add_expectation(equations, source, destination, weight, config, shape)
+        return 0
+    return _add_samples(equations, source, destination, weight, config, shape, seed)
+
+
+def _normalised(covariance: Tensor | None, equations: NormalEquations) -> Tensor:
+    """`[d, d]` float64 symmetric covariance with trace d, on the accumulator's device."""
+    assert covariance is not None
+    if covariance.shape != equations.gram.shape:
+        raise ValueError(
+            f"covariance must be {list(equations.gram.shape)}, got {list(covariance.shape)}"
+        )
+    matrix = covariance.to(equations.gram)
+    trace = float(matrix.trace())
+    if not 0.0 < trace < math.inf or not bool(matrix.isfinite().all()):
+        raise ValueError(f"covariance must be finite with a positive trace, got trace {trace}")
+    return (matrix + matrix.mT) * (0.5 * equations.width / trace)
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    """`[d, d]` F with F F^T = matrix.
+
+    Raises:
+        ValueError: the matrix has an eigenvalue that is negative beyond rounding.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    if float(values[0]) < -1e-6 * float(values[-1]):
+        raise ValueError(
+            "covariance must be positive semi-definite, got eigenvalues from "
+            f"{float(values[0]):.3g} to {float(values[-1]):.3g} (at trace d)"
+        )
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+def _terms(config: MiningConfig) -> Iterator[tuple[bool, Region, float]]:
+    """The terms that have weight: whether the anchor is the destination, the region, the scale."""
+    if config.neighbor_scale > 0:
+        yield True, config.neighbor_region, config.neighbor_scale
+    if config.beyond_scale > 0:
+        yield False, config.beyond_region, config.beyond_scale
+
+
+def _add_samples(
+    equations: NormalEquations,
+    source: Tensor,
+    destination: Tensor,
+    weight: Tensor,
+    config: MiningConfig,
+    covariance: Tensor | None,
+    seed: int,
+) -> int:
+    assert config.samples is not None
+    prompts, tokens, width = source.shape
+    factor = None if covariance is None else _square_root(covariance)
+    used = weight.reshape(-1) != 0
+    block = max(1, _ELEMENTS_PER_BLOCK // source.numel())
+    drawn = 0
+    for anchored, region, scale in _terms(config):
+        first = 0 if anchored else _BEYOND_OFFSET
+        for start in range(0, config.samples, block):
+            count = min(block, config.samples - start)
+            rows = sample(
+                source, region, samples=count, seed=seed, factor=factor, offset=first + start
+            ).rows
+            # [p, s, t, d] -> [s, p t, d], where rows without weight can be dropped at once.
+            x = rows.transpose(0, 1).reshape(count, prompts * tokens, width)[:, used]
+            if not anchored:
+                y = x
+            elif config.mode == "offset":
+                y = x + (destination - source).reshape(-1, width)[used]
+            else:
+                y = destination.reshape(-1, width)[used].expand_as(x)
+            w = (weight.reshape(-1)[used] * (scale / config.samples)).expand(count, -1)
+            equations.update(Pairs(x.reshape(-1, width), y.reshape(-1, width), w.reshape(-1)))
+            drawn += prompts * count
+    return drawn
+
+
+def _add_expectation(
+    equations: NormalEquations,
+    source: Tensor,
+    destination: Tensor,
+    weight: Tensor,
+    config: MiningConfig,
+    covariance: Tensor | None,
+) -> None:
+    """`_add_samples` in the limit of infinitely many samples.
+
+    With a covariance K (trace d) instead of the identity, the noise of token i orthogonal to E has
+    the covariance, up to its scale, K - (k e^T + e k^T) / |E|^2 + kappa e e^T / |E|^2 with k = K
+    e_i and kappa = sum_j e_j^T K e_j / |E|^2; |v|^2 fluctuates like a chi^2 variable of
+    N d / trace(K^2) degrees. What is left out, the correlation of g with the orthogonal part, is of
+    the order of kappa / N.
+    """
+    prompts, tokens, width = source.shape
+    elements = (tokens - 1) * width
+    e = source.to(torch.float64)
+    a = destination.to(torch.float64)
+    moving = e[:, 1:]
+    square = moving.square().sum((1, 2))
+    if elements and not bool(((square > 0) & square.isfinite()).all()):
+        raise ValueError("source holds NaN, infinity or a zero embedding, which can't be mined")
+    for anchored, region, scale in _terms(config):
+        gram = torch.zeros_like(equations.gram)
+        cross = torch.zeros_like(gram)
+        for p in range(prompts):
+            w = weight[p] * scale
+            mapped = moving[p] if covariance is None else moving[p] @ covariance
+            kappa = float((mapped * moving[p]).sum() / square[p]) if elements else 1.0
+            if covariance is None or elements == 0:
+                m = moments(elements, region)
+            else:
+                degrees = (elements - 1) * width / float(covariance.square().sum())
+                m = _moments(elements, degrees, kappa / elements, region)
+            # m.noise is per element of v_perp at trace N - 1; here its trace is N - kappa.
+            noise = m.noise * (elements - 1) / (elements - kappa) if elements > 1 else 0.0
+            first = torch.full_like(w, m.first)
+            second = torch.full_like(w, m.second)
+            first[0] = second[0] = 1.0
+
+            outer = e[p].mT @ ((w * second)[:, None] * e[p])
+            weighted = w[1:, None] * moving[p]
+            mixed = weighted.mT @ mapped
+            outer += noise * (kappa * (weighted.mT @ moving[p]) - mixed - mixed.mT)
+            spread = noise * float(square[p]) * float(w[1:].sum())
+            if covariance is None:
+                outer.diagonal().add_(spread)
+            else:
+                outer += spread * covariance
+            gram += (outer + outer.mT) / 2
+            if anchored and config.mode == "offset":
+                cross += ((w * first)[:, None] * (a[p] - e[p])).mT @ e[p]
+            elif anchored:
+                cross += ((w * first)[:, None] * a[p]).mT @ e[p] - outer
+        equations.update_moments(gram, cross if anchored else None)

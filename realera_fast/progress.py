@@ -1,0 +1,25 @@
+"""Progress bars: tqdm on stderr, silenced by an argument or the way diffusers users silence theirs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def enabled(progress: bool | None) -> bool:
+    """Whether bars are drawn: `True`/`False` decide; `None` follows diffusers' switch.
+
+    `diffusers.utils.logging.disable_progress_bar()` turns diffusers' bars off for the process. The
+    module is looked up, never imported: where diffusers was not imported, nobody can have used it.
+    """
+    if progress is not None:
+        return progress
+    diffusers_logging: Any = sys.modules.get("diffusers.utils.logging")
+    return diffusers_logging is None or diffusers_logging.is_progress_bar_enabled()
+
+
+def bar(*, total: int, desc: str, progress: bool | None, unit: str = "it") -> tqdm:
+    """A bar of `total` steps; a disabled one counts without drawing."""
+    return tqdm(total=total, desc=desc, unit=unit, disable=not enabled(progress), leave=False)

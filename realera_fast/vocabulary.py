@@ -1,0 +1,236 @@
+"""What the model can say: words of the tokenizer's own vocabulary, encoded once per text encoder.
+
+They serve twice. Their second moments are the *preserve prior*: what must stay where it is when no
+list is given (method: "The preserve prior"). And those that fall inside the neighborhood of a
+concept are its *semantic neighbors*, found without any data (method: "Mining in expectation").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realera_fast.closed_form import NormalEquations, Pairs
+from realera_fast.pairs import fill
+from realera_fast.text import TextModel
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = ("{}", "a photo of a {}", "a {} in the style of {word}")
+"""Prompts of every word; `{word}` is another word of the vocabulary, so that the prior also holds
+compositions."""
+
+_DESCRIBED = TEMPLATES[:2]
+_STRIDE = 37
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """The preserve prior."""
+
+    words: int = 1000
+    """Whole words of the tokenizer's vocabulary, most common first (count; method.md: "a few
+    thousand"; ours, so that a CPU encodes them in minutes)."""
+
+    preserve_scale: float = 1.0
+    """Weight of the prior's mean row, and of each word named as preserved, against one target's
+    mean row (ratio; ours)."""
+
+    cache: bool = True
+    """Keep the encoded prior on disk, in the Hugging Face assets cache, under a hash of the text
+    encoder's weights (default: yes)."""
+
+    def __post_init__(self) -> None:
+        if self.words < 0 or self.preserve_scale < 0:
+            raise ValueError(
+                "VocabularyConfig: words and preserve_scale must be >= 0, got "
+                f"{self.words} and {self.preserve_scale}"
+            )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Encoded words of one text encoder."""
+
+    words: tuple[str, ...]
+    descriptors: Tensor
+    """`[w, d]` float32: the end-of-text row of each word, mean over the plain templates."""
+    gram: Tensor
+    """`[d, d]` float64: second moments, summed over all prompts, mean over the rows of a prompt."""
+    prompts: int
+    """Number of prompts in `gram`."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`[d]` mean descriptor."""
+        return self.descriptors.mean(dim=0)
+
+    def similarity(self, descriptor: Tensor) -> Tensor:
+        """`[w]` cosine between each word and a `[d]` descriptor, both seen from the mean word.
+
+        Text encoders put all prompts into a narrow cone; without the mean every cosine is near 1.
+        """
+        if not self.words:
+            return torch.zeros(0)
+        centered = self.descriptors - self.mean
+        return torch.nn.functional.cosine_similarity(centered, descriptor - self.mean, dim=-1)
+
+
+def _prompts(words: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
+    """Every prompt of the prior with the words that it contains."""
+    prompts = []
+    for index, word in enumerate(words):
+        other = words[(index * _STRIDE + 1) % len(words)]
+        for template in TEMPLATES:
+            used = {word, other} if "{word}" in template else {word}
+            prompts.append((fill(template, word, other), frozenset(used)))
+    return prompts
+
+
+def _mean_rows(hidden: Tensor) -> Pairs:
+    """Rows that keep their place: `[p, t, d]` without begin-of-text, weighted to a mean per prompt."""
+    rows = hidden[:, 1:].reshape(-1, hidden.shape[-1])
+    weight = torch.full((len(rows),), 1.0 / max(1, hidden.shape[1] - 1), device=rows.device)
+    return Pairs(rows, rows, weight)
+
+
+def _accumulate(
+    text: TextModel, prompts: Sequence[str], *, progress: bool | None, desc: str
+) -> tuple[Tensor, Tensor]:
+    """Summed second moments `[d, d]` and end-of-text rows `[p, d]`, streamed in blocks."""
+    from realera_fast import progress as progress_bars
+
+    equations = NormalEquations(text.width, device=text.device)
+    ends = []
+    block = 64
+    with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
+        for start in range(0, len(prompts), block):
+            part = prompts[start : start + block]
+            hidden = text.encode(part)
+            equations.update(_mean_rows(hidden))
+            position = text.end_of_text(text.tokenize(part)).to(hidden.device)
+            ends.append(hidden[torch.arange(len(part), device=hidden.device), position])
+            bar.update(len(part))
+    rows = torch.cat(ends) if ends else torch.zeros(0, text.width, device=text.device)
+    return equations.gram, rows
+
+
+def describe(text: TextModel, words: Sequence[str]) -> Tensor:
+    """`[w, d]` descriptors of any words, comparable with `Vocabulary.descriptors`."""
+    prompts = [fill(template, word) for word in words for template in _DESCRIBED]
+    hidden = text.encode(prompts)
+    position = text.end_of_text(text.tokenize(prompts)).to(hidden.device)
+    rows = hidden[torch.arange(len(prompts), device=hidden.device), position]
+    return rows.view(len(words), len(_DESCRIBED), -1).mean(dim=1)
+
+
+def encode_vocabulary(
+    text: TextModel, config: VocabularyConfig, *, progress: bool | None = False
+) -> Vocabulary:
+    """Encodes the vocabulary, or reads it from the cache."""
+    words = text.words(config.words)
+    path = _cache_path(text, words) if config.cache and words else None
+    if path is not None and (cached := _read(path, words)) is not None:
+        logger.info("preserve prior read from %s", path)
+        return Vocabulary(
+            words, cached.descriptors.to(text.device), cached.gram.to(text.device), cached.prompts
+        )
+    if not words:
+        empty = torch.zeros(0, text.width, device=text.device)
+        gram = torch.zeros(text.width, text.width, dtype=torch.float64, device=text.device)
+        return Vocabulary((), empty, gram, 0)
+    prompts = [prompt for prompt, _ in _prompts(words)]
+    gram, ends = _accumulate(text, prompts, progress=progress, desc="preserve prior")
+    descriptors = ends.view(len(words), len(TEMPLATES), -1)[:, : len(_DESCRIBED)].mean(dim=1)
+    vocabulary = Vocabulary(words, descriptors, gram, len(prompts))
+    if path is not None:
+        _write(path, vocabulary)
+    return vocabulary
+
+
+def preserve_gram(
+    text: TextModel, vocabulary: Vocabulary, excluded: Iterable[str]
+) -> tuple[Tensor, int]:
+    """The prior's mean second moments without every prompt that holds an excluded word.
+
+    The few excluded prompts are encoded again and subtracted, so that the cache holds one matrix
+    and not one per word.
+
+    Returns:
+        `[d, d]` float64 mean over the remaining prompts, and their number.
+    """
+    dropped = {word.casefold() for word in excluded}
+    left_out = [
+        prompt
+        for prompt, used in _prompts(vocabulary.words)
+        if not dropped.isdisjoint(word.casefold() for word in used)
+    ]
+    gram, _ = _accumulate(text, left_out, progress=False, desc="")
+    remaining = vocabulary.prompts - len(left_out)
+    return (vocabulary.gram - gram) / max(1, remaining), remaining
+
+
+def _cache_path(text: TextModel, words: Sequence[str]) -> Path | None:
+    from huggingface_hub import cached_assets_path
+
+    key = hashlib.sha256(
+        json.dumps([text.fingerprint(), list(words), list(TEMPLATES), text.max_tokens]).encode()
+    ).hexdigest()
+    try:
+        folder = cached_assets_path("realera_fast", "preserve_prior")
+    except OSError as error:
+        logger.info("preserve prior is not cached: %s", error)
+        return None
+    return Path(folder) / f"{key}.safetensors"
+
+
+def _read(path: Path, words: tuple[str, ...]) -> Vocabulary | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            vocabulary = Vocabulary(
+                words,
+                file.get_tensor("descriptors"),
+                file.get_tensor("gram"),
+                int(file.metadata()["prompts"]),
+            )
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        logger.warning("cached preserve prior %s is unreadable and will be made again: %s", path, error)
+        return None
+    if len(vocabulary.descriptors) != len(words) or not torch.isfinite(vocabulary.gram).all():
+        logger.warning("cached preserve prior %s does not fit and will be made again", path)
+        return None
+    return vocabulary
+
+
+def _write(path: Path, vocabulary: Vocabulary) -> None:
+    """Atomic; a cache that cannot be written costs time, not the erasure."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        save_file(
+            {
+                "descriptors": vocabulary.descriptors.cpu().contiguous(),
+                "gram": vocabulary.gram.cpu().contiguous(),
+            },
+            temporary,
+            metadata={"prompts": str(vocabulary.prompts)},
+        )
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("preserve prior could not be cached in %s: %s", path, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""Ahead-of-time compilation of the Triton kernels for GPUs that are not here.
+
+Runs in a process of its own: Triton's interpreter, which the other tests need on a CPU, is a choice
+for the whole process. `pytest tests/aot` without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="the interpreter is on: run `pytest tests/aot` by itself"
+)
+
+from realera_fast.kernels import perturb  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Most shared memory of a block, in bytes (CUDA programming guide, compute capabilities)."""
+
+
+def compiled(kernel: Any, dtype: str, capability: int, constants: dict[str, Any]) -> Any:
+    """Compiles a kernel of this library for contiguous, aligned arguments.
+
+    Args:
+        kernel: a jitted function whose compile-time arguments have upper-case names.
+        dtype: type of the embeddings and rows.
+        capability: compute capability times ten.
+        constants: the compile-time arguments.
+    """
+    exact = "fp64" if dtype == "fp64" else "fp32"
+    constants = constants | {"stride_d": 1}
+    signature = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("e_ptr", "rows_ptr"):
+            signature[name] = f"*{dtype}"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{exact}"
+        else:
+            signature[name] = parameter.annotation_type or "i32"
+    aligned = [
+        i
+        for i, name in enumerate(signature)
+        if name.endswith("_ptr") or name in ("width", "stride_c", "stride_t")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in signature},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=perturb._OPTIONS
+    )
+
+
+def resources(binary: bytes, folder: Any) -> dict[str, int]:
+    """Registers, stack and local memory per thread, as the assembler wrote them into the binary."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary)
+    text = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    assert {"REG", "STACK", "LOCAL"} <= found.keys(), text
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.parametrize("kernel", [perturb._sums, perturb._rows], ids=["sums", "rows"])
+def test_perturb_compiles_without_spills(kernel, dtype, capability, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    constants = {
+        "DOUBLE": dtype == "fp64",
+        "BLOCK": perturb._BLOCK,
+        "BLOCK_WIDTH": 1024,
+        "TILES": 32,
+    }
+    result = compiled(kernel, dtype, capability, constants)
+    used = resources(result.asm["cubin"], tmp_path)
+    # A spilled register lives on the stack, and nothing else here does.
+    assert used["STACK"] == 0 and used["LOCAL"] == 0
+    assert used["REG"] <= 128  # at least four blocks of 128 threads share a multiprocessor
+    assert result.metadata.shared <= SHARED_LIMIT[capability]

@@ -1,0 +1,84 @@
+"""Text encoder and tokenizer as one thing."""
+
+import pytest
+import torch
+from tiny_models import WORDS, tiny_text_encoder, tiny_tokenizer
+
+from realera_fast.text import TextModel, find_tokenizer
+
+
+@pytest.fixture(scope="module")
+def text():
+    return TextModel(tiny_text_encoder(), tiny_tokenizer())
+
+
+def test_encodes_as_the_pipeline_does(text):
+    prompts = ["a photo of a cat", "dog"]
+    ids = text.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = text.encoder(ids)[0]
+    assert torch.equal(text.encode(prompts), expected)
+    assert torch.equal(text.encode(prompts, batch_size=1)[0], text.encode(prompts[:1])[0])
+
+
+def test_encoding_nothing_and_training_mode(text):
+    assert text.encode([]).shape == (0, 77, 32)
+    text.encoder.train()
+    text.encode(["cat"])
+    assert text.encoder.training
+    text.encoder.eval()
+
+
+def test_overflow_says_what_is_cut():
+    text = TextModel(tiny_text_encoder(), tiny_tokenizer(length=6))
+    assert text.overflow("a cat") == ""
+    assert text.overflow("a photo of a cat dog") == "cat dog"
+
+
+def test_words_are_whole_words_most_common_first(text):
+    words = text.words(100)
+    assert set(words) <= set(WORDS) and {"cat", "style"} <= set(words)
+    assert "of" not in words  # shorter than three letters
+    assert text.words(3) == words[:3]
+
+
+def test_tokenizer_is_found_beside_the_encoder(tmp_path, text):
+    text.encoder.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoder = type(text.encoder).from_pretrained(tmp_path / "text_encoder")
+    found = TextModel(encoder)
+    assert torch.equal(found.encode(["a photo of a cat"]), text.encode(["a photo of a cat"]))
+
+
+def test_a_missing_tokenizer_says_what_to_pass(text):
+    with pytest.raises(ValueError, match=r"pass tokenizer=pipe\.tokenizer"):
+        find_tokenizer(tiny_text_encoder())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "tokenizer", "message"),
+    [
+        (lambda: (1, 2), lambda: None, "text_encoder: expected one"),
+        (lambda: "clip", lambda: None, "text_encoder: expected a transformers text model"),
+        (tiny_text_encoder, lambda: 3, "tokenizer: expected a transformers tokenizer"),
+    ],
+)
+def test_wrong_types_are_named(encoder, tokenizer, message):
+    with pytest.raises(TypeError, match=message):
+        TextModel(encoder(), tokenizer())
+
+
+def test_meta_and_nan_weights_are_refused():
+    with pytest.raises(ValueError, match="meta device"):
+        TextModel(tiny_text_encoder().to("meta"), tiny_tokenizer())
+    broken = tiny_text_encoder()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        TextModel(broken, tiny_tokenizer()).encode(["cat"])
+
+
+def test_fingerprint_follows_the_weights(text):
+    other = TextModel(tiny_text_encoder(seed=9), tiny_tokenizer())
+    assert text.fingerprint() == TextModel(tiny_text_encoder(), tiny_tokenizer()).fingerprint()
+    assert text.fingerprint() != other.fingerprint()
