@@ -28,8 +28,9 @@ def torch_folder() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "torch is not installed, and building realera_fast needs its headers. Run `make setup`, "
-            "or install torch 2.10 or later first, then `pip install --no-build-isolation .`"
+            "torch is not installed, and building realera_fast needs its headers. Run "
+            "`make setup`, or install torch 2.10 or later first, then "
+            "`pip install --no-build-isolation .`"
         )
     return Path(spec.origin).parent
 

@@ -46,7 +46,7 @@ TEXT = dict(
 )
 VAE = dict(channels=(32, 48, 64, 96), latent=16, batch=16, lr=1e-3, noise=0.1,
            edges=0.7, decoder_steps=4000, encoder_steps=600)
-UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=9000, lr=1e-3, warmup=300)
+UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=6000, lr=1e-3, warmup=300)
 JUDGE = dict(batch=128, steps=2500, lr=2e-3)
 CAPTIONS_PER_PAIR = 48
 EMA_DECAY = 0.999

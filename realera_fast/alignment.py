@@ -307,23 +307,23 @@ def align_noise(
         ):
             target_points = _buffer(sampler, source, generator, seed, bar)
             preserve_points = _buffer(sampler, preserve, generator, seed + 10_000, bar)
-        lora.attach(
+        parameters = lora.attach(
             unet, models.names, rank=config.rank, alpha=config.lora_alpha, seed=seed
         )
         attached = True
-        parameters = [p for p in unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         with progress_bars.bar(total=config.steps, desc="alignment", progress=progress) as bar:
             for step in range(config.steps):
+                noise_seed = (seed << 20) + 2 * step
                 z_m, t_m, index = target_points.draw(config.batch_size, generator)
                 student_m, anchor_m, source_m = source[index], anchor[index], source[index]
                 if mining_config.mode in ("gaussian", "covariance", "offset"):
                     student_m = mining.sample(
-                        source_m, mining_config.neighbor_region, samples=1, seed=seed + step
+                        source_m, mining_config.neighbor_region, samples=1, seed=noise_seed
                     ).rows[:, 0]
                 half = max(1, config.batch_size // 2)
                 beyond = mining.sample(
-                    source_m[:half], mining_config.beyond_region, samples=1, seed=seed - step - 1
+                    source_m[:half], mining_config.beyond_region, samples=1, seed=noise_seed + 1
                 ).rows[:, 0]
                 z_p, t_p, index = preserve_points.draw(config.batch_size, generator)
                 kept = preserve[index]

@@ -184,7 +184,9 @@ def erase(
     ] = "pipeline,delta",
     mining: Mining = None,
     no_align: NoAlign = False,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all randomness.", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of all randomness.", min=0)
+    ] = None,
     config: ConfigFile = None,
     dtype: Dtype = "fp32",
     device: Device = None,
@@ -305,13 +307,18 @@ def verify(
     seeds: Annotated[
         str, typer.Option(metavar="LIST", help="Seeds, the same for every prompt.")
     ] = "0,1,2",
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps (default: 25).", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Denoising steps (default: 25).", min=1)
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(metavar="X", help="Classifier-free guidance (default: 7.5).", min=0.0)
+        float | None,
+        typer.Option(metavar="X", help="Classifier-free guidance (default: 7.5).", min=0.0),
     ] = None,
     height: Annotated[int | None, typer.Option(metavar="N", help="In pixels.", min=8)] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="In pixels.", min=8)] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Pictures drawn together.", min=1)] = 4,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Pictures drawn together.", min=1)
+    ] = 4,
     dtype: Dtype = "fp32",
     device: Device = None,
     variant: Variant = None,
@@ -345,9 +352,7 @@ def verify(
         table = embedded.words().sampling
         sampling = {"steps": table["steps"], "guidance": table["guidance_scale"]}
         height, width = height or table.get("height"), width or table.get("width")
-    sampling |= {
-        k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None
-    }
+    sampling |= {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     with _output_folder(out, force) as folder:
         pipe = _load(model, dtype=dtype, device=device, variant=variant)
         found = verify_pictures(
@@ -402,7 +407,7 @@ def info(
         typer.echo(_json(found), nl=False)
         return
     typer.echo("versions")
-    typer.echo(_columns([("", name, version or "-") for name, version in found["versions"].items()]))
+    typer.echo(_columns([("", name, text or "-") for name, text in found["versions"].items()]))
     typer.echo("\ndevices")
     typer.echo(_columns([("", d["name"], d["description"]) for d in found["devices"]]))
     typer.echo("\noperations")
@@ -422,7 +427,9 @@ def demo(
     style: Annotated[str, typer.Option(metavar="WORD", help="The style to erase.")] = "mosaic",
     mining: Mining = None,
     no_align: NoAlign = False,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the eraser.", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the eraser.", min=0)
+    ] = None,
     config: ConfigFile = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -628,7 +635,8 @@ def _load(model: str, *, dtype: str, device: str | None, variant: str | None) ->
 
         if not (embedded.FOLDER / "pipeline" / "model_index.json").is_file():
             raise CommandError("this installation does not hold the embedded model")
-        return embedded.load_pipeline(DTYPES[dtype]).to(where)
+        embedded_pipe: Any = embedded.load_pipeline(DTYPES[dtype])
+        return embedded_pipe.to(where)
     from diffusers import DiffusionPipeline
 
     folder = Path(model).expanduser()
@@ -824,8 +832,7 @@ def _echo_plan(
         typer.echo(f"would preserve {', '.join(preserve)}")
     stage = "with" if config.alignment.enabled else "without"
     typer.echo(
-        f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, "
-        f"seed {config.seed}"
+        f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, seed {config.seed}"
     )
     typer.echo(f"would write {', '.join(wanted)} and a report to {out}")
 

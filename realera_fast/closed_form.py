@@ -9,7 +9,8 @@ For rows ``(x_i, y_i, w_i)`` the edited projection of a weight ``W`` minimises
 Neither A nor D depends on the layer, so one factorisation serves all of them, and only rows that
 move contribute to D, so ``T - I`` has low rank.
 
-:class:`NormalEquations` accumulates A and D; :class:`ConceptMap` is the answer in its smallest form.
+:class:`NormalEquations` accumulates A and D; :class:`ConceptMap` is the answer in its smallest
+form.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ class Pairs:
 class ClosedFormConfig:
     """Options of the closed form."""
 
-    ridge: float = 0.5
-    """Weight of ``|W' - W|_F^2`` in the objective, in units of a row's weight times its squared
-    length. Greater is gentler. Default: that of UCE's released code (``lamb``)."""
+    ridge: float = 1e-3
+    """Weight of ``|W' - W|_F^2`` in the objective, as a fraction of the mean squared entry of a
+    preserved row, so that it means the same for every text encoder. Greater is gentler. Default
+    (ours): UCE's 0.5 beside one row of CLIP ViT-L/14 (squared length about 780) is 0.5 in the units
+    of that row's mean squared entry, and holds one vector a concept; here a vocabulary holds."""
     rank_tolerance: float = 1e-6
     """Singular values of T - I below this fraction of the greatest are dropped; no unit. Default
     is ours: about ten roundings of float32, the precision the factors are stored in."""
@@ -150,7 +153,7 @@ class ConceptMap:
         return ConceptMap(self.left.to(device), self.right.to(device))
 
     def compose(self, other: ConceptMap) -> ConceptMap:
-        """This map, then ``other``: the product ``T_other T_self``, of rank ``k_self + k_other``."""
+        """This map, then ``other``: ``T_other T_self``, of rank ``k_self + k_other``."""
         if other.width != self.width:
             raise ValueError(f"other: expected a map of width {self.width}, got {other.width}")
         # (I + L2 R2)(I + L1 R1) = I + [L1 + L2 (R2 L1), L2] [R1; R2]
@@ -158,7 +161,7 @@ class ConceptMap:
         return ConceptMap(left, torch.cat((self.right, other.right), 0))
 
     def compressed(self, tolerance: float = 1e-6) -> ConceptMap:
-        """The same map with singular values of T - I below ``tolerance`` times the greatest dropped.
+        """The same map without singular values of T - I below ``tolerance`` times the greatest.
 
         Args:
             tolerance: fraction of the greatest singular value, from 0 to less than 1.
@@ -170,7 +173,9 @@ class ConceptMap:
         q_left, r_left = torch.linalg.qr(self.left.to(torch.float64))
         q_right, r_right = torch.linalg.qr(self.right.mT.to(torch.float64))
         u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-        kept = _kept(s, tolerance)
+        # What is left of parts that cancel is rounding, not a direction.
+        noise = self.rank * _EPS * float(r_left.norm() * r_right.norm())
+        kept = min(_kept(s, tolerance), int((s > noise).sum()))
         root = s[:kept].sqrt()
         left = q_left @ (u[:, :kept] * root)
         right = (root[:, None] * vh[:kept]) @ q_right.mT
@@ -188,7 +193,7 @@ class SolveInfo:
     condition: float
     """Estimated 1-norm condition number of A (1 for "identity"; infinity if it can't be told)."""
     residual_ratio: float
-    """``|XA - D| / (|A| |X| eps d)`` in the infinity norm; below 30 is as good as float64 can be."""
+    """``|XA - D| / (|A| |X| eps d)`` in the infinity norm; below 30 is as good as float64 gets."""
     rank: int
     """Rank k of the map."""
     dropped: float
@@ -419,7 +424,7 @@ def _explain(gram: Tensor, ridge: float, rows: int) -> str:
 
 
 def _kept(singular: Tensor, tolerance: float) -> int:
-    """Number of singular values above ``tolerance`` times the greatest (exact zeros never count)."""
+    """Number of singular values above ``tolerance`` times the greatest; zeros never count."""
     if singular.numel() == 0:
         return 0
     return int(((singular > tolerance * singular[0]) & (singular > 0)).sum())

@@ -287,7 +287,9 @@ def run_demo(
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = (embedded.load_pipeline() if pipe is None else pipe).to(device)
+    if pipe is None:
+        pipe = embedded.load_pipeline()
+    pipe = pipe.to(device)
     judge = embedded.load_judge() if judge is None else judge
     clock.lap("load")
 
@@ -474,9 +476,9 @@ def _rows(
     ]
     rows = []
     for erased, word in wanted:
-        chosen = [
-            i for i, shot in enumerate(shots) if shot.erased == erased and shot.word == word
-        ][: config.columns]
+        chosen = [i for i, shot in enumerate(shots) if shot.erased == erased and shot.word == word][
+            : config.columns
+        ]
         first = shots[chosen[0]]
         prompt = first.prompt
         if first.kind == "style":
@@ -498,9 +500,7 @@ def _rows(
 def _judged(judge: Judge, shots: Sequence[Shot], pictures: Sequence[Image.Image]) -> list[str]:
     """`[n]` what the judge sees of the kind that each shot asks for."""
     things, styles = judge.classify(pictures)
-    return [
-        things[i] if shot.kind == "thing" else styles[i] for i, shot in enumerate(shots)
-    ]
+    return [things[i] if shot.kind == "thing" else styles[i] for i, shot in enumerate(shots)]
 
 
 def _scores(shots: Sequence[Shot], seen: Sequence[str], erased: str) -> Scores:

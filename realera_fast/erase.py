@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -297,7 +298,7 @@ def _report(
     return {
         "words": tuple(words),
         "neighbors": dict(mined),
-        "solve": solution.info.to_dict(),
+        "solve": dataclasses.asdict(solution.info),
         "layers": {
             name: float((edited[name].float() - weight.float()).norm() / weight.float().norm())
             for name, weight in before.items()

@@ -73,6 +73,9 @@ _TITLES: Mapping[str, tuple[str, str]] = {
 }
 """Headings and explanations of the parts of an erasure's report."""
 
+_FIRST = ("", "word", "role", "anchor", "moved", "drift")
+"""Columns of records in the order of reading; others follow as they come."""
+
 _BACKGROUND = ("neighbor", "vocabulary")
 """Roles of words that the user did not name."""
 
@@ -116,7 +119,10 @@ def write_html(
     parts += [_table(table) for table in tables]
     if report:
         parts.append("<h2>What the erasure did to the model</h2>")
-        parts += [_value(key, value) for key, value in _scalars_first(report)]
+        # A saved report comes back with its keys sorted; the page has an order of its own.
+        known = {key: report[key] for key in _TITLES if key in report}
+        rest = {k: v for k, v in report.items() if k not in known and k != "warnings"}
+        parts += [_value(key, value) for key, value in (*known.items(), *_scalars_first(rest))]
     if provenance:
         parts.append("<h2>How to get the same again</h2>")
         parts += [_value(key, value) for key, value in _scalars_first(provenance)]
@@ -292,7 +298,7 @@ def _table(table: Table) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f'<td class="n">{_text(cell)}</td>' if number else f'<td class="long">{_text(cell)}</td>'
+            f'<td class="{"n" if number else "long"}">{_text(cell)}</td>'
             for cell, number in zip(row, numeric, strict=True)
         )
         + "</tr>"
@@ -302,7 +308,8 @@ def _table(table: Table) -> str:
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
         f"{heading}{note}"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -338,7 +345,9 @@ def _value(key: str, value: Any) -> str:
         named = [entry for entry in entries if entry.get("role") not in _BACKGROUND]
         rest = [entry for entry in entries if entry.get("role") in _BACKGROUND]
         parts = _records(title, named, note) if named else ""
-        return parts + (_records("Mined neighbors and other words", rest, fold=True) if rest else "")
+        if rest:
+            parts += _records("Mined neighbors and other words", rest, fold=True)
+        return parts
     items = "".join(f"<li>{_text(_cell(entry))}</li>" for entry in entries)
     return f'<h3>{escape(title)}</h3><ul class="plain">{items}</ul>'
 
@@ -347,6 +356,7 @@ def _records(
     title: str, records: Sequence[Mapping[str, Any]], note: str = "", *, fold: bool = False
 ) -> str:
     names = list(dict.fromkeys(name for record in records for name in record))
+    names.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
     rows = tuple(tuple(_cell(record.get(name)) for name in names) for record in records)
     header = tuple(str(name).replace("_", " ") for name in names)
     if not fold and len(rows) <= 40:
@@ -376,8 +386,13 @@ def _cell(value: Any) -> Any:
     """A value for one cell: nested ones as compact JSON, lists of words joined."""
     if _is_single(value):
         return value
+    if isinstance(value, Mapping) and all(_is_single(entry) for entry in value.values()):
+        return ", ".join(
+            f"{name} {entry:.4g}" if isinstance(entry, float) else f"{name} {entry}"
+            for name, entry in value.items()
+        )
     if isinstance(value, Sequence) and all(isinstance(entry, str) for entry in value):
-        return ", ".join(value)
+        return ", ".join(value) or "none"
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -1,4 +1,4 @@
-"""Every operation of the library in plain PyTorch: the definition the native and Triton kernels are tested against.
+"""Every operation in plain PyTorch: the definition that native and Triton code is tested against.
 
 The functions run on any device and dtype, on the meta device too, so they branch on shapes only,
 never on values. They assume checked arguments; the checks are in :mod:`realera_fast.ops`.
@@ -38,7 +38,7 @@ def normal_equations_(
         y = destination[start : start + block].to(torch.float64)
         w = weight[start : start + block].to(torch.float64)[:, None]
         product = x.mT @ (w * x)
-        # A matrix product is symmetric only up to rounding; its mean with the transpose is so exactly.
+        # The product is symmetric only up to rounding; its mean with the transpose is so exactly.
         gram += (product + product.mT) / 2
         cross += (w * (y - x)).mT @ x
 

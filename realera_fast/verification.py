@@ -180,7 +180,9 @@ def generate(
             raise ValueError(f"{name} must be at least 1, got {value}")
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     options |= {k: v for k, v in (("height", height), ("width", width)) if v is not None}
-    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    batches = [
+        range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)
+    ]
     pictures: list[Image.Image] = []
     hidden = 0
     with (
@@ -375,8 +377,6 @@ def sampling_settings(pipe: Any, *, steps: int, guidance: float) -> dict[str, An
     }
 
 
-
-
 def before_after_grid(
     rows: Sequence[Row],
     path: str | Path | None = None,
@@ -451,9 +451,7 @@ def before_after_grid(
             lines = _wrapped(row.prompt, 26)
             for i, line in enumerate(lines):
                 offset = (i - (len(lines) - 1) / 2) * 19
-                draw.text(
-                    (margin + 14, y + cell[1] / 2 + offset), line, _INK, text, anchor="lm"
-                )
+                draw.text((margin + 14, y + cell[1] / 2 + offset), line, _INK, text, anchor="lm")
             for x, pictures, seen in (
                 (left[0], row.before, row.seen_before),
                 (left[1], row.after, row.seen_after),

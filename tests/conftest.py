@@ -1,4 +1,4 @@
-"""What every test shares: interpreter choice, seed, poisoned memory, devices, the tolerance rule."""
+"""What every test shares: interpreter, seed, poisoned memory, devices, the tolerance rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU Triton's kernels run in its interpreter; it reads this when it is first imported.
+    # Without a GPU Triton's kernels run in its interpreter; it reads this when first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

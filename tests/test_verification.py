@@ -92,7 +92,9 @@ def test_same_seed_same_picture_in_any_batch(pipe: Any) -> None:
         assert picture_difference(a, c) < ROUNDING
     # False without it: another seed, or another prompt, is another picture.
     other = generate(pipe, prompts, [8, 9, 10], steps=3, batch_size=3)
-    assert all(picture_difference(a, b) > 4 * ROUNDING for a, b in zip(together, other, strict=True))
+    assert all(
+        picture_difference(a, b) > 4 * ROUNDING for a, b in zip(together, other, strict=True)
+    )
 
 
 def test_generate_leaves_the_global_random_state_alone(pipe: Any) -> None:
@@ -166,9 +168,7 @@ class ColorJudge:
 def test_judge_accuracy() -> None:
     images = [solid("red"), solid("lime"), solid("darkred")]
     assert judge_accuracy(ColorJudge(), images, "red") == (2 / 3, ["red", "green", "red"])
-    accuracy, seen = judge_accuracy(
-        ColorJudge(), images, ["light", "light", "dark"], kind="style"
-    )
+    accuracy, seen = judge_accuracy(ColorJudge(), images, ["light", "light", "dark"], kind="style")
     assert (accuracy, seen) == (1.0, ["light", "light", "dark"])
 
 
@@ -420,7 +420,10 @@ def test_page_keeps_small_pictures_exact_and_large_ones_small(tmp_path: Path) ->
     write_html(
         path,
         title="t",
-        rows=[row(before=(one,), after=(one,), seeds=(0,)), row(before=(big,), after=(big,), seeds=(0,))],
+        rows=[
+            row(before=(one,), after=(one,), seeds=(0,)),
+            row(before=(big,), after=(big,), seeds=(0,)),
+        ],
     )
     sources = [a["src"] for tag, a in _Page(path.read_text()).tags if tag == "img"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))) for s in sources if s]
@@ -431,9 +434,7 @@ def test_page_keeps_small_pictures_exact_and_large_ones_small(tmp_path: Path) ->
 # --- writing -------------------------------------------------------------------------------
 
 
-def test_write_file_is_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_file_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_file(path, b"old")
 
@@ -450,9 +451,7 @@ def test_write_file_is_whole_or_not_at_all(
     assert path.read_bytes() == b"new"
 
 
-def test_safety_checker_is_reported(
-    pipe: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_safety_checker_is_reported(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Checked:
         """A pipeline whose safety checker blacks out everything, without step callbacks."""
 

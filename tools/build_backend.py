@@ -1,8 +1,8 @@
 """setuptools' build backend, asking only for the build tools that are missing.
 
-A fixed list in pyproject.toml would download torch (gigabytes, in its default form) into the build's
-isolated environment although the one it is built for already has it, and cmake although the machine
-has one.
+A fixed list in pyproject.toml would download torch (gigabytes, in its default form) into the
+build's isolated environment although the one it is built for already has it, and cmake although the
+machine has one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,40 @@
+# make demo    erase a concept from the embedded model; results in out/demo
+# make test    the whole test suite
+# make lint    style and types
+# make setup   only the environment that these use: .venv, or the active one if it has torch
+# make clean   remove what was built here (not .venv)
+
+PYTHON ?= python3
+OUT ?= out/demo
+
+# Few threads: the work is small, and OpenMP's spinning threads hurt where cores are shared.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint setup clean
+.DEFAULT_GOAL := help
+
+# Runs $(1) with $$python set to the Python of the environment.
+with_environment = python=$$($(PYTHON) tools/setup_env.py) && $(1)
+
+.PHONY: help
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup:
+	@$(call with_environment,echo "ready: $$python")
+
+demo:
+	@$(call with_environment,"$$python" -m realera_fast demo --out "$(OUT)")
+
+# Two processes: Triton's interpreter, which the kernels' tests need where there is no GPU, is a
+# choice for the whole process, and the tests in tests/aot compile instead.
+test:
+	@$(call with_environment,"$$python" -m pytest -q --benchmark-disable tests \
+	  && env -u TRITON_INTERPRET "$$python" -m pytest -q tests/aot)
+
+lint:
+	@$(call with_environment,"$$python" -m ruff check . && "$$python" -m mypy)
+
+clean:
+	rm -rf build out *.egg-info realera_fast/_C.abi3.so .pytest_cache .ruff_cache .mypy_cache

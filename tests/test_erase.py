@@ -1,0 +1,245 @@
+"""The one verb, end to end on tiny models."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from tiny_models import tiny_pipeline, tiny_text_encoder, tiny_unet
+
+import realera_fast
+from realera_fast import Concept, EraseConfig, Erasure
+from realera_fast.alignment import AlignmentConfig
+from realera_fast.erase import neighbor_words
+from realera_fast.mining import MiningConfig
+from realera_fast.text import TextModel
+from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
+
+FAST = AlignmentConfig(steps=2, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=1)
+CONFIG = EraseConfig(alignment=FAST, vocabulary=VocabularyConfig(cache=False))
+CLOSED = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, enabled=False))
+
+
+def weights(unet):
+    return {name: value.clone() for name, value in unet.state_dict().items()}
+
+
+def same(unet, before):
+    after = unet.state_dict()
+    return list(after) == list(before) and all(torch.equal(after[n], v) for n, v in before.items())
+
+
+def run(pipe, concepts, config=CLOSED, **options):
+    return realera_fast.erase(
+        pipe.unet,
+        pipe.text_encoder,
+        concepts,
+        **{"tokenizer": pipe.tokenizer, "scheduler": pipe.scheduler, "config": config}
+        | {"progress": False}
+        | options,
+    )
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+def test_edits_the_projections_and_nothing_else(pipe):
+    before = weights(pipe.unet)
+    result = run(pipe, ["cat=dog"], CONFIG)
+    after = pipe.unet.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {n for n in before if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    assert result.report["layers"].keys() == {n.removesuffix(".weight") for n in changed}
+
+
+def test_three_arguments_are_enough(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    loaded = type(tiny_pipeline()).from_pretrained(tmp_path, safety_checker=None)
+    before = weights(loaded.unet)
+    result = realera_fast.erase(loaded.unet, loaded.text_encoder, ["cat"])
+    assert not same(loaded.unet, before) and result.concepts == (Concept("cat"),)
+
+
+def test_the_target_moves_to_its_anchor_and_the_rest_stays(pipe):
+    report = run(pipe, ["cat=dog"]).report
+    words = {word["word"]: word for word in report["words"]}
+    assert words["cat"]["moved"] > 0.3
+    drift = [w["drift"] for w in report["words"] if w["role"] == "vocabulary"]
+    assert sum(drift) / len(drift) < 0.5
+    assert report["solve"]["rank"] > 0 and report["solve"]["residual_ratio"] < 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_the_unets(dtype):
+    pipe = tiny_pipeline(dtype=dtype)
+    before = weights(pipe.unet)
+    result = run(pipe, ["cat=dog"], CONFIG if dtype != torch.float16 else CLOSED)
+    assert all(value.dtype == dtype for value in pipe.unet.state_dict().values())
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_restore_is_bit_exact_and_apply_does_it_again(pipe, tmp_path):
+    before = weights(pipe.unet)
+    result = run(pipe, ["cat=dog"], CONFIG)
+    edited = weights(pipe.unet)
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+    Erasure.load(result.save(tmp_path / "cat.safetensors")).apply_(pipe.unet)
+    assert same(pipe.unet, edited)
+
+
+def test_erasing_nothing_changes_no_bit(pipe):
+    before = weights(pipe.unet)
+    result = run(pipe, [])
+    assert same(pipe.unet, before) and result.map.rank == 0 and not result.lora
+
+
+def test_same_seed_same_bits(pipe):
+    other = tiny_pipeline()
+    first, second = run(pipe, ["cat"], CONFIG), run(other, ["cat"], CONFIG)
+    assert same(pipe.unet, weights(other.unet))
+    assert torch.equal(first.map.left, second.map.left)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("where", ["realera_fast.erase.align_noise", "realera_fast.report.moved"])
+def test_any_failure_leaves_the_model_bit_identical(pipe, monkeypatch, where, error):
+    before = weights(pipe.unet)
+
+    def fail(*_, **__):
+        raise error("stop")
+
+    import sys
+
+    module = sys.modules[where.rpartition(".")[0]]
+    monkeypatch.setattr(module, where.rpartition(".")[2], fail)
+    with pytest.raises(error):
+        run(pipe, ["cat"], CONFIG)
+    assert same(pipe.unet, before)
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "covariance", "offset", "vocabulary", "none"])
+def test_every_kind_of_mining_erases(pipe, mode):
+    config = dataclasses.replace(CLOSED, mining=MiningConfig(mode=mode))
+    report = run(pipe, ["cat=dog"], config).report
+    assert report["words"][0]["moved"] > 0.1
+
+
+def test_sampled_mining_is_near_its_expectation(pipe):
+    def factors(samples):
+        fresh = tiny_pipeline()
+        mining = MiningConfig(mode="gaussian", samples=samples)
+        return run(fresh, ["cat=dog"], dataclasses.replace(CLOSED, mining=mining)).map.matrix
+
+    exact = factors(None)
+    few, many = (factors(4) - exact).norm(), (factors(256) - exact).norm()
+    assert many < 0.5 * few
+
+
+def test_neighbor_words_are_near_and_never_named(pipe):
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    vocabulary = encode_vocabulary(text, VocabularyConfig(cache=False))
+    concepts = [Concept("cat", "dog"), Concept("van gogh", kind="style")]
+    config = MiningConfig(word_cosine=-1.0, max_words=100)
+    found = neighbor_words(text, vocabulary, concepts, config, keep=["ship"])
+    words = [*found["cat"], *found["van gogh"]]
+    assert len(words) == len(set(words))
+    assert not {"cat", "dog", "ship", "van", "gogh", "art"} & set(words)
+    assert set(words) | {"cat", "dog", "ship", "van", "gogh", "art"} >= set(vocabulary.words)
+    narrow = dataclasses.replace(config, word_cosine=1.0)
+    assert not any(neighbor_words(text, vocabulary, concepts, narrow).values())
+
+
+def test_preserved_words_move_less(pipe):
+    def drift(preserve):
+        result = run(tiny_pipeline(), ["cat=dog"], preserve=preserve)
+        spread = {w["word"]: w["drift"] for w in result.report["words"] if w["drift"] is not None}
+        return spread["kitten"]
+
+    assert drift(["kitten"]) < drift([])
+
+
+def test_progress_bars_follow_the_argument_and_diffusers(pipe, capsys):
+    from diffusers.utils import logging
+
+    run(pipe, ["cat"], CONFIG, progress=True)
+    assert "alignment" in capsys.readouterr().err
+    logging.disable_progress_bar()
+    try:
+        run(tiny_pipeline(), ["cat"], CONFIG, progress=None)
+    finally:
+        logging.enable_progress_bar()
+    assert "alignment" not in capsys.readouterr().err
+
+
+def test_config_round_trip_and_unknown_fields():
+    config = EraseConfig(seed=3, mining=MiningConfig(mode="gaussian", samples=5))
+    assert EraseConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="no field 'speed'"):
+        EraseConfig.from_dict({"speed": 1})
+    with pytest.raises(ValueError, match=r"EraseConfig\.mining has no field 'sample'"):
+        EraseConfig.from_dict({"mining": {"sample": 1}})
+    with pytest.raises(ValueError, match="seed"):
+        EraseConfig(seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"unet": lambda p: UNet2DModel(8, block_out_channels=(32, 32), layers_per_block=1,
+          down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)},
+         ValueError, "cross-attention"),
+        ({"unet": lambda p: tiny_unet(width=48)}, ValueError, "width 32"),
+        ({"text_encoder": lambda p: tiny_text_encoder(width=48)}, ValueError, "width 48"),
+        ({"concepts": lambda p: ["cat", "cat"]}, ValueError, "named twice"),
+        ({"concepts": lambda p: [""]}, ValueError, "empty"),
+        ({"concepts": lambda p: ["cat=cat"]}, ValueError, "equals its anchor"),
+        ({"preserve": lambda p: ["cat"]}, ValueError, "also to be erased"),
+        ({"preserve": lambda p: "dog"}, TypeError, "list of strings"),
+        ({"concepts": lambda p: ["cat " * 80]}, ValueError, "would be cut"),
+        ({"config": lambda p: {"seed": 1}}, TypeError, "EraseConfig"),
+        ({"tokenizer": lambda p: 3}, TypeError, "tokenizer"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_and_changes_nothing(pipe, change, error, message):
+    arguments = {
+        "unet": pipe.unet,
+        "text_encoder": pipe.text_encoder,
+        "concepts": ["cat"],
+        "tokenizer": pipe.tokenizer,
+        "config": CLOSED,
+        "progress": False,
+    } | {name: make(pipe) for name, make in change.items()}
+    before = weights(arguments["unet"])
+    with pytest.raises(error, match=message):
+        realera_fast.erase(**arguments)
+    assert same(arguments["unet"], before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda unet: unet.fuse_qkv_projections(), "unfuse_qkv_projections"),
+        (lambda unet: unet.to("meta"), "meta"),
+        (lambda unet: next(unet.mid_block.parameters()).data.fill_(float("nan")), "NaN"),
+    ],
+)
+def test_unusable_models_are_refused(pipe, spoil, message):
+    if message == "NaN":
+        name = next(n for n, _ in pipe.unet.named_modules() if n.endswith("attn2.to_k"))
+        pipe.unet.get_submodule(name).weight.data[0, 0] = float("nan")
+    else:
+        spoil(pipe.unet)
+    with pytest.raises(ValueError, match=message):
+        run(pipe, ["cat"])
+
+
+def test_a_tokenizer_without_words_warns_and_still_erases(pipe, caplog, monkeypatch):
+    monkeypatch.setattr(TextModel, "words", lambda self, count: ())
+    result = run(pipe, ["cat=dog"])
+    assert "no neighbors are mined" in caplog.text
+    assert result.report["words"][0]["moved"] > 0.3
+

@@ -1,0 +1,263 @@
+"""The shape of the package: who imports whom, what an import costs, what is public and built."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import realera_fast
+from realera_fast import ops
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "realera_fast"
+
+ORDER = (
+    *("metrics", "progress", "philox", "reference", "ops", "unet", "closed_form", "mining"),
+    *("concepts", "text", "pairs", "vocabulary", "lora", "alignment", "config", "report"),
+    *("erasure", "erase", "verification", "page", "embedded", "demo", "cli", "__main__"),
+)
+"""Every module; each may import only those before it. `__init__` belongs to the last ones."""
+
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", "triton", "typer", "PIL", "numpy")
+"""What the package may name only inside functions, but for the modules below."""
+LAZY_EXCEPT = {
+    "verification": {"numpy", "PIL"},
+    "page": {"numpy", "PIL"},
+    "demo": {"numpy", "PIL"},
+    "embedded": {"numpy", "PIL"},
+    "cli": {"typer", "numpy", "PIL"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """The syntax tree of every module of the package."""
+    paths = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")]
+    return {
+        (
+            path.parent.name if path.parent != PACKAGE and path.stem == "__init__" else path.stem
+        ): ast.parse(path.read_text())
+        for path in paths
+    }
+
+
+def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
+    """Dotted names that the statements import, those of `from a import b` as "a" and "a.b"."""
+    names: set[str] = set()
+    for top in nodes.body if isinstance(nodes, ast.Module) else nodes:
+        for node in ast.walk(top):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def at_import(tree: ast.Module) -> set[str]:
+    """What is imported when the module is: functions' bodies and `if TYPE_CHECKING` left out."""
+    statements = [
+        node
+        for node in tree.body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    return imported(statements)
+
+
+def run(code: str, cwd: Path) -> str:
+    """Runs Python code in a fresh process."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(modules()) - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_import_direction(name: str) -> None:
+    for target in imported(modules()[name]):
+        parts = target.split(".")
+        if parts[0] != "realera_fast" or len(parts) < 2 or parts[1] not in ORDER:
+            continue
+        if name == parts[1] == "embedded":
+            continue  # a folder: its files may import one another
+        assert ORDER.index(parts[1]) < ORDER.index(name), f"{name} imports {parts[1]}"
+
+
+def test_only_ops_names_the_native_code_and_the_kernels() -> None:
+    for name, tree in modules().items():
+        if name == "ops":
+            continue
+        named = {
+            n for n in imported(tree) if n.startswith(("realera_fast.kernels", "torch.library"))
+        }
+        assert not named, f"{name} imports {named}"
+        assert "torch.ops.realera_fast" not in ast.unparse(tree), name
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_heavy_libraries_are_imported_lazily(name: str) -> None:
+    roots = {target.split(".")[0] for target in at_import(modules()[name])}
+    assert not roots & set(HEAVY) - LAZY_EXCEPT.get(name, set())
+
+
+def test_only_lora_and_alignment_import_peft() -> None:
+    users = {
+        name for name, tree in modules().items() for n in imported(tree) if n.startswith("peft")
+    }
+    assert users <= {"lora", "alignment"}
+
+
+def test_kernels_stand_below_the_operations() -> None:
+    for path in (ROOT / "kernels").glob("*.py"):
+        names = imported(ast.parse(path.read_text()))
+        ours = {".".join(n.split(".")[:2]) for n in names if n.startswith("realera_fast")}
+        # They may name what they must agree with bit for bit, and nothing above it.
+        assert ours <= {"realera_fast", "realera_fast.philox"}, path
+
+
+def test_no_environment_variables_and_no_print() -> None:
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("os.environ", "os.getenv"), name
+            if isinstance(node, ast.Call) and name != "cli":
+                assert ast.unparse(node.func) != "print", name
+
+
+def test_import_is_lean(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import realera_fast\n"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}"
+        f" & {set(HEAVY) - {'numpy'}!r}), torch.cuda.is_initialized())"
+    )
+    assert run(code, tmp_path) == "[] False"
+
+
+def test_public_names() -> None:
+    names = realera_fast.__all__
+    assert names == sorted(names) and len(set(names)) == len(names)
+    for name in names:
+        assert hasattr(realera_fast, name), name
+    public = {
+        name
+        for name, value in vars(realera_fast).items()
+        if not name.startswith("_") and not isinstance(value, type(realera_fast))
+    }
+    # `erase` is the function, although a module has that name as well.
+    assert public | {"__version__"} == set(names)
+
+
+def test_kernels_is_not_a_package_of_its_own() -> None:
+    # Transformers looks for a package of that name: a folder with `__init__.py` would answer.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = PACKAGE / "kernels"
+    assert link.is_symlink() and link.readlink() == Path("../kernels")
+
+
+def test_transformers_is_not_fooled_by_the_kernels_folder(tmp_path: Path) -> None:
+    code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run(code, ROOT) == run(code, tmp_path)
+
+
+def test_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+NATIVE = PACKAGE / "_C.abi3.so"
+ALLOWED = re.compile(
+    r"""
+    aoti_torch_\w+ | torch_\w+               # the stable ABI of torch
+    | _Z\w+ | __cxa_\w+ | __gxx_\w+ | _Unwind_\w+ | __dso_handle  # the C++ runtime
+    | mem\w+ | str\w+ | malloc | free | abort | __stack_chk_fail | __\w+_chk | __assert_fail
+    | fabs | sqrt | isfinite | __cxa_finalize | __gmon_start__ | _ITM_\w+ | __tls_get_addr | __libc_single_threaded
+    """,
+    re.VERBOSE,
+)
+
+
+@pytest.mark.skipif(not NATIVE.exists(), reason="the native library is not built")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+class TestNativeLibrary:
+    def symbols(self, option: str) -> list[str]:
+        text = subprocess.run(
+            ["nm", "-D", option, str(NATIVE)], capture_output=True, text=True, check=True
+        ).stdout
+        return [line.split()[-1].split("@")[0] for line in text.splitlines()]
+
+    def test_needs_only_the_stable_abi(self) -> None:
+        needed = self.symbols("--undefined-only")
+        assert any(name.startswith("torch_") for name in needed)
+        strange = [name for name in needed if not ALLOWED.fullmatch(name)]
+        assert not strange
+        # C++ symbols may be the standard library's, never torch's: those are not stable.
+        unstable = [n for n in needed if n.startswith("_Z") and re.search("c10|2at|5torch", n)]
+        assert not unstable
+
+    def test_does_not_need_python(self) -> None:
+        assert not [n for n in self.symbols("--undefined-only") if n.startswith(("Py", "_Py"))]
+
+    def test_a_broken_library_is_not_passed_over(self, tmp_path: Path) -> None:
+        shutil.copytree(
+            PACKAGE, tmp_path / "realera_fast", ignore=shutil.ignore_patterns("*.safe*")
+        )
+        (tmp_path / "realera_fast" / NATIVE.name).write_bytes(b"not a library")
+        code = "import sys; sys.path.insert(0, '.'); from realera_fast import ops"
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode != 0 and NATIVE.name in result.stderr
+
+    def test_without_the_library_the_reference_serves(self, tmp_path: Path) -> None:
+        assert ops.implementations()["solve_spd"]["cpu"] == "native"
+        ignore = shutil.ignore_patterns(NATIVE.name, "*.safetensors")
+        shutil.copytree(PACKAGE, tmp_path / "realera_fast", ignore=ignore)
+        code = (
+            "import sys; sys.path.insert(0, '.'); from realera_fast import ops; import torch\n"
+            "eye = torch.eye(3, dtype=torch.float64); ops.solve_spd(eye, eye)\n"
+            "print(ops.implementations()['solve_spd']['cpu'], ops.__file__)"
+        )
+        assert run(code, tmp_path) == f"reference {tmp_path / 'realera_fast' / 'ops.py'}"
+
+
+def test_wheel(tmp_path: Path) -> None:
+    """Builds the wheel from a copy and looks inside."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".*", "build", "out", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path,
+         source],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"realera_fast"}
+    shipped = {name.removeprefix("realera_fast/") for name in names}
+    assert {"_C.abi3.so", "py.typed", "kernels/perturb.py"} <= shipped
+    data = {
+        str(path.relative_to(PACKAGE))
+        for path in (PACKAGE / "embedded").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert data <= shipped
+
+
+def test_torch_is_not_older_than_the_library_asks() -> None:
+    assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
