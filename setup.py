@@ -52,18 +52,26 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        # Tools installed by pip are beside the interpreter, which need not be on the user's PATH.
+        paths = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+        environment = {**os.environ, "PATH": os.pathsep.join(paths)}
+        cmake = shutil.which("cmake", path=environment["PATH"])
+        if cmake is None:
+            raise SystemExit("cmake is not installed; `pip install cmake ninja` provides it")
+        ninja = shutil.which("ninja", path=environment["PATH"])
+        generator = ["-G", "Ninja"] if ninja else []
         subprocess.run(
             [
-                *("cmake", "-S", str(ROOT.resolve()), "-B", str(build), *generator),
+                *(cmake, "-S", str(ROOT.resolve()), "-B", str(build), *generator),
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
                 f"-DTORCH_DIR={torch_folder()}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,
+            env=environment,
         )
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
 
 
 setup(

@@ -3,7 +3,7 @@
 import random
 import subprocess
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from multiprocessing import Pool
 
 import numpy as np
@@ -190,7 +190,7 @@ class Fonts:
         return cls(color or find_font("Noto Color Emoji"), line or find_font("Symbola"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(fonts: Fonts, char: str, line: bool) -> Image.Image:
     return draw_glyph(fonts.line if line else fonts.color, char, not line)
 

@@ -7,11 +7,12 @@ continues with the same command::
 
 ==========  =====================================================================================
 text        tokenizer and CLIP text encoder, by contrast with a small image tower
-vae         ``AutoencoderKL``: 64x64 pictures to 8x8x16 latents
-latents     latent bank of every thing and style, states of their captions
+latents     latents (principal components of patches) of every picture, states of the captions
+vae         ``AutoencoderKL`` between 64x64 pictures and those 8x8x16 latents
 unet        ``UNet2DConditionModel``, noise prediction
 judge       classifier of things and styles
-export      the pipeline folder, judge and table into the package
+export      the pipeline folder and the judge into the package
+sweep       guidance and step counts compared; the table's ``sampling`` is chosen from it
 evaluate    what the judge sees in the model's pictures
 ==========  =====================================================================================
 """
@@ -23,7 +24,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from realera_fast.embedded import FOLDER, words
 SEED = 20240
 MAX_TOKENS = 32
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+RESULTS = Path(__file__).resolve().parent / "results" / "embedded_model.json"
 
 BANK = dict(color_count=200, other_count=56)
 TEXT = dict(
@@ -47,7 +48,8 @@ TEXT = dict(
 VAE = dict(channels=(32, 48, 64, 96), latent=16, batch=16, lr=1e-3, noise=0.1,
            edges=0.7, decoder_steps=4000, encoder_steps=600)
 UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=6000, lr=1e-3, warmup=300)
-JUDGE = dict(batch=128, steps=2500, lr=2e-3)
+JUDGE = dict(batch=128, steps=1200, lr=3e-3, latent_noise=0.2)
+EVALUATE = dict(seed=9000, seeds_per_thing=5, per_style=20)
 CAPTIONS_PER_PAIR = 48
 EMA_DECAY = 0.999
 MIN_SNR = 5.0
@@ -320,7 +322,7 @@ def stage_text(work: Path) -> None:
             within, between = text_closeness(tokenizer, encoder)
             encoder.train()
             log("text", f"step {step} loss {loss.item():.3f} cosine of synonyms {within:.3f}, "
-                f"of different things {between:.3f}, {(time.time() - start) / (step + 1):.3f} s/step")
+                f"of others {between:.3f}, {(time.time() - start) / (step + 1):.3f} s/step")
     state = {"encoder": encoder.state_dict(), "closeness": text_closeness(tokenizer, encoder)}
     save(work / "text.pt", state)
 
@@ -642,7 +644,247 @@ def stage_unet(work: Path) -> None:
     resume.unlink(missing_ok=True)
 
 
-STAGES = {"text": stage_text, "latents": stage_latents, "vae": stage_vae, "unet": stage_unet}
+# --- judge ----------------------------------------------------------------------------------
+
+
+def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """What separates a sample from a rendering: softness, noise, slightly wrong light."""
+    if rng.random() < 0.4:
+        kernel = torch.ones(3, 1, 3, 3) / 9
+        soft = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+        x = torch.lerp(x, soft, float(rng.uniform(0.3, 1.0)))
+    if rng.random() < 0.3:
+        size = int(rng.integers(28, 56))
+        x = F.interpolate(F.interpolate(x, size=size, mode="area"), size=64, mode="bilinear")
+    contrast = 1 + 0.15 * torch.randn(len(x), 1, 1, 1)
+    light = 0.1 * torch.randn(len(x), 3, 1, 1)
+    x = x * contrast + light + 0.15 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+    x = F.pad(x, (4, 4, 4, 4), mode="replicate")
+    top, left = rng.integers(0, 9, 2)
+    return x[..., top : top + 64, left : left + 64].clamp(-1, 1)
+
+
+@torch.no_grad()
+def through_vae(work: Path, pictures: np.ndarray, noise: float) -> np.ndarray:
+    """Pictures after projection, some noise and the decoder."""
+    vae, basis, out = trained_vae(work), load(work / "basis.pt"), []
+    for i in range(0, len(pictures), 64):
+        z = project(basis, as_batch(pictures[i : i + 64]))
+        with autocast():
+            y = vae.decode(z + noise * torch.randn_like(z)).sample.float()
+        out.append(((y.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(out)
+
+
+def judge_accuracy(judge, pictures: np.ndarray, things: np.ndarray, styles: np.ndarray):
+    right_thing = right_style = 0
+    for i in range(0, len(pictures), 256):
+        said = judge.probabilities((as_batch(pictures[i : i + 256]) + 1) / 2)
+        right_thing += (said[0].argmax(1).numpy() == things[i : i + 256]).sum()
+        right_style += (said[1].argmax(1).numpy() == styles[i : i + 256]).sum()
+    return right_thing / len(pictures), right_style / len(pictures)
+
+
+def stage_judge(work: Path) -> None:
+    """Renderings, a third of them passed through the autoencoder; tested on fresh ones."""
+    from safetensors.torch import save_file
+
+    from realera_fast.embedded.judge import Judge
+
+    if (work / "judge.safetensors").exists():
+        return log("judge", "already there")
+    pictures, things, styles = bank(work)
+    rng = np.random.default_rng(SEED + 5)
+    passed = np.sort(rng.permutation(len(pictures))[: len(pictures) // 3])
+    pictures[passed] = through_vae(work, pictures[passed], JUDGE["latent_noise"])
+    sampler = Sampler(things, styles, SEED + 5)
+    judge = Judge().train().to(memory_format=torch.channels_last)
+    log("judge", f"{sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters")
+    optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step, JUDGE["steps"], 100)
+    )
+    start = time.time()
+    for step in range(JUDGE["steps"]):
+        rows, keys = sampler(JUDGE["batch"])
+        x = soften(as_batch(pictures[rows]), rng)
+        target = torch.tensor(keys)
+        with autocast():
+            thing, style = judge(x.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(thing.float(), target[:, 0], label_smoothing=0.05)
+        loss = loss + 0.5 * F.cross_entropy(style.float(), target[:, 1], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            log("judge", f"step {step + 1} loss {loss.item():.3f} "
+                f"{(time.time() - start) / (step + 1):.3f} s/step")
+    judge = judge.to(memory_format=torch.contiguous_format).eval()
+    state = {
+        name: value.half().contiguous()
+        for name, value in judge.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    save_file(state, work / "judge.part")
+    os.replace(work / "judge.part", work / "judge.safetensors")
+    judge = Judge.load(work / "judge.safetensors")
+    fresh, things, styles = render_all(Fonts.find(), 20, 8, seed=SEED + 1000)
+    found = {"count": len(fresh)}
+    for name, seen in (("renderings", fresh), ("decoded", through_vae(work, fresh, 0.1))):
+        every = judge_accuracy(judge, seen, things, styles)
+        plain = styles == 0
+        color = judge_accuracy(judge, seen[plain], things[plain], styles[plain])
+        found[name] = {
+            "things": float(every[0]), "styles": float(every[1]), "things_color": float(color[0])
+        }
+        log("judge", f"held-out {name}: {found[name]}")
+    (work / "judge.json").write_text(json.dumps(found))
+
+
+# --- export and evaluation ------------------------------------------------------------------
+
+
+def stage_export(work: Path) -> None:
+    """Put the pipeline and the judge into the package (the table is already there)."""
+    done = work / "unet.pt"
+    state = load(done if done.exists() else work / "unet.resume.pt")
+    export_pipeline(work, state["averaged"], FOLDER / "pipeline")
+    if (work / "judge.safetensors").exists():
+        shutil.copyfile(work / "judge.safetensors", FOLDER / "judge.safetensors")
+    files = [f for f in FOLDER.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    log("export", f"{sum(f.stat().st_size for f in files) / 1e6:.2f} MB")
+
+
+def draw(pipe, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
+    """Samples ``[n, 3, 64, 64]`` in 0..1, each from its own seed."""
+    out = []
+    for i in range(0, len(prompts), 32):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 32]]
+        out.append(
+            pipe(
+                prompts[i : i + 32], num_inference_steps=steps, guidance_scale=guidance,
+                height=64, width=64, generator=generators, output_type="pt",
+            ).images
+        )
+    return torch.cat(out)
+
+
+def save_grid(images: Tensor, columns: int, path: Path) -> None:
+    from PIL import Image
+
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    rows = [np.concatenate(pixels[i : i + columns], 1) for i in range(0, len(pixels), columns)]
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def stage_sweep(work: Path) -> None:
+    """Compare guidance and step counts on the tuning things; the table keeps the winner."""
+    from realera_fast.embedded import load_judge, load_pipeline
+
+    pipe, judge = load_pipeline(), load_judge()
+    names = [thing.name for thing in words().things if thing.split == "tuning"]
+    prompts = [f"a photo of a {name}" for name in names for _ in range(4)]
+    expected = [name for name in names for _ in range(4)]
+    for steps, guidance in [(20, g) for g in (2.0, 3.0, 4.0, 5.5, 7.0)] + [(12, 4.0), (25, 4.0)]:
+        images = draw(pipe, prompts, [5000 + i for i in range(len(prompts))], steps, guidance)
+        seen, styles = judge.classify(images)
+        right = sum(a == b for a, b in zip(seen, expected, strict=True)) / len(seen)
+        log("sweep", f"steps {steps} guidance {guidance}: things {right:.3f}, "
+            f"color {styles.count('color') / len(styles):.3f}")
+
+
+def stage_evaluate(work: Path) -> None:
+    """How often the judge sees in the un-erased model's pictures what the prompt asked for."""
+    import diffusers
+    import transformers
+
+    from realera_fast.embedded import load_judge, load_pipeline
+
+    pipe, judge, table = load_pipeline(), load_judge(), words()
+    steps, guidance = table.sampling["steps"], table.sampling["guidance_scale"]
+    names = [thing.name for thing in table.things]
+    per = EVALUATE["seeds_per_thing"]
+
+    def run(prompts: list[str]) -> tuple[Tensor, list[str], list[str]]:
+        seeds = [EVALUATE["seed"] + i for i in range(len(prompts))]
+        images = draw(pipe, prompts, seeds, steps, guidance)
+        return images, *judge.classify(images)
+
+    def share(seen: list[str], wanted: list[str]) -> float:
+        return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(seen)
+
+    wanted = [name for name in names for _ in range(per)]
+    images, seen, styles = run([f"a photo of a {name}" for name in wanted])
+    save_grid(images.view(len(names), per, 3, 64, 64)[:, :2].flatten(0, 1), 20, work / "things.png")
+    per_thing = {
+        name: share(seen[i * per : (i + 1) * per], [name] * per) for i, name in enumerate(names)
+    }
+    confused = sorted({(a, b) for a, b in zip(wanted, seen, strict=True) if a != b})
+    synonyms = [(thing.name, word) for thing in table.things for word in thing.synonyms]
+    _, seen_synonyms, _ = run([f"a photo of a {word}" for _, word in synonyms])
+    style_names, drawable = [style.name for style in table.styles if style.name != "color"], []
+    inked = {t for t, s in pairs(Fonts.find()) if table.styles[s].name == "ink"}
+    for style in style_names:
+        for i in range(EVALUATE["per_style"]):
+            t = (7 * i) % len(names)
+            t = t if style != "ink" or t in inked else 0
+            drawable.append((names[t], style))
+    style_images, style_things, style_seen = run(
+        [f"a {style} picture of a {name}" for name, style in drawable]
+    )
+    save_grid(style_images, EVALUATE["per_style"], work / "styles.png")
+    found = {
+        "date": f"{datetime.datetime.now():%Y-%m-%d}",
+        "versions": {
+            "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "sampling": {"sampler": "DDIM", "steps": steps, "guidance_scale": guidance},
+        "seed": EVALUATE["seed"],
+        "training": {
+            "unet_steps": load(work / "unet.pt")["steps"] if (work / "unet.pt").exists() else None,
+            "text_cosine": load(work / "text.pt")["closeness"],
+        },
+        "judge_held_out": json.loads((work / "judge.json").read_text()),
+        "things": {
+            "prompt": "a photo of a {}", "pictures": len(wanted), "accuracy": share(seen, wanted),
+            "style_is_color": styles.count("color") / len(styles),
+            "per_thing": per_thing, "confused": confused,
+        },
+        "synonyms": {
+            "pictures": len(synonyms), "accuracy": share(seen_synonyms, [n for n, _ in synonyms])
+        },
+        "styles": {
+            "prompt": "a {style} picture of a {}", "pictures": len(drawable),
+            "accuracy": share(style_seen, [style for _, style in drawable]),
+            "thing_accuracy": share(style_things, [name for name, _ in drawable]),
+            "per_style": {
+                style: share(
+                    [a for a, (_, s) in zip(style_seen, drawable, strict=True) if s == style],
+                    [style] * EVALUATE["per_style"],
+                )
+                for style in style_names
+            },
+        },
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    log("evaluate", f"things {found['things']['accuracy']:.3f}, synonyms "
+        f"{found['synonyms']['accuracy']:.3f}, styles {found['styles']['accuracy']:.3f}")
+    log("evaluate", f"confused: {confused}")
+
+
+STAGES = {
+    "text": stage_text,
+    "latents": stage_latents,
+    "vae": stage_vae,
+    "unet": stage_unet,
+    "judge": stage_judge,
+    "export": stage_export,
+    "sweep": stage_sweep,
+    "evaluate": stage_evaluate,
+}
 
 
 def main() -> None:

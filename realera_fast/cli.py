@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -468,6 +469,8 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits with its code."""
+    # Being stopped by a scheduler must not leave half-written folders either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -481,10 +484,9 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # typer's word for KeyboardInterrupt
+            typer.echo("interrupted", err=True)
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        return 130
     except BrokenPipeError:
         # The reader went away ("info | head"): nothing is left to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -713,13 +715,15 @@ def _output_folder(out: Path, force: bool) -> Iterator[Path]:
         raise CommandError(f"cannot write --out {out}: {error.strerror}") from error
     try:
         yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
         umask = os.umask(0)
         os.umask(umask)
         staged.chmod(0o777 & ~umask)
+        for file in staged.rglob("*"):
+            if file.is_file():
+                # safetensors makes files that nobody else may read, whatever the user's umask.
+                file.chmod(0o666 & ~umask)
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
         if not out.exists():
             os.rename(staged, out)
         else:

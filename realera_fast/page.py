@@ -24,6 +24,9 @@ from realera_fast.verification import GROUPS, Row, encoded, write_file
 LARGEST = 256
 """Longest side, in pixels, of a picture inside a page; larger ones are scaled down."""
 
+SHOWN_WARNINGS = 6
+"""Warnings shown before the rest is folded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreLine:
@@ -110,8 +113,15 @@ def write_html(
         parts.append(f'<p class="lead">{escape(summary)}</p>')
     warnings = list(warnings)
     if warnings:
-        items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-        parts.append(f'<aside><h2>Warnings</h2><ul class="plain">{items}</ul></aside>')
+        items = [f"<li>{escape(warning)}</li>" for warning in warnings]
+        more = "".join(items[SHOWN_WARNINGS:])
+        if more:
+            count = len(items) - SHOWN_WARNINGS
+            more = (
+                f'<details><summary>{count} more</summary><ul class="plain">{more}</ul></details>'
+            )
+        shown = "".join(items[:SHOWN_WARNINGS])
+        parts.append(f'<aside><h2>Warnings</h2><ul class="plain">{shown}</ul>{more}</aside>')
     if scores:
         parts.append(_scores(scores))
     if rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,8 @@ def test_erase_reports_on_stdout_and_nothing_else_there(
     assert [p.name for p in out.parent.iterdir()] == ["er"]
     # Readable by others, as any file a user makes.
     assert os.stat(out).st_mode & 0o777 == 0o777 & ~_umask()
+    for file in out.iterdir():
+        assert os.stat(file).st_mode & 0o777 == 0o666 & ~_umask()
 
 
 def _umask() -> int:
@@ -374,7 +377,7 @@ def test_full_disk_is_found_before_the_work(
     ("failure", "code", "message"),
     [
         (OSError(28, "No space left on device"), 1, "error: No space left on device"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (KeyError("bug"), 1, "error: KeyError: 'bug' (--debug shows where)"),
     ],
 )
@@ -459,6 +462,31 @@ def test_verify_refuses(run: Any, model: str, erased: Path, tmp_path: Path) -> N
 
 
 # --- the process ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_behind(
+    model: str, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "out"
+    # The real process, stopped in the middle of the work, which waits there to be stopped.
+    program = (
+        "import time, signal; from realera_fast import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def work(*_, **__): print('working', flush=True); time.sleep(60)\n"
+        "cli.erase_concepts = work\n"
+        f"cli.main(['erase', {model!r}, '-c', 'cat', '-o', {str(out)!r}])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "working\n"
+        assert [p.name[:5] for p in tmp_path.iterdir()] == [".out."]
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reader_that_goes_away() -> None:

@@ -182,7 +182,8 @@ ALLOWED = re.compile(
     aoti_torch_\w+ | torch_\w+               # the stable ABI of torch
     | _Z\w+ | __cxa_\w+ | __gxx_\w+ | _Unwind_\w+ | __dso_handle  # the C++ runtime
     | mem\w+ | str\w+ | malloc | free | abort | __stack_chk_fail | __\w+_chk | __assert_fail
-    | fabs | sqrt | isfinite | __cxa_finalize | __gmon_start__ | _ITM_\w+ | __tls_get_addr | __libc_single_threaded
+    | fabs | sqrt | isfinite | __cxa_finalize | __gmon_start__ | _ITM_\w+ | __tls_get_addr
+    | __libc_single_threaded
     """,
     re.VERBOSE,
 )

@@ -19,9 +19,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = "torch==2.13.0+cpu"
-"""The version that is tested; `+cpu` is the local version of builds without CUDA, so that no index
-can answer with another build."""
+TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
+"""The version that is tested. `+cpu` marks builds without CUDA, so that no index can answer with
+another one; on macOS there are no others."""
+OLDEST_TORCH = (2, 10)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """PyTorch's own index of CPU builds, asked only where the user's own pip configuration has none."""
 
@@ -71,6 +72,11 @@ def install_requirements(python: Path) -> None:
     # A package that asks for another torch is an error to report, not a reason to replace it.
     code = "from importlib.metadata import version; print(version('torch'))"
     version = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+    if tuple(int(part) for part in version.stdout.split(".")[:2]) < OLDEST_TORCH:
+        raise SystemExit(
+            f"{python} has torch {version.stdout.strip()}, but 2.10 or later is needed: upgrade "
+            "it, or deactivate that environment and run this again to get one of its own"
+        )
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text(f"torch=={version.stdout.strip()}\n")

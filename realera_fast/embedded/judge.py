@@ -41,13 +41,13 @@ class Judge(nn.Module):
             _block(32, 64, 2),
             _block(64, 96, 1),
             _block(96, 128, 2),
-            _block(128, 160, 1),
+            _block(128, 128, 1),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
             nn.Dropout(0.1),
         )
-        self.thing_head = nn.Linear(160 * 16, len(self.things))
-        self.style_head = nn.Linear(160 * 16, len(self.styles))
+        self.thing_head = nn.Linear(128 * 16, len(self.things))
+        self.style_head = nn.Linear(128 * 16, len(self.styles))
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Judge":
