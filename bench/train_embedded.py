@@ -42,12 +42,27 @@ RESULTS = Path(__file__).resolve().parent / "results" / "embedded_model.json"
 
 BANK = dict(color_count=200, other_count=56)
 TEXT = dict(
-    width=192, layers=4, heads=6, batch=128, steps=700, lr=1e-3, temperature=0.07,
-    word_weight=0.3, word_temperature=0.04,
+    width=192,
+    layers=4,
+    heads=6,
+    batch=128,
+    steps=700,
+    lr=1e-3,
+    temperature=0.07,
+    word_weight=0.3,
+    word_temperature=0.04,
 )
-VAE = dict(channels=(32, 48, 64, 96), latent=16, batch=16, lr=1e-3, noise=0.1,
-           edges=0.7, decoder_steps=4000, encoder_steps=600)
-UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=6000, lr=1e-3, warmup=300)
+VAE = dict(
+    channels=(32, 48, 64, 96),
+    latent=16,
+    batch=16,
+    lr=1e-3,
+    noise=0.1,
+    edges=0.7,
+    decoder_steps=4000,
+    encoder_steps=600,
+)
+UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=5200, lr=1e-3, warmup=300)
 JUDGE = dict(batch=128, steps=1200, lr=3e-3, latent_noise=0.2)
 EVALUATE = dict(seed=9000, seeds_per_thing=5, per_style=20)
 CAPTIONS_PER_PAIR = 48
@@ -243,8 +258,7 @@ def text_closeness(tokenizer, encoder) -> tuple[float, float]:
 
     names = pooled([thing.name for thing in table.things])
     within = [
-        (pooled([*thing.synonyms]) @ names[i]).mean().item()
-        for i, thing in enumerate(table.things)
+        (pooled([*thing.synonyms]) @ names[i]).mean().item() for i, thing in enumerate(table.things)
     ]
     between = names @ names.T
     count = len(names)
@@ -266,8 +280,11 @@ def stage_text(work: Path) -> None:
     pictures, things, styles = bank(work)
     tokenizer = build_tokenizer(work / "tokenizer")
     encoder = build_text_encoder(tokenizer)
-    log("text", f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, "
-        f"vocabulary {len(tokenizer)}")
+    log(
+        "text",
+        f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, "
+        f"vocabulary {len(tokenizer)}",
+    )
     tower = Tower(128)
     text_head = nn.Linear(TEXT["width"], 128, bias=False)
     named = content_words(table)
@@ -310,9 +327,10 @@ def stage_text(work: Path) -> None:
         ).float()
         words_said = F.normalize(pooled.float(), dim=-1) @ F.normalize(prototypes, dim=-1).T
         chance = (words_said / TEXT["word_temperature"]).log_softmax(1)
-        loss -= TEXT["word_weight"] * (holds / holds.sum(1, keepdim=True).clamp(1) * chance).sum(
-            1
-        ).mean()
+        loss -= (
+            TEXT["word_weight"]
+            * (holds / holds.sum(1, keepdim=True).clamp(1) * chance).sum(1).mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -321,8 +339,11 @@ def stage_text(work: Path) -> None:
         if step % 100 == 0 or step == TEXT["steps"] - 1:
             within, between = text_closeness(tokenizer, encoder)
             encoder.train()
-            log("text", f"step {step} loss {loss.item():.3f} cosine of synonyms {within:.3f}, "
-                f"of others {between:.3f}, {(time.time() - start) / (step + 1):.3f} s/step")
+            log(
+                "text",
+                f"step {step} loss {loss.item():.3f} cosine of synonyms {within:.3f}, "
+                f"of others {between:.3f}, {(time.time() - start) / (step + 1):.3f} s/step",
+            )
     state = {"encoder": encoder.state_dict(), "closeness": text_closeness(tokenizer, encoder)}
     save(work / "text.pt", state)
 
@@ -407,8 +428,11 @@ def stage_vae(work: Path) -> None:
             schedule.step()
             recent += error.item()
             if step % 100 == 99:
-                log("vae", f"{half} step {step + 1} error {recent / 100:.4f} "
-                    f"{(time.time() - start) / (step + 1):.3f} s/step")
+                log(
+                    "vae",
+                    f"{half} step {step + 1} error {recent / 100:.4f} "
+                    f"{(time.time() - start) / (step + 1):.3f} s/step",
+                )
                 recent = 0.0
             if step % 500 == 499:
                 save(work / "vae.draft.pt", vae.state_dict())
@@ -452,6 +476,8 @@ def fit_basis(pictures: np.ndarray) -> dict[str, Tensor]:
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     values, vectors = values.flip(0)[: VAE["latent"]], vectors.flip(1)[:, : VAE["latent"]]
+    # The sign of an eigenvector is arbitrary and depends on the number of threads.
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     log("latents", f"components keep {values.sum() / patches.var(0).sum():.3f} of the variance")
     scale = values**-0.25 / values.sqrt().mean().sqrt()
     weight = (vectors * scale).T
@@ -482,16 +508,25 @@ def stage_latents(work: Path) -> None:
     texts = [caption(table, t, s, rng).text for t, s in keys for _ in range(CAPTIONS_PER_PAIR)]
     distinct = [*dict.fromkeys(["", *texts])]
     states = torch.cat(
-        [encode_text(tokenizer, encoder, distinct[i : i + 512]).half()
-         for i in range(0, len(distinct), 512)]
+        [
+            encode_text(tokenizer, encoder, distinct[i : i + 512]).half()
+            for i in range(0, len(distinct), 512)
+        ]
     )
     place = {text: i for i, text in enumerate(distinct)}
     chosen = torch.tensor([place[text] for text in texts]).view(len(keys), CAPTIONS_PER_PAIR)
     log("latents", f"{len(latents)} latents, {len(distinct)} captions")
-    save(work / "latents.pt", {
-        "latents": latents.half(), "things": torch.tensor(things), "styles": torch.tensor(styles),
-        "states": states, "keys": torch.tensor(keys), "captions": chosen,
-    })
+    save(
+        work / "latents.pt",
+        {
+            "latents": latents.half(),
+            "things": torch.tensor(things),
+            "styles": torch.tensor(styles),
+            "states": states,
+            "keys": torch.tensor(keys),
+            "captions": chosen,
+        },
+    )
 
 
 # --- denoiser -------------------------------------------------------------------------------
@@ -623,17 +658,26 @@ def stage_unet(work: Path) -> None:
         schedule.step()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         current = unet.state_dict()
-        torch._foreach_lerp_(
-            [averaged[name] for name in current], [*current.values()], 1 - decay
-        )
+        torch._foreach_lerp_([averaged[name] for name in current], [*current.values()], 1 - decay)
         recent += error.mean().item()
         if step % 100 == 99:
-            log("unet", f"step {step + 1} error {recent / 100:.4f} "
-                f"{(time.time() - start) / (step + 1 - first):.3f} s/step")
+            log(
+                "unet",
+                f"step {step + 1} error {recent / 100:.4f} "
+                f"{(time.time() - start) / (step + 1 - first):.3f} s/step",
+            )
             recent = 0.0
         if step % 500 == 499:
-            save(resume, {"unet": current, "averaged": averaged, "step": step + 1,
-                          "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
+            save(
+                resume,
+                {
+                    "unet": current,
+                    "averaged": averaged,
+                    "step": step + 1,
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                },
+            )
         drafted = (work / "vae.draft.pt").exists() or (work / "vae.pt").exists()
         if drafted and time.time() - shot > SNAPSHOT_SECONDS:
             shot = time.time()
@@ -718,8 +762,11 @@ def stage_judge(work: Path) -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            log("judge", f"step {step + 1} loss {loss.item():.3f} "
-                f"{(time.time() - start) / (step + 1):.3f} s/step")
+            log(
+                "judge",
+                f"step {step + 1} loss {loss.item():.3f} "
+                f"{(time.time() - start) / (step + 1):.3f} s/step",
+            )
     judge = judge.to(memory_format=torch.contiguous_format).eval()
     state = {
         name: value.half().contiguous()
@@ -736,7 +783,9 @@ def stage_judge(work: Path) -> None:
         plain = styles == 0
         color = judge_accuracy(judge, seen[plain], things[plain], styles[plain])
         found[name] = {
-            "things": float(every[0]), "styles": float(every[1]), "things_color": float(color[0])
+            "things": float(every[0]),
+            "styles": float(every[1]),
+            "things_color": float(color[0]),
         }
         log("judge", f"held-out {name}: {found[name]}")
     (work / "judge.json").write_text(json.dumps(found))
@@ -763,8 +812,13 @@ def draw(pipe, prompts: list[str], seeds: list[int], steps: int, guidance: float
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 32]]
         out.append(
             pipe(
-                prompts[i : i + 32], num_inference_steps=steps, guidance_scale=guidance,
-                height=64, width=64, generator=generators, output_type="pt",
+                prompts[i : i + 32],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=64,
+                width=64,
+                generator=generators,
+                output_type="pt",
             ).images
         )
     return torch.cat(out)
@@ -790,8 +844,11 @@ def stage_sweep(work: Path) -> None:
         images = draw(pipe, prompts, [5000 + i for i in range(len(prompts))], steps, guidance)
         seen, styles = judge.classify(images)
         right = sum(a == b for a, b in zip(seen, expected, strict=True)) / len(seen)
-        log("sweep", f"steps {steps} guidance {guidance}: things {right:.3f}, "
-            f"color {styles.count('color') / len(styles):.3f}")
+        log(
+            "sweep",
+            f"steps {steps} guidance {guidance}: things {right:.3f}, "
+            f"color {styles.count('color') / len(styles):.3f}",
+        )
 
 
 def stage_evaluate(work: Path) -> None:
@@ -837,7 +894,8 @@ def stage_evaluate(work: Path) -> None:
     found = {
         "date": f"{datetime.datetime.now():%Y-%m-%d}",
         "versions": {
-            "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
         "sampling": {"sampler": "DDIM", "steps": steps, "guidance_scale": guidance},
@@ -848,15 +906,20 @@ def stage_evaluate(work: Path) -> None:
         },
         "judge_held_out": json.loads((work / "judge.json").read_text()),
         "things": {
-            "prompt": "a photo of a {}", "pictures": len(wanted), "accuracy": share(seen, wanted),
+            "prompt": "a photo of a {}",
+            "pictures": len(wanted),
+            "accuracy": share(seen, wanted),
             "style_is_color": styles.count("color") / len(styles),
-            "per_thing": per_thing, "confused": confused,
+            "per_thing": per_thing,
+            "confused": confused,
         },
         "synonyms": {
-            "pictures": len(synonyms), "accuracy": share(seen_synonyms, [n for n, _ in synonyms])
+            "pictures": len(synonyms),
+            "accuracy": share(seen_synonyms, [n for n, _ in synonyms]),
         },
         "styles": {
-            "prompt": "a {style} picture of a {}", "pictures": len(drawable),
+            "prompt": "a {style} picture of a {}",
+            "pictures": len(drawable),
             "accuracy": share(style_seen, [style for _, style in drawable]),
             "thing_accuracy": share(style_things, [name for name, _ in drawable]),
             "per_style": {
@@ -870,8 +933,11 @@ def stage_evaluate(work: Path) -> None:
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    log("evaluate", f"things {found['things']['accuracy']:.3f}, synonyms "
-        f"{found['synonyms']['accuracy']:.3f}, styles {found['styles']['accuracy']:.3f}")
+    log(
+        "evaluate",
+        f"things {found['things']['accuracy']:.3f}, synonyms "
+        f"{found['synonyms']['accuracy']:.3f}, styles {found['styles']['accuracy']:.3f}",
+    )
     log("evaluate", f"confused: {confused}")
 
 

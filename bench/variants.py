@@ -156,9 +156,13 @@ def main() -> None:
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 with arguments.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                percent = {k: v if v is None else round(v, 1) for k, v in after.percentages().items()}
+                percent = {
+                    k: v if v is None else round(v, 1) for k, v in after.percentages().items()
+                }
                 kept = result.report["alignment"].get("kept")
-                print(f"{name:12} {variant:34} {percent} aligned={kept} {seconds:.1f} s", flush=True)
+                print(
+                    f"{name:12} {variant:34} {percent} aligned={kept} {seconds:.1f} s", flush=True
+                )
 
 
 if __name__ == "__main__":

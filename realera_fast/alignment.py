@@ -1,4 +1,4 @@
-"""Noise alignment: LoRA on the cross-attention projections until predictions agree (RealEra, stage 2).
+"""Noise alignment: LoRA on the cross-attention projections (RealEra, stage 2).
 
     L = | eps'(z_t, t, E + eta) - eps(z_t, t, A) |^2              targets and neighbors
       + gamma   | eps'(z_t, t, E + eta') - eps(z_t, t, E + eta') |^2   beyond
@@ -88,15 +88,21 @@ class AlignmentConfig:
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "rank", "trajectories", "sampling_steps"):
             if getattr(self, field) < 1:
-                raise ValueError(f"AlignmentConfig.{field} must be >= 1, got {getattr(self, field)}")
+                raise ValueError(
+                    f"AlignmentConfig.{field} must be >= 1, got {getattr(self, field)}"
+                )
         for field in ("learning_rate", "lora_alpha"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"AlignmentConfig.{field} must be > 0, got {getattr(self, field)}")
         for field in ("beyond_scale", "preserve_scale", "negative_guidance", "check_seeds"):
             if not getattr(self, field) >= 0:
-                raise ValueError(f"AlignmentConfig.{field} must be >= 0, got {getattr(self, field)}")
+                raise ValueError(
+                    f"AlignmentConfig.{field} must be >= 0, got {getattr(self, field)}"
+                )
         if not 0.0 <= self.min_timestep < 1.0:
-            raise ValueError(f"AlignmentConfig.min_timestep must be in [0, 1), got {self.min_timestep}")
+            raise ValueError(
+                f"AlignmentConfig.min_timestep must be in [0, 1), got {self.min_timestep}"
+            )
 
 
 @dataclass(frozen=True)
@@ -353,9 +359,7 @@ def align_noise(
                         for s, t in zip(student.split(sizes), teacher.split(sizes), strict=True)
                     ]
                     loss = (
-                        terms[0]
-                        + config.beyond_scale * terms[1]
-                        + config.preserve_scale * terms[2]
+                        terms[0] + config.beyond_scale * terms[1] + config.preserve_scale * terms[2]
                     )
                     if not torch.isfinite(loss):
                         raise FloatingPointError(f"alignment loss is {loss.item()} at step {step}")
@@ -429,9 +433,9 @@ def _check(
                     [groups[0], groups[2]], [*seeds[: sizes[0]], *seeds[-sizes[2] :]]
                 ).split([sizes[0], sizes[2]])
         with models.edited():
-            aligned = draw(
-                [groups[0], groups[2]], [*seeds[: sizes[0]], *seeds[-sizes[2] :]]
-            ).split([sizes[0], sizes[2]])
+            aligned = draw([groups[0], groups[2]], [*seeds[: sizes[0]], *seeds[-sizes[2] :]]).split(
+                [sizes[0], sizes[2]]
+            )
     reach = float((original - anchored).square().mean())
     spread = _spread(untouched)
 

@@ -830,7 +830,7 @@ def _echo_plan(
     for concept in concepts:
         for word in concept.words:
             tokens = str(len(text.token_ids(word)))
-            lines.append(("", word, concept.kind, concept.destination or "(nothing)", tokens))
+            lines.append(("", word, concept.kind, concept.anchor_name, tokens))
     typer.echo(_columns(lines, right=(4,)))
     if preserve:
         typer.echo(f"would preserve {', '.join(preserve)}")

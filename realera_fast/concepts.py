@@ -9,13 +9,17 @@ from typing import Any
 KINDS = ("object", "style", "person", "explicit")
 """Kinds of concept: each has its own prompt templates and its own anchor."""
 
-DEFAULT_ANCHORS: Mapping[str, str] = {
-    "object": "",
+DEFAULT_ANCHORS: Mapping[str, str | None] = {
+    "object": None,
     "style": "art",
     "person": "a person",
-    "explicit": "",
+    "explicit": None,
 }
-"""What a concept becomes when no anchor is named; the choices of UCE (objects, styles) and MACE (people)."""
+"""What a concept becomes when no anchor is named. `None` is the mean word: the average over words
+of the tokenizer's vocabulary in the same prompt. Ours: measured on the embedded model it leaves other
+concepts in place, while the prompt without the concept (UCE's choice, written `anchor=""`) moves
+every noun along the direction from "a noun stands here" to "none does". "art" is UCE's choice for
+styles, "a person" MACE's for people."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Concept:
 
     Args:
         target: the words that are erased, as they would stand in a prompt.
-        anchor: what the target becomes; `None` takes the default of the kind, `""` is the prompt
-            without the target.
+        anchor: what the target becomes; `None` takes the default of the kind (`DEFAULT_ANCHORS`),
+            `""` is the prompt without the target.
         kind: one of `KINDS`; decides prompt templates and the default anchor.
         synonyms: further words for the same thing, erased with it. Words that are not named here
             are found by neighbor mining.
@@ -61,7 +65,7 @@ class Concept:
         for field, word in (("target", self.target), *(("synonyms", s) for s in self.synonyms)):
             if not word:
                 raise ValueError(f"Concept.{field} is empty: name what is to be erased")
-            if word.casefold() == self.destination.casefold():
+            if self.destination is not None and word.casefold() == self.destination.casefold():
                 raise ValueError(
                     f"Concept.{field} {word!r} equals its anchor {self.destination!r}: "
                     "nothing would be erased; choose another anchor"
@@ -76,9 +80,16 @@ class Concept:
         return (self.target, *self.synonyms)
 
     @property
-    def destination(self) -> str:
-        """The anchor, or the default one of the kind."""
+    def destination(self) -> str | None:
+        """The anchor, or the default one of the kind; `None` is the mean word."""
         return DEFAULT_ANCHORS[self.kind] if self.anchor is None else self.anchor
+
+    @property
+    def anchor_name(self) -> str:
+        """The anchor in words, for reports."""
+        if self.destination is None:
+            return "the mean word"
+        return self.destination or "the prompt without it"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
@@ -143,7 +154,7 @@ def parse_concepts(
         if " ".join(word.split()).casefold() in owner:
             raise ValueError(f"preserve: {word!r} is also to be erased; decide for one of the two")
     for concept in parsed:
-        if concept.destination.casefold() in owner:
+        if concept.destination is not None and concept.destination.casefold() in owner:
             raise ValueError(
                 f"concepts: the anchor {concept.destination!r} of {concept.target!r} is itself "
                 "erased; choose an anchor that stays"

@@ -16,7 +16,7 @@ from realera_fast.vocabulary import VocabularyConfig
 
 @dataclass(frozen=True)
 class EraseConfig:
-    """All settings of `erase`; every field of every part says unit, default and where it is from."""
+    """All settings of `erase`; every field says unit, default and where it is from."""
 
     pairs: PairsConfig = field(default_factory=PairsConfig)
     """Prompt templates."""
@@ -29,7 +29,7 @@ class EraseConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     """The LoRA stage."""
     erase_scale: float = 1.0
-    """Weight of each named word's mean row (ratio to the preserve prior; UCE's `erase_scale`, 1)."""
+    """Weight of each named word's mean row (ratio to the prior; UCE's `erase_scale`, 1)."""
     seed: int = 0
     """All randomness comes from it (default: 0)."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,6 @@ def plan(table: Any, config: DemoConfig) -> tuple[Shot, ...]:
         if value not in known:
             raise ValueError(f"{field}: the embedded model has no {value!r}; it has {known}")
     target, style = table.thing(config.thing), table.style(config.style)
-    # Things to draw in styles: every other one but the erased, spread over the table.
     models = [thing for thing in table.things if thing.name != target.name]
     shots: list[Shot] = []
 
@@ -223,8 +223,9 @@ def plan(table: Any, config: DemoConfig) -> tuple[Shot, ...]:
             **about,
         )
     about = {"erased": style.name, "kind": "style"}
-    stride = max(1, len(models) // max(config.pictures, config.style_pictures))
-    in_style = [thing.name for thing in models[:: stride + (len(models) % stride == 0)]]
+    # The same things in every style, of all kinds however few the pictures.
+    in_style = [thing.name for thing in models]
+    random.Random(0).shuffle(in_style)
     template = table.templates["style"][0]
     for word, group, count in (
         (style.name, "erased", config.pictures),
@@ -363,7 +364,7 @@ def run_demo(
         "torch_threads": torch.get_num_threads(),
     }
     provenance = {**erasure.provenance, "sampling": settings, "erase_config": erasure.config}
-    anchor = concepts[0].destination or "a prompt without it"
+    anchor = concepts[0].anchor_name
     write_html(
         folder / FILES[1],
         title=f"Erased: {config.thing} and the style {config.style}",
@@ -571,7 +572,9 @@ def _check_held_out(concepts: Sequence[Concept], table: Any) -> list[str]:
     for concept in concepts:
         entry = (table.style if concept.kind == "style" else table.thing)(concept.target)
         held_out += entry.synonyms
-    given = {w.casefold() for concept in concepts for w in (*concept.words, concept.destination)}
+    given = {
+        w.casefold() for concept in concepts for w in (*concept.words, concept.destination or "")
+    }
     leaked = [word for word in held_out if word.casefold() in given]
     if leaked:
         raise ValueError(

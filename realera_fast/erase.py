@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import alignment, mining, report, unet as unets
+from realera_fast import alignment, mining, report
+from realera_fast import unet as unets
 from realera_fast.alignment import Alignment, align_noise
 from realera_fast.closed_form import ConceptMap, NormalEquations, Pairs, Solution
 from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure
-from realera_fast.pairs import AlignedPrompts, align, align_concept, fill
+from realera_fast.pairs import AlignedPrompts, AnchorMemo, align_concept, fill
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import (
     Vocabulary,
@@ -65,15 +66,12 @@ def neighbor_words(
     found: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
     if not vocabulary.words or not concepts:
         return {target: () for target in found}
-    taken = {word.casefold() for c in concepts for word in (*c.words, c.destination)}
+    taken = {word.casefold() for c in concepts for word in (*c.words, c.destination or "")}
     taken |= {word.casefold() for word in keep}
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
     taken |= {part for phrase in list(taken) for part in phrase.split()}
     scores = torch.stack(
-        [
-            vocabulary.similarity(describe(text, concept.words).mean(dim=0))
-            for concept in concepts
-        ]
+        [vocabulary.similarity(describe(text, concept.words).mean(dim=0)) for concept in concepts]
     )
     best, owner = scores.max(dim=0)
     for index, word in enumerate(vocabulary.words):
@@ -129,7 +127,7 @@ def normal_equations(
 
 
 def solve(equations: NormalEquations, prior: Tensor, config: EraseConfig) -> Solution:
-    """The concept map T of the accumulated rows; the ridge is relative to the prior's mean diagonal."""
+    """The concept map T; the ridge is relative to the prior's mean diagonal."""
     scale = float(prior.diagonal().mean()) or float(equations.gram.diagonal().mean()) or 1.0
     return equations.solve(
         ridge=config.closed_form.ridge * scale, rank_tolerance=config.closed_form.rank_tolerance
@@ -150,7 +148,7 @@ def erase(
     """Removes concepts from a diffusion model, in place (RealEra, arXiv 2410.09140).
 
     The cross-attention key and value projections of `unet` are edited transactionally: any failure,
-    an interrupt included, leaves them bit-identical to before. `dtype` and `device` are the U-Net's.
+    an interrupt included, leaves them bit-identical. `dtype` and `device` are the U-Net's.
 
     Args:
         unet: a `UNet2DConditionModel` with text cross-attention (fp32, bf16 or fp16; CPU or CUDA).
@@ -180,8 +178,8 @@ def erase(
     text = TextModel(text_encoder, tokenizer)
     if text.width != unets.text_width(unet):
         raise ValueError(
-            f"text_encoder: its embeddings have width {text.width}, but the U-Net's cross-attention "
-            f"takes {unets.text_width(unet)}; pass the text encoder that belongs to this U-Net"
+            f"text_encoder: its embeddings have width {text.width}, but the U-Net's "
+            f"cross-attention takes {unets.text_width(unet)}; pass the encoder of this U-Net"
         )
     provenance = _provenance(unet, config)
     if not parsed:
@@ -193,28 +191,29 @@ def erase(
     clock = _Clock()
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
-    with clock.stage("pairs"):
-        named = [
-            (concept, word, align_concept(text, concept, config.pairs, word=word))
-            for concept in parsed
-            for word in concept.words
-        ]
-        anchors = tuple(dict.fromkeys(c.destination for c in parsed if c.destination))
-        kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
-        kept_templates = [t for t in config.pairs.of("object") if "{word}" not in t]
-        kept = [text.encode([fill(t, word) for t in kept_templates]) for word in kept_words]
+    anchors = tuple(dict.fromkeys(c.destination for c in parsed if c.destination))
+    kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
     with clock.stage("mining"):
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
-        neighbors: list[tuple[Concept, str, AlignedPrompts]] = []
         if config.mining.mode == "vocabulary":
             if not vocabulary.words:
                 logger.warning("the tokenizer offers no whole words: no neighbors are mined")
             mined = neighbor_words(text, vocabulary, parsed, config.mining, keep=kept_words)
-            neighbors = [
-                (concept, word, align_concept(text, concept, config.pairs, word=word))
-                for concept in parsed
-                for word in mined[concept.target]
-            ]
+    with clock.stage("pairs"):
+        named: list[tuple[Concept, str, AlignedPrompts]] = []
+        neighbors: list[tuple[Concept, str, AlignedPrompts]] = []
+        for concept in parsed:
+            near = mined[concept.target]
+            memo: AnchorMemo = {}
+            for word in (*concept.words, *near):
+                prompts = align_concept(
+                    text, concept, config.pairs, word=word, avoid=near, memo=memo
+                )
+                group = named if word in concept.words else neighbors
+                group.append((concept, word, prompts))
+        kept_templates = [t for t in config.pairs.of("object") if "{word}" not in t]
+        kept = [text.encode([fill(t, word) for t in kept_templates]) for word in kept_words]
+    with clock.stage("equations"):
         gone = [w for c in parsed for w in (*c.words, *mined[c.target])]
         prior, _ = preserve_gram(text, vocabulary, gone)
         equations = normal_equations(
@@ -246,7 +245,16 @@ def erase(
         edited = draft.edited_weights(before)
         with clock.stage("report"):
             found = _report(
-                before, edited, named, neighbors, kept_words, stayers, text, solution, aligned, mined
+                before,
+                edited,
+                named,
+                neighbors,
+                kept_words,
+                stayers,
+                text,
+                solution,
+                aligned,
+                mined,
             )
         full = report.Report(**found, seconds=clock.seconds).to_dict()
         result = Erasure(solution.map, aligned.lora, parsed, config.to_dict(), provenance, full)
@@ -285,7 +293,7 @@ def _report(
                 report.WordReport(
                     word,
                     "neighbor" if is_neighbor else role,
-                    concept.destination,
+                    concept.anchor_name,
                     report.moved(old, new, prompts),
                     None,
                 )

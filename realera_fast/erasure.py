@@ -115,7 +115,7 @@ class Erasure:
                 raise ValueError(f"{name}: holds NaN or infinity")
 
     def __repr__(self) -> str:
-        words = ", ".join(f"{c.target!r} -> {c.destination!r}" for c in self.concepts)
+        words = ", ".join(f"{c.target!r} -> {c.anchor_name!r}" for c in self.concepts)
         return f"Erasure({words or 'nothing'}; rank {self.map.rank}, LoRA on {len(self.lora)})"
 
     # Editing a model

@@ -102,8 +102,10 @@ def attach(
             f"got {unknown or list(names)}"
         )
     structure = Structure(model)
+    # peft says int, and divides: a fraction is as good.
+    scaled: Any = alpha
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(names), lora_dropout=0.0, bias="none"
+        r=rank, lora_alpha=scaled, target_modules=list(names), lora_dropout=0.0, bias="none"
     )
     try:
         # peft draws its own initial factors from the global generator before ours replace them.

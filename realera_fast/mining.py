@@ -107,7 +107,7 @@ class MiningConfig:
     target."""
     max_words: int = 64
     """Vocabulary mode: most neighbor words per concept, a count. Default (ours)."""
-    word_cosine: float = 0.5
+    word_cosine: float = 0.6
     """Vocabulary mode, no unit: least cosine between a word and the target, after the mean over all
     words is taken out, for the word to be a neighbor. Default (ours)."""
 

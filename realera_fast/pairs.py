@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,12 +64,16 @@ class PairsConfig:
     """Templates by kind, each with one `{}`; kinds left out keep theirs. Default: `TEMPLATES`
     (ours; MACE uses 30 templates a kind, UCE the bare phrase)."""
 
-    context_words: int = 16
+    context_words: int = 32
     """Words of the tokenizer's vocabulary put into each `{word}` template (count; ours)."""
 
+    neutral_words: int = 32
+    """Words whose average is the mean word, the anchor of concepts without one (count; ours)."""
+
     def __post_init__(self) -> None:
-        if self.context_words < 0:
-            raise ValueError(f"context_words must be >= 0, got {self.context_words}")
+        for name in ("context_words", "neutral_words"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"PairsConfig.{name} must be >= 0, got {getattr(self, name)}")
         for kind, templates in (self.templates or {}).items():
             if kind not in TEMPLATES:
                 raise ValueError(f"templates: unknown kind {kind!r}; expected {tuple(TEMPLATES)}")
@@ -117,8 +122,13 @@ def prompts_of(
     )
 
 
-def _rows(source_span: tuple[int, int], source_end: int, anchor_span: tuple[int, int],
-          anchor_end: int, tokens: int) -> list[int]:
+def _rows(
+    source_span: tuple[int, int],
+    source_end: int,
+    anchor_span: tuple[int, int],
+    anchor_end: int,
+    tokens: int,
+) -> list[int]:
     """For each source position the anchor position it is aligned with."""
     start, stop = source_span
     anchor_start, anchor_stop = anchor_span
@@ -127,7 +137,7 @@ def _rows(source_span: tuple[int, int], source_end: int, anchor_span: tuple[int,
         if position < start:
             aligned = position
         elif position < stop:
-            # An empty anchor has no tokens of its own: what follows it (often end-of-text) stands in.
+            # An empty anchor has no tokens: what follows it (often end-of-text) stands in.
             aligned = min(anchor_start + position - start, max(anchor_stop - 1, anchor_start))
         elif position <= source_end:
             aligned = anchor_end - (source_end - position)
@@ -137,78 +147,142 @@ def _rows(source_span: tuple[int, int], source_end: int, anchor_span: tuple[int,
     return positions
 
 
+@dataclass(frozen=True)
+class _Anchor:
+    """One anchor prompt."""
+
+    prompt: str
+    hidden: Tensor
+    """`[t, d]`."""
+    length: int
+    """Tokens of the anchor in it."""
+    end: int
+    """Position of end-of-text."""
+
+
+AnchorMemo: TypeAlias = dict[object, list[_Anchor]]
+"""Encoded anchors, kept between words that share one."""
+
+
+def _anchors(
+    text: TextModel, anchor: str | None, filled: Sequence[tuple[str, str]], neutral: Sequence[str]
+) -> list[_Anchor]:
+    """The anchor in each `(template, context word)`; `None` is the mean over `neutral` words."""
+    # A tokenizer that offers no words leaves the prompt without the concept as the neutral one.
+    words = [anchor or ""] if anchor is not None or not neutral else list(neutral)
+    prompts = [fill(template, word, extra) for template, extra in filled for word in words]
+    distinct = list(dict.fromkeys(prompts))
+    rows = dict(zip(distinct, text.encode(distinct), strict=True))
+    ends = dict(zip(distinct, text.end_of_text(text.tokenize(distinct)).tolist(), strict=True))
+    length = len(text.token_ids(words[0])) if words[0] else 0
+    found = []
+    for number, (template, extra) in enumerate(filled):
+        part = prompts[number * len(words) : (number + 1) * len(words)]
+        label = part[0] if len(words) == 1 else fill(template, "<mean word>", extra)
+        hidden = torch.stack([rows[prompt] for prompt in part]).mean(dim=0)
+        found.append(_Anchor(label, hidden, length, ends[part[0]]))
+    return found
+
+
 def align(
     text: TextModel,
     word: str,
-    anchor: str,
+    anchor: str | None,
     templates: Sequence[str],
     *,
     context: Sequence[str] = (),
+    neutral: Sequence[str] = (),
+    memo: AnchorMemo | None = None,
 ) -> AlignedPrompts:
     """Encodes a word and its anchor in every template and aligns their rows.
 
     Templates in which the prompt is longer than the encoder holds are left out with a log message.
+
+    Args:
+        anchor: what the word becomes; `None` is the mean over `neutral`, words of one token each.
+        context: words put into `{word}` templates.
+        memo: keeps encoded anchors between calls, for words that share one.
 
     Raises:
         ValueError: the word fits in no template; the message says what would be cut.
     """
     kept = []
     cut = ""
+    longest = neutral[0] if anchor is None and neutral else anchor or ""
     for prompt, template, extra in prompts_of(word, templates, context):
-        anchor_prompt = fill(template, anchor, extra)
-        over = text.overflow(prompt) or text.overflow(anchor_prompt)
+        over = text.overflow(prompt) or text.overflow(fill(template, longest, extra))
         if over:
             cut = over
             logger.info("template %r is too long for %r: %r would be cut", template, word, over)
         else:
-            kept.append((prompt, anchor_prompt, len(text.token_ids(fill(template.split("{}")[0], "", extra)))))
+            kept.append((prompt, template, extra))
     if not kept:
         raise ValueError(
             f"concept {word!r} (anchor {anchor!r}) needs more tokens than the text encoder holds "
             f"({text.max_tokens} with begin- and end-of-text) in every template; {cut!r} would be "
             "cut: use fewer words"
         )
-    prompts = tuple(p for p, _, _ in kept)
-    anchor_prompts = tuple(a for _, a, _ in kept)
-    distinct = list(dict.fromkeys((*prompts, *anchor_prompts)))
-    hidden = dict(zip(distinct, text.encode(distinct), strict=True))
-    ends = dict(zip(distinct, text.end_of_text(text.tokenize(distinct)).tolist(), strict=True))
-    source = torch.stack([hidden[p] for p in prompts])
-    anchors = torch.stack([hidden[a] for a in anchor_prompts])
-    length, anchor_length = len(text.token_ids(word)), len(text.token_ids(anchor)) if anchor else 0
-    index = torch.tensor(
-        [
+    prompts = tuple(prompt for prompt, _, _ in kept)
+    filled = tuple((template, extra) for _, template, extra in kept)
+    memo = {} if memo is None else memo
+    key = (anchor, filled, tuple(neutral))
+    if key not in memo:
+        memo[key] = _anchors(text, anchor, filled, neutral)
+    anchors = memo[key]
+    source = text.encode(prompts)
+    ends = text.end_of_text(text.tokenize(prompts)).tolist()
+    length = len(text.token_ids(word))
+    index = []
+    for (_, template, extra), end, found in zip(kept, ends, anchors, strict=True):
+        start = 1 + len(text.token_ids(fill(template.split("{}")[0], "", extra)))
+        index.append(
             _rows(
-                (1 + prefix, 1 + prefix + length),
-                ends[prompt],
-                (1 + prefix, 1 + prefix + anchor_length),
-                ends[anchor_prompt],
+                (start, start + length),
+                end,
+                (start, start + found.length),
+                found.end,
                 text.max_tokens,
             )
-            for prompt, anchor_prompt, prefix in kept
-        ],
-        device=source.device,
-    )
-    destination = torch.gather(anchors, 1, index[..., None].expand_as(anchors))
+        )
+    hidden = torch.stack([found.hidden for found in anchors])
+    place = torch.tensor(index, device=hidden.device)
+    destination = torch.gather(hidden, 1, place[..., None].expand_as(hidden))
     rows = len(prompts) * max(1, text.max_tokens - 1)
     weight = torch.full(source.shape[:2], 1.0 / rows, device=source.device)
     weight[:, 0] = 0.0
-    return AlignedPrompts(word, prompts, anchor_prompts, source, destination, anchors, weight)
+    names = tuple(found.prompt for found in anchors)
+    return AlignedPrompts(word, prompts, names, source, destination, hidden, weight)
 
 
 def align_concept(
-    text: TextModel, concept: Concept, config: PairsConfig, *, word: str | None = None
+    text: TextModel,
+    concept: Concept,
+    config: PairsConfig,
+    *,
+    word: str | None = None,
+    avoid: Sequence[str] = (),
+    memo: AnchorMemo | None = None,
 ) -> AlignedPrompts:
-    """`align` for a concept's target (or another `word` that follows the same anchor)."""
-    erased = {w.casefold() for w in concept.words}
-    context = [w for w in text.words(4 * config.context_words + 8) if w.casefold() not in erased]
+    """`align` for a concept's target (or another `word` that follows the same anchor).
+
+    Args:
+        avoid: words that stand neither in `{word}` templates nor in the mean word, such as the
+            concept's own neighbors.
+        memo: keeps encoded anchors between the words of one concept.
+    """
+    left_out = {w.casefold() for w in (*concept.words, *avoid)}
+    usable = [w for w in text.words(1000) if w.casefold() not in left_out]
     return align(
         text,
         concept.target if word is None else word,
         concept.destination,
         config.of(concept.kind),
-        # Evenly over the vocabulary's beginning, where the most common words stand.
-        context=context[:: max(1, len(context) // max(1, config.context_words))][
-            : config.context_words
-        ],
+        context=_spread(usable, config.context_words),
+        neutral=_spread(usable, config.neutral_words),
+        memo=memo,
     )
+
+
+def _spread(words: Sequence[str], count: int) -> tuple[str, ...]:
+    """`count` of the words, evenly over the list."""
+    return tuple(words[:: max(1, len(words) // max(1, count))][:count])

@@ -1,4 +1,4 @@
-"""Progress bars: tqdm on stderr, silenced by an argument or the way diffusers users silence theirs."""
+"""Progress bars: tqdm on stderr, silenced by an argument or the way diffusers' are."""
 
 from __future__ import annotations
 

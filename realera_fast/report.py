@@ -66,7 +66,9 @@ def _outputs(weights: Sequence[Tensor], rows: Tensor) -> Tensor:
     return torch.cat([rows @ weight.float().T for weight in weights], dim=1)
 
 
-def moved(before: Sequence[Tensor], after: Sequence[Tensor], prompts: AlignedPrompts) -> float | None:
+def moved(
+    before: Sequence[Tensor], after: Sequence[Tensor], prompts: AlignedPrompts
+) -> float | None:
     """Fraction of the way that a word went to its anchor; `None` if the two were never apart."""
     rows = prompts.weight > 0
     device = before[0].device
@@ -81,7 +83,9 @@ def moved(before: Sequence[Tensor], after: Sequence[Tensor], prompts: AlignedPro
 def drifts(before: Sequence[Tensor], after: Sequence[Tensor], hidden: Tensor) -> list[float]:
     """How far each of `[w, t, d]` prompts went, in units of their mean distance from their mean."""
     hidden = hidden[:, 1:].to(before[0].device)
-    spread = _outputs(before, (hidden - hidden.mean(dim=0)).flatten(0, 1)).norm()
+    # One word alone is not apart from anything: its own length is the measure then.
+    center = hidden.mean(dim=0) if len(hidden) > 1 else torch.zeros_like(hidden[:1])
+    spread = _outputs(before, (hidden - center).flatten(0, 1)).norm()
     spread = float(spread) / max(1, len(hidden)) ** 0.5
     change = [a.float() - b.float() for a, b in zip(after, before, strict=True)]
     return [float(_outputs(change, prompt).norm()) / max(spread, 1e-12) for prompt in hidden]
@@ -94,7 +98,8 @@ def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tu
         if word.moved is not None and word.role != "neighbor" and word.moved < MOVED_ENOUGH:
             found.append(
                 f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to "
-                f"{word.anchor!r}: raise erase_scale or lower preserve_scale, or choose a nearer anchor"
+                f"{word.anchor!r}: raise erase_scale, lower preserve_scale or choose a nearer "
+                "anchor"
             )
         if word.drift is not None and word.drift > DRIFTED:
             found.append(
@@ -102,7 +107,9 @@ def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tu
                 "preserve=, or narrow the neighborhood (mining.word_cosine)"
             )
     if alignment.get("kept") is False and alignment.get("steps"):
-        found.append("noise alignment did not improve held-back pictures; the closed form stays alone")
+        found.append(
+            "noise alignment did not improve held-back pictures; the closed form stays alone"
+        )
     for text in found:
         logger.warning(text)
     return tuple(found)

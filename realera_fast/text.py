@@ -50,8 +50,8 @@ def find_tokenizer(text_encoder: Any) -> Any:
             return tokenizer
         logger.debug("the tokenizer at %s does not fit the text encoder's vocabulary", place)
     raise ValueError(
-        f"tokenizer: none was found beside the text encoder ({name or 'it was not loaded from a folder'})"
-        "; pass tokenizer=pipe.tokenizer"
+        "tokenizer: none was found beside the text encoder "
+        f"({name or 'which was not loaded from a folder'}); pass tokenizer=pipe.tokenizer"
     )
 
 
@@ -165,11 +165,11 @@ class TextModel:
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = []
         for token, _ in vocabulary:
+            if len(words) >= count:
+                break
             word = token.removesuffix("</w>")
             if token.endswith("</w>") and len(word) >= 3 and word.isascii() and word.isalpha():
                 words.append(word)
-                if len(words) == count:
-                    break
         return tuple(words)
 
     def fingerprint(self) -> str:

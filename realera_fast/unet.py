@@ -92,8 +92,9 @@ def projections(unet: nn.Module) -> dict[str, nn.Linear]:
 
 def _refuse_adapters(unet: nn.Module) -> None:
     advice = "merge it (pipe.fuse_lora()) and unload it (pipe.unload_lora_weights()) first"
-    if getattr(unet, "peft_config", None):
-        names = ", ".join(map(repr, unet.peft_config))
+    attached: Any = getattr(unet, "peft_config", None)
+    if attached:
+        names = ", ".join(map(repr, attached))
         raise ValueError(f"unet: an adapter is attached ({names}); {advice}")
     for name, module in unet.named_modules():
         if hasattr(module, "base_layer"):
@@ -175,7 +176,7 @@ def weights_hash(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     for name in sorted(weights):
         weight = weights[name].detach().cpu().to(dtype).contiguous()
         digest.update(f"\n{name} {list(weight.shape)}\n".encode())
-        digest.update(weight.view(torch.uint8).numpy())
+        digest.update(weight.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -249,7 +250,7 @@ def transaction(unet: nn.Module) -> Iterator[None]:
         structure.restore()
         with torch.no_grad():
             for layer, parameter, storage, values in saved:
-                layer._parameters["weight"] = parameter
+                layer.weight = parameter
                 if parameter.data_ptr() != storage.data_ptr() or parameter.dtype != storage.dtype:
                     parameter.data = storage
                 parameter.copy_(values)

@@ -43,7 +43,7 @@ class VocabularyConfig:
     """Whole words of the tokenizer's vocabulary, most common first (count; method.md: "a few
     thousand"; ours, so that a CPU encodes them in minutes)."""
 
-    preserve_scale: float = 1.0
+    preserve_scale: float = 5.0
     """Weight of the prior's mean row, and of each word named as preserved, against one target's
     mean row (ratio; ours)."""
 
@@ -99,9 +99,10 @@ def _prompts(words: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
 
 
 def _mean_rows(hidden: Tensor) -> Pairs:
-    """Rows that keep their place: `[p, t, d]` without begin-of-text, weighted to a mean per prompt."""
+    """Rows that keep their place: `[p, t, d]` without begin-of-text, a mean per prompt."""
     rows = hidden[:, 1:].reshape(-1, hidden.shape[-1])
-    weight = torch.full((len(rows),), 1.0 / max(1, hidden.shape[1] - 1), device=rows.device)
+    share = 1.0 / max(1, hidden.shape[1] - 1)
+    weight = torch.full((len(rows),), share, dtype=torch.float64, device=rows.device)
     return Pairs(rows, rows, weight)
 
 
@@ -207,7 +208,9 @@ def _read(path: Path, words: tuple[str, ...]) -> Vocabulary | None:
                 int(file.metadata()["prompts"]),
             )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        logger.warning("cached preserve prior %s is unreadable and will be made again: %s", path, error)
+        logger.warning(
+            "cached preserve prior %s is unreadable and will be made again: %s", path, error
+        )
         return None
     if len(vocabulary.descriptors) != len(words) or not torch.isfinite(vocabulary.gram).all():
         logger.warning("cached preserve prior %s does not fit and will be made again", path)

@@ -13,7 +13,8 @@ def test_shorthand_names_an_anchor():
 
 
 def test_anchor_follows_the_kind():
-    assert Concept("cat").destination == ""
+    assert Concept("cat").destination is None and Concept("cat").anchor_name == "the mean word"
+    assert Concept("cat", anchor="").destination == ""
     assert Concept("mosaic", kind="style").destination == "art"
     assert Concept("Ada", kind="person").destination == "a person"
     assert Concept("mosaic", anchor="photo", kind="style").destination == "photo"

@@ -241,5 +241,5 @@ def test_a_tokenizer_without_words_warns_and_still_erases(pipe, caplog, monkeypa
     monkeypatch.setattr(TextModel, "words", lambda self, count: ())
     result = run(pipe, ["cat=dog"])
     assert "no neighbors are mined" in caplog.text
-    assert result.report["words"][0]["moved"] > 0.3
-
+    words = result.report["words"]
+    assert words[0]["moved"] > 0 and all(w["drift"] < 10 for w in words if w["role"] != "target")

@@ -14,7 +14,9 @@ def text():
 
 def test_encodes_as_the_pipeline_does(text):
     prompts = ["a photo of a cat", "dog"]
-    ids = text.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = text.tokenizer(
+        prompts, padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         expected = text.encoder(ids)[0]
     assert torch.equal(text.encode(prompts), expected)

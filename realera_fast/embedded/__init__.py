@@ -94,9 +94,7 @@ def words() -> Words:
         )
         for row in table["things"]
     )
-    styles = tuple(
-        Style(**{**row, "synonyms": tuple(row["synonyms"])}) for row in table["styles"]
-    )
+    styles = tuple(Style(**{**row, "synonyms": tuple(row["synonyms"])}) for row in table["styles"])
     templates = {kind: tuple(lines) for kind, lines in table["templates"].items()}
     return Words(things, styles, templates, table["sampling"])
 
