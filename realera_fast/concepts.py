@@ -16,7 +16,7 @@ DEFAULT_ANCHORS: Mapping[str, str | None] = {
     "explicit": None,
 }
 """What a concept becomes when no anchor is named. `None` is the mean word: the average over words
-of the tokenizer's vocabulary in the same prompt. Ours: measured on the embedded model it leaves other
+of the tokenizer's vocabulary in the same prompt. Ours: on the embedded model it leaves other
 concepts in place, while the prompt without the concept (UCE's choice, written `anchor=""`) moves
 every noun along the direction from "a noun stands here" to "none does". "art" is UCE's choice for
 styles, "a person" MACE's for people."""

@@ -1,0 +1,135 @@
+"""Every published number, from committed rows: writes the tables between README's markers.
+
+python bench/report.py            # rewrite README.md
+python bench/report.py --check    # exit 1 if README.md is not what the rows say
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+START, END = "<!-- results -->", "<!-- /results -->"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and, of more than one value, standard deviation."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in body]
+
+
+def variant_lines(kind: str) -> list[str]:
+    """Variants of the method on the judged concepts of one kind, best H_o first."""
+    found = [r for r in rows("variants.jsonl") if r["split"] == "judged" and r["kind"] == kind]
+    if not found:
+        return []
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in found:
+        groups.setdefault(row["variant"], []).append(row)
+    concepts = sorted({row["erased"] for row in found})
+    seeds = sorted({row["seed"] for row in found})
+
+    def line(name: str, scores: Sequence[Mapping[str, float]], seconds: str) -> list[str]:
+        return [
+            name,
+            *(percent([s[k] for s in scores if s[k] is not None]) for k in
+              ("acc_e", "acc_s", "acc_g", "h_o")),
+            seconds,
+        ]  # fmt: skip
+
+    body = [
+        line(
+            name,
+            [row["after"] for row in group],
+            f"{statistics.median(row['seconds'] for row in group):.1f}",
+        )
+        for name, group in groups.items()
+    ]
+    body.sort(key=lambda cells: -float(cells[4].split()[0]))
+    before = [row["before"] for row in next(iter(groups.values()))]
+    body.append(line("un-erased model", before, ""))
+    noun = "things" if kind == "object" else "styles"
+    first = found[0]
+    return [
+        f"{len(concepts)} judged {noun} ({', '.join(concepts)}), one erased at a time, "
+        f"{len(seeds)} seed(s), {first['pictures']} or so pictures each; percent, mean ± standard "
+        f"deviation over erasures; median seconds of `erase` on {first['device']}, "
+        f"{first['threads']} thread(s), torch {first['torch']}, commit {first['commit']}.",
+        "",
+        *table(("variant", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑", "seconds"), body),
+        "",
+    ]
+
+
+def model_lines() -> list[str]:
+    path = RESULTS / "embedded_model.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    held_out, sampling = found["judge_held_out"], found["sampling"]
+    measures = {
+        "judge on held-out renderings, things": held_out["things"],
+        "judge on held-out renderings, styles": held_out["styles"],
+        f"pictures of things ({found['things']['pictures']})": found["things"]["accuracy"],
+        f"pictures of synonyms ({found['synonyms']['pictures']})": found["synonyms"]["accuracy"],
+        f"pictures in styles ({found['styles']['pictures']})": found["styles"]["accuracy"],
+    }
+    body = [[name, f"{100 * value:.1f}"] for name, value in measures.items()]
+    return [
+        f"The embedded model before anything is erased, {sampling['steps']} {sampling['sampler']} "
+        f"steps, guidance {sampling['guidance_scale']}, recognized by its judge, percent:",
+        "",
+        *table(("measure", "accuracy"), body),
+        "",
+    ]
+
+
+def generated() -> str:
+    lines = [*model_lines()]
+    for kind, title in (("object", "Objects"), ("style", "Styles")):
+        part = variant_lines(kind)
+        if part:
+            lines += [f"### {title}", "", *part]
+    return "\n".join(lines).strip()
+
+
+def with_results(readme: str) -> str:
+    head, _, rest = readme.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n{generated()}\n{END}{tail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    wanted = with_results(readme)
+    if arguments.check:
+        return int(readme != wanted)
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
