@@ -87,8 +87,8 @@ def model_lines() -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     held_out, sampling = found["judge_held_out"], found["sampling"]
     measures = {
-        "judge on held-out renderings, things": held_out["things"],
-        "judge on held-out renderings, styles": held_out["styles"],
+        "judge on held-out renderings, things": held_out["renderings"]["things"],
+        "judge on held-out renderings, styles": held_out["renderings"]["styles"],
         f"pictures of things ({found['things']['pictures']})": found["things"]["accuracy"],
         f"pictures of synonyms ({found['synonyms']['pictures']})": found["synonyms"]["accuracy"],
         f"pictures in styles ({found['styles']['pictures']})": found["styles"]["accuracy"],

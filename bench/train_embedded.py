@@ -62,7 +62,7 @@ VAE = dict(
     decoder_steps=4000,
     encoder_steps=600,
 )
-UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=5200, lr=1e-3, warmup=300)
+UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=4000, lr=1e-3, warmup=300)
 JUDGE = dict(batch=128, steps=1200, lr=3e-3, latent_noise=0.2)
 EVALUATE = dict(seed=9000, seeds_per_thing=5, per_style=20)
 CAPTIONS_PER_PAIR = 48
@@ -799,9 +799,13 @@ def stage_export(work: Path) -> None:
     done = work / "unet.pt"
     state = load(done if done.exists() else work / "unet.resume.pt")
     export_pipeline(work, state["averaged"], FOLDER / "pipeline")
+    step = state["steps"] if "steps" in state else state["step"]
+    (work / "exported.json").write_text(json.dumps({"unet_steps": step, "planned": UNET["steps"]}))
     if (work / "judge.safetensors").exists():
         shutil.copyfile(work / "judge.safetensors", FOLDER / "judge.safetensors")
     files = [f for f in FOLDER.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    for file in files:
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
     log("export", f"{sum(f.stat().st_size for f in files) / 1e6:.2f} MB")
 
 
@@ -901,7 +905,7 @@ def stage_evaluate(work: Path) -> None:
         "sampling": {"sampler": "DDIM", "steps": steps, "guidance_scale": guidance},
         "seed": EVALUATE["seed"],
         "training": {
-            "unet_steps": load(work / "unet.pt")["steps"] if (work / "unet.pt").exists() else None,
+            **json.loads((work / "exported.json").read_text()),
             "text_cosine": load(work / "text.pt")["closeness"],
         },
         "judge_held_out": json.loads((work / "judge.json").read_text()),
