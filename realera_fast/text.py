@@ -163,7 +163,7 @@ class TextModel:
         and give no words.
         """
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        words = []
+        words: list[str] = []
         for token, _ in vocabulary:
             if len(words) >= count:
                 break
