@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ def variant_lines(kind: str) -> list[str]:
     found = [r for r in rows("variants.jsonl") if r["split"] == "judged" and r["kind"] == kind]
     if not found:
         return []
+    seen = Counter((r["variant"], r["erased"], r["seed"]) for r in found)
+    made = {(r["commit"], r["dirty"], r["device"], r["threads"], r["torch"]) for r in found}
+    grid = {len({(e, s) for v, e, s in seen if v == variant}) for variant, _, _ in seen}
+    if max(seen.values()) > 1 or len(made) > 1 or len(grid) > 1:
+        raise SystemExit(
+            "variants.jsonl mixes runs, repeats rows or misses some: run bench/variants.py anew"
+        )
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in found:
         groups.setdefault(row["variant"], []).append(row)

@@ -9,7 +9,8 @@ by reference and whose adapters are switched off for the teacher's pass. z_t com
 denoising with the edited model; the whole trajectory of every start is kept and drawn from. At the
 end both variants, closed form alone and with the adapters, draw held-back seeds of the *named*
 words: the adapters stay only where they bring these closer to the anchor's pictures without moving
-the preserved ones further (method: section 4, trap 1).
+the preserved ones further (method: section 4, trap 1). Mining modes "covariance" and "offset" shape
+the closed form alone: here their neighbors are drawn as in "gaussian".
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from realera_fast import lora, mining, ops
+from realera_fast import lora, mining, ops, philox
 from realera_fast import progress as progress_bars
 from realera_fast.closed_form import ConceptMap
 from realera_fast.lora import LoraFactors
@@ -172,8 +173,8 @@ class _Models:
     @contextlib.contextmanager
     def edited(self) -> Iterator[None]:
         """The edited weights for the length of the block; the original ones after it."""
-        self._use(self._edited)
         try:
+            self._use(self._edited)
             yield
         finally:
             self._use(self._original)
@@ -181,16 +182,17 @@ class _Models:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """Points of denoising trajectories: `[e, ...]` latents, time steps and prompt numbers."""
+    """Points of denoising trajectories: `[e, ...]` latents and their time steps."""
 
     latents: Tensor
     timesteps: Tensor
-    prompt: Tensor
+    label: Tensor
+    """`[e]` number of the word or prompt that the trajectory is of."""
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.randint(len(self.latents), (count,), generator=generator)
         index = index.to(self.latents.device)
-        return self.latents[index], self.timesteps[index], self.prompt[index]
+        return self.latents[index], self.timesteps[index], self.label[index]
 
 
 class _Sampler:
@@ -241,22 +243,25 @@ class _Sampler:
 
 
 def _buffer(
-    sampler: _Sampler, states: Tensor, generator: torch.Generator, seed: int, bar: Any
+    sampler: _Sampler, states: Tensor, prompts: Tensor, labels: Tensor, seed: int, bar: Any
 ) -> _Buffer:
-    """Trajectories of `config.trajectories` prompts drawn from `[p, t, d]`."""
+    """Trajectories of chosen prompts.
+
+    Args:
+        states: `[p, t, d]` all prompts.
+        prompts: `[b]` numbers of the prompts that are denoised.
+        labels: `[b]` what each point of their trajectories is labelled with.
+    """
     config = sampler.config
-    order = torch.randperm(len(states), generator=generator)
-    chosen = order.repeat(-(-config.trajectories // len(order)))[: config.trajectories]
     way, timesteps = sampler.trajectories(
-        states[chosen.to(states.device)], range(seed, seed + len(chosen)), bar
+        states[prompts.to(states.device)], range(seed, seed + len(prompts)), bar
     )
     last = sampler.scheduler.config.num_train_timesteps * config.min_timestep
     used = timesteps >= last
-    steps, starts = int(used.sum()), len(chosen)
     return _Buffer(
         way[:-1][used].flatten(0, 1),
-        timesteps[used].repeat_interleave(starts),
-        chosen.to(way.device).repeat(steps),
+        timesteps[used].repeat_interleave(len(prompts)),
+        labels.to(way.device).repeat(int(used.sum())),
     )
 
 
@@ -300,7 +305,11 @@ def align_noise(
     source = torch.cat([m.source for m in moved]).to(device)
     anchor = torch.cat([m.anchor for m in moved]).to(device)
     preserve, sampler.empty = preserve.to(device), empty.to(device)
-    training = unet.training
+    # First prompt and number of prompts of each word, named words first.
+    sizes_of = torch.tensor([len(m.prompts) for m in moved], device=device)
+    starts, counts = sizes_of.cumsum(0) - sizes_of, sizes_of
+    scale = 2.0**14 if sampler.dtype == torch.float16 else 1.0
+    training = {module: module.training for module in unet.modules()}
     unet.eval()
     losses: list[float] = []
     attached = False
@@ -311,8 +320,14 @@ def align_noise(
                 total=2 * config.sampling_steps, desc="trajectories", progress=progress
             ) as bar,
         ):
-            target_points = _buffer(sampler, source, generator, seed, bar)
-            preserve_points = _buffer(sampler, preserve, generator, seed + 10_000, bar)
+            # Round-robin over words, named ones first, so that every one of these is trained on.
+            target_count = max(config.trajectories, len(named))
+            words = torch.arange(target_count) % len(moved)
+            plain = starts.cpu() + torch.tensor([m.plain for m in moved])
+            target_points = _buffer(sampler, source, plain[words], words, seed, bar)
+            order = torch.randperm(len(preserve), generator=generator)
+            chosen = order.repeat(-(-config.trajectories // len(order)))[: config.trajectories]
+            preserve_points = _buffer(sampler, preserve, chosen, chosen, seed + 10_000, bar)
         parameters = lora.attach(
             unet, models.names, rank=config.rank, alpha=config.lora_alpha, seed=seed
         )
@@ -323,8 +338,11 @@ def align_noise(
         )
         with progress_bars.bar(total=config.steps, desc="alignment", progress=progress) as bar:
             for step in range(config.steps):
-                noise_seed = (seed << 20) + 2 * step
+                noise_seed = philox.fold_seed(seed, step)
                 z_m, t_m, index = target_points.draw(config.batch_size, generator)
+                # Any prompt of the word that the trajectory was drawn for.
+                within = torch.rand(len(index), generator=generator).to(index.device)
+                index = starts[index] + (within * counts[index]).long()
                 student_m, anchor_m, source_m = source[index], anchor[index], source[index]
                 if mining_config.mode in ("gaussian", "covariance", "offset"):
                     student_m = mining.sample(
@@ -332,7 +350,10 @@ def align_noise(
                     ).rows[:, 0]
                 half = max(1, config.batch_size // 2)
                 beyond = mining.sample(
-                    source_m[:half], mining_config.beyond_region, samples=1, seed=noise_seed + 1
+                    source_m[:half],
+                    mining_config.beyond_region,
+                    samples=1,
+                    seed=philox.fold_seed(noise_seed, 1),
                 ).rows[:, 0]
                 z_p, t_p, index = preserve_points.draw(config.batch_size, generator)
                 kept = preserve[index]
@@ -367,8 +388,14 @@ def align_noise(
                     if not torch.isfinite(loss):
                         raise FloatingPointError(f"alignment loss is {loss.item()} at step {step}")
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                    # Half precision holds no gradient below 6e-8: it travels scaled.
+                    (loss * scale).backward()
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(scale)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}")
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.item())
@@ -384,10 +411,11 @@ def align_noise(
     finally:
         if attached:
             lora.detach(unet)
-        unet.train(training)
+        for module, flag in training.items():
+            module.training = flag
     kept_adapters = bool(factors)
     if before is not None and after is not None:
-        kept_adapters = after.target + after.preserve < before.target + before.preserve
+        kept_adapters = after.target < before.target and after.preserve <= before.preserve
         if not kept_adapters:
             logger.info("alignment did not improve the held-back pictures: closed form alone")
     return Alignment(
@@ -410,9 +438,8 @@ def _check(
 ) -> tuple[AlignmentScore, AlignmentScore]:
     """Scores of the closed form alone and with the adapters, on seeds that training never saw."""
     device, config = sampler.device, sampler.config
-    # The last template is left to the check of composition; one prompt per word is enough here.
-    source = torch.cat([m.source[-1:] for m in named]).to(device)
-    anchor = torch.cat([m.anchor[-1:] for m in named]).to(device)
+    source = torch.stack([m.source[m.plain] for m in named]).to(device)
+    anchor = torch.stack([m.anchor[m.plain] for m in named]).to(device)
     count = max(4, len(source))
     kept = preserve[torch.linspace(0, len(preserve) - 1, min(count, len(preserve))).long()]
 

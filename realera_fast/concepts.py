@@ -141,6 +141,11 @@ def parse_concepts(
     """
     if isinstance(concepts, str | Concept):
         concepts = [concepts]
+    if not isinstance(concepts, Iterable):
+        raise TypeError(
+            f"concepts: expected strings or Concepts, or a list of them, got "
+            f"{type(concepts).__name__}"
+        )
     parsed = tuple(c if isinstance(c, Concept) else parse_concept(c) for c in concepts)
     owner: dict[str, Concept] = {}
     for concept in parsed:

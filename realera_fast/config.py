@@ -36,8 +36,11 @@ class EraseConfig:
     def __post_init__(self) -> None:
         if not self.erase_scale > 0:
             raise ValueError(f"EraseConfig.erase_scale must be > 0, got {self.erase_scale}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"EraseConfig.seed must be a non-negative int, got {self.seed!r}")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"EraseConfig.seed must be an int from 0 to 2**32 - 1, got {self.seed!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""

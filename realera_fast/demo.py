@@ -3,7 +3,7 @@
 `run_demo` draws a fixed list of prompts before and after the erasure from the same seeds, lets the
 embedded judge say what it sees, and writes ``before_after.png``, ``report.html``, ``report.json``
 and ``erasure.safetensors``. The words that measure generality are held out: the eraser never gets
-one of them, which is checked here.
+one of them by name, which is checked here.
 """
 
 from __future__ import annotations
@@ -372,7 +372,8 @@ def run_demo(
             f"From the embedded model, in one call: the object {config.thing!r} became {anchor}, "
             f"the style {config.style!r} became {config.style_anchor!r}. {len(shots)} pictures "
             "were drawn before and as many after, from the same seeds, and named by a classifier "
-            f"trained on real renderings. The eraser was never given {_listed(held_out)}."
+            f"trained on real renderings. {_listed(held_out)} were never named to the eraser, which "
+            "may find words like these in the tokenizer."
         ),
         scores=scores,
         rows=rows,

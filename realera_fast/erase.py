@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import alignment, mining, report
+from realera_fast import alignment, mining, philox, report
 from realera_fast import unet as unets
 from realera_fast.alignment import Alignment, align_noise
 from realera_fast.closed_form import ConceptMap, NormalEquations, Pairs, Solution
@@ -120,7 +120,7 @@ def normal_equations(
                 prompts.destination,
                 prompts.weight,
                 config.mining,
-                seed=config.seed + number,
+                seed=philox.fold_seed(config.seed, number),
                 covariance=prior if config.mining.mode == "covariance" else None,
             )
     return equations
@@ -134,6 +134,8 @@ def solve(equations: NormalEquations, prior: Tensor, config: EraseConfig) -> Sol
     )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def erase(
     unet: Any,
     text_encoder: Any,
@@ -175,6 +177,17 @@ def erase(
         raise TypeError(f"config: expected an EraseConfig, got {type(config).__name__}")
     parsed = parse_concepts(concepts, preserve=preserve)
     layers = unets.projections(unet)
+    if scheduler is not None and not hasattr(scheduler, "config"):
+        raise TypeError(
+            "scheduler: expected a diffusers scheduler such as pipe.scheduler, got "
+            f"{type(scheduler).__name__}"
+        )
+    channels = (unet.config.in_channels, unet.config.out_channels)
+    if config.alignment.enabled and channels[0] != channels[1]:
+        raise ValueError(
+            f"unet: it takes {channels[0]} channels and gives {channels[1]} (inpainting?), which "
+            "the alignment stage can't denoise; set alignment.enabled=False"
+        )
     text = TextModel(text_encoder, tokenizer)
     if text.width != unets.text_width(unet):
         raise ValueError(
@@ -186,7 +199,9 @@ def erase(
         logger.warning("concepts is empty: nothing is erased")
         empty_report = report.Report((), {}, {}, dict.fromkeys(layers, 0.0), {}, {}, ()).to_dict()
         nothing = ConceptMap.identity(text.width)
-        return Erasure(nothing, {}, (), config.to_dict(), provenance, empty_report)
+        result = Erasure(nothing, {}, (), config.to_dict(), provenance, empty_report)
+        result.apply_(unet)
+        return result
 
     clock = _Clock()
     with clock.stage("prior"):
@@ -194,33 +209,36 @@ def erase(
     anchors = tuple(dict.fromkeys(c.destination for c in parsed if c.destination))
     kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
     with clock.stage("mining"):
+        # In every mode: words of the neighborhood are not preserved, whoever moves them.
+        near = neighbor_words(text, vocabulary, parsed, config.mining, keep=kept_words)
+        gone = [w for c in parsed for w in (*c.words, *near[c.target])]
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
         if config.mining.mode == "vocabulary":
+            mined = near
             if not vocabulary.words:
                 logger.warning("the tokenizer offers no whole words: no neighbors are mined")
-            mined = neighbor_words(text, vocabulary, parsed, config.mining, keep=kept_words)
     with clock.stage("pairs"):
         named: list[tuple[Concept, str, AlignedPrompts]] = []
         neighbors: list[tuple[Concept, str, AlignedPrompts]] = []
         for concept in parsed:
-            near = mined[concept.target]
             memo: AnchorMemo = {}
-            for word in (*concept.words, *near):
+            for word in (*concept.words, *mined[concept.target]):
                 prompts = align_concept(
-                    text, concept, config.pairs, word=word, avoid=near, memo=memo
+                    text, concept, config.pairs, word=word, avoid=gone, memo=memo
                 )
                 group = named if word in concept.words else neighbors
                 group.append((concept, word, prompts))
-        kept_templates = [t for t in config.pairs.of("object") if "{word}" not in t]
-        kept = [text.encode([fill(t, word) for t in kept_templates]) for word in kept_words]
+        kind_of = {c.destination: c.kind for c in parsed}
+        kept = [_kept(text, word, kind_of.get(word, "object"), config) for word in kept_words]
     with clock.stage("equations"):
-        gone = [w for c in parsed for w in (*c.words, *mined[c.target])]
         prior, _ = preserve_gram(text, vocabulary, gone)
         equations = normal_equations(
             [p for *_, p in named], [p for *_, p in neighbors], kept, prior, config
         )
     with clock.stage("closed form"):
         solution = solve(equations, prior, config)
+        # The result is small and outlives the model: it rests on the CPU.
+        concept_map = solution.map.to("cpu")
 
     stayers = _stayers(vocabulary, gone, kept_words)
     aligned = Alignment({}, False, None, None, (), 0.0)
@@ -241,7 +259,7 @@ def erase(
                     seed=config.seed,
                     progress=progress,
                 )
-        draft = Erasure(solution.map, aligned.lora, parsed, config.to_dict(), provenance, {})
+        draft = Erasure(concept_map, aligned.lora, parsed, config.to_dict(), provenance, {})
         edited = draft.edited_weights(before)
         with clock.stage("report"):
             found = _report(
@@ -257,9 +275,21 @@ def erase(
                 mined,
             )
         full = report.Report(**found, seconds=clock.seconds).to_dict()
-        result = Erasure(solution.map, aligned.lora, parsed, config.to_dict(), provenance, full)
+        result = Erasure(concept_map, aligned.lora, parsed, config.to_dict(), provenance, full)
         result.apply_(unet)
     return result
+
+
+def _kept(text: TextModel, word: str, kind: str, config: EraseConfig) -> Tensor:
+    """`[p, t, d]` prompts of a word that keeps its place."""
+    templates = [t for t in config.pairs.of(kind) if "{word}" not in t] or ["{}"]
+    prompts = [prompt for t in templates if not text.overflow(prompt := fill(t, word))]
+    if not prompts:
+        raise ValueError(
+            f"preserve: {word!r} needs more tokens than the text encoder holds "
+            f"({text.max_tokens} with begin- and end-of-text); {text.overflow(word)!r} would be cut"
+        )
+    return text.encode(prompts)
 
 
 def _stayers(

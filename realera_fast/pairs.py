@@ -12,6 +12,7 @@ is the same vector for every prompt and carries no weight.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -103,7 +104,10 @@ class AlignedPrompts:
     anchor: Tensor
     """`[p, t, d]` float32: the anchor prompts as encoded, unaligned: what the teacher is shown."""
     weight: Tensor
-    """`[p, t]` float32: 0 for begin-of-text, else the same for all rows; sums to 1."""
+    """`[p, t]` float32: 0 for begin-of-text; all templates weigh the same, however many context
+    words fill them; sums to 1."""
+    plain: int
+    """Number of the prompt that says the word most plainly: the longest without a context word."""
 
 
 def fill(template: str, word: str, context: str = "") -> str:
@@ -247,11 +251,13 @@ def align(
     hidden = torch.stack([found.hidden for found in anchors])
     place = torch.tensor(index, device=hidden.device)
     destination = torch.gather(hidden, 1, place[..., None].expand_as(hidden))
-    rows = len(prompts) * max(1, text.max_tokens - 1)
-    weight = torch.full(source.shape[:2], 1.0 / rows, device=source.device)
+    times = Counter(template for _, template, _ in kept)
+    share = [1.0 / (len(times) * times[t] * max(1, text.max_tokens - 1)) for _, t, _ in kept]
+    weight = torch.tensor(share, device=source.device)[:, None].repeat(1, text.max_tokens)
     weight[:, 0] = 0.0
+    plain = max(range(len(kept)), key=lambda i: ("{word}" not in kept[i][1], len(prompts[i])))
     names = tuple(found.prompt for found in anchors)
-    return AlignedPrompts(word, prompts, names, source, destination, hidden, weight)
+    return AlignedPrompts(word, prompts, names, source, destination, hidden, weight, plain)
 
 
 def align_concept(

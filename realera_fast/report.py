@@ -32,7 +32,7 @@ class WordReport:
 
     word: str
     role: str
-    """"target", "synonym", "neighbor", "anchor" or "preserved"."""
+    """"target", "synonym", "neighbor", "preserved" (named words and anchors) or "vocabulary"."""
     anchor: str | None
     moved: float | None
     """Fraction of the way to the anchor, for words that should go there."""

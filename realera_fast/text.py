@@ -131,7 +131,7 @@ class TextModel:
         """
         if not prompts:
             return torch.zeros(0, self.max_tokens, self.width, device=self.device)
-        training = self.encoder.training
+        training = {module: module.training for module in self.encoder.modules()}
         self.encoder.eval()
         hidden = []
         try:
@@ -142,7 +142,8 @@ class TextModel:
                     hidden.append(self.encoder(ids, attention_mask=mask)[0].float())
                     bar.update(len(ids))
         finally:
-            self.encoder.train(training)
+            for module, flag in training.items():
+                module.training = flag
         rows = torch.cat(hidden)
         if rows.shape[-1] != self.width or not torch.isfinite(rows).all():
             raise ValueError(
@@ -178,7 +179,9 @@ class TextModel:
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             data = tensor.detach().cpu().contiguous()
-            digest.update(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+            digest.update(
+                data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
+            )
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
         return digest.hexdigest()

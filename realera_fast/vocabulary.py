@@ -186,7 +186,9 @@ def _cache_path(text: TextModel, words: Sequence[str]) -> Path | None:
     from huggingface_hub import cached_assets_path
 
     key = hashlib.sha256(
-        json.dumps([text.fingerprint(), list(words), list(TEMPLATES), text.max_tokens]).encode()
+        json.dumps(
+            [text.fingerprint(), list(words), TEMPLATES, text.max_tokens, text.device.type]
+        ).encode()
     ).hexdigest()
     try:
         folder = cached_assets_path("realera_fast", "preserve_prior")
