@@ -91,7 +91,8 @@ def main() -> None:
     chosen = variants()
     if arguments.variants:
         chosen = {name: chosen[name] for name in arguments.variants}
-    pipe, judge = embedded.load_pipeline(), embedded.load_judge()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe, judge = embedded.load_pipeline().to(device), embedded.load_judge()
     about = provenance()
 
     def draw(shots: list) -> list[str]:

@@ -372,8 +372,8 @@ def run_demo(
             f"From the embedded model, in one call: the object {config.thing!r} became {anchor}, "
             f"the style {config.style!r} became {config.style_anchor!r}. {len(shots)} pictures "
             "were drawn before and as many after, from the same seeds, and named by a classifier "
-            f"trained on real renderings. {_listed(held_out)} were never named to the eraser, which "
-            "may find words like these in the tokenizer."
+            f"trained on real renderings. The eraser was never told {_listed(held_out)}; it may "
+            "find such words in the tokenizer."
         ),
         scores=scores,
         rows=rows,

@@ -28,7 +28,8 @@ def test_a_changed_row_would_show(tmp_path, monkeypatch):
         "variant": "default", "erased": "cat", "kind": "object", "split": "judged", "seed": 0,
         "before": {"acc_e": 1.0, "acc_s": 0.9, "acc_g": 1.0, "h_o": 0.0},
         "after": {"acc_e": 0.25, "acc_s": 0.5, "acc_g": None, "h_o": 0.6},
-        "pictures": 4, "seconds": 2.0, "device": "cpu", "threads": 1, "torch": "2", "commit": "abc", "dirty": False,
+        "pictures": 4, "seconds": 2.0, "device": "cpu", "threads": 1, "torch": "2",
+        "commit": "abc", "dirty": False,
     }  # fmt: skip
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     second = row | {"seed": 1, "after": row["after"] | {"acc_e": 0.35, "acc_g": 0.1}}
