@@ -106,12 +106,12 @@ def load_pipeline(dtype: "torch.dtype | None" = None) -> "StableDiffusionPipelin
 
     pipe = StableDiffusionPipeline.from_pretrained(
         FOLDER / "pipeline",
-        torch_dtype=torch.float32 if dtype is None else dtype,
         safety_checker=None,
         local_files_only=True,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    # Cast afterwards: the loader's argument is named differently in older and newer releases.
+    return pipe.to(torch.float32 if dtype is None else dtype)
 
 
 def load_judge() -> "Judge":
