@@ -12,6 +12,7 @@ import json
 import logging
 import platform
 import random
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,12 @@ class DemoResult:
     warnings: tuple[str, ...]
     """The erasure's and the pictures'."""
 
+    held_out: tuple[str, ...] = ()
+    """Words that measure generality; no `Concept` names one."""
+
+    mined: tuple[str, ...] = ()
+    """Those of them that mining found in the tokenizer's vocabulary and erased as its own."""
+
     def text(self) -> str:
         """The scores as a table for a terminal."""
         names = ("Acc_e", "Acc_s", "Acc_g", "H_o")
@@ -155,7 +162,19 @@ class DemoResult:
             "percent, before -> after; Acc_e on the erased concept and Acc_g on its held-out",
             "synonyms: lower is better; Acc_s on everything else and H_o: higher is better",
         ]
+        if self.mined:
+            lines += ["", *textwrap.wrap(_mined_note(self.mined, self.held_out), 80)]
         return "\n".join(lines)
+
+
+def _mined_note(mined: Sequence[str], held_out: Sequence[str]) -> str:
+    """What Acc_g can't be taken for where the miner's vocabulary holds the held-out words."""
+    return (
+        f"Note: nobody named a held-out synonym, but mining found {len(mined)} of "
+        f"{len(held_out)} ({', '.join(mined)}) in the tokenizer's vocabulary and erased them "
+        "as targets. Acc_g and H_o then say how well mining finds listed words, not how far an "
+        "erasure reaches beyond them; for that, compare '--mining none'."
+    )
 
 
 def _percent(value: float | None) -> str:
@@ -349,7 +368,9 @@ def run_demo(
     rows = _rows(shots, before, after, seen_before, seen_after, table, config)
     mined = {word for words in erasure.report.get("neighbors", {}).values() for word in words}
     by_word = _by_word(shots, seen_before, seen_after, mined)
-    warnings = (*erasure.report.get("warnings", ()), *picture_warnings(rows))
+    found = tuple(word for word in held_out if word in mined)
+    note = (_mined_note(found, held_out),) if found else ()
+    warnings = (*note, *erasure.report.get("warnings", ()), *picture_warnings(rows))
     before_after_grid(
         rows,
         folder / FILES[0],
@@ -384,7 +405,8 @@ def run_demo(
                 "Held-out synonyms",
                 "synonym",
                 by_word,
-                "Never given to the eraser; 'mined' says whether neighbor mining found the word.",
+                "Named by no concept. 'mined' words were found in the tokenizer's vocabulary and "
+                "erased as targets: they don't measure generality.",
             ),
             _word_table("Everything else", "untouched", by_word, "The 20 that lost the most."),
             Table(
@@ -403,6 +425,7 @@ def run_demo(
         },
         "words": by_word,
         "held_out": held_out,
+        "held_out_mined": list(found),
         "warnings": list(warnings),
         "seconds": seconds,
         "erasure": dict(erasure.report),
@@ -415,6 +438,8 @@ def run_demo(
         erasure=erasure,
         seconds=seconds,
         warnings=tuple(warnings),
+        held_out=tuple(held_out),
+        mined=found,
     )
 
 

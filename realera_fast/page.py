@@ -214,7 +214,7 @@ def _scores(lines: Sequence[ScoreLine]) -> str:
     explained = (
         ("Acc_e", "accuracy on the erased concept, lower is better"),
         ("Acc_s", "accuracy on everything else, higher is better"),
-        ("Acc_g", "accuracy on synonyms that the eraser was never given, lower is better"),
+        ("Acc_g", "accuracy on synonyms that no concept named, lower is better"),
         ("H_o", "their harmonic mean 3 / (1/(1-Acc_e) + 1/Acc_s + 1/(1-Acc_g)), higher is better"),
     )
     head = "".join(f'<th class="n">{name}</th>' for name in columns)

@@ -159,6 +159,30 @@ def test_no_held_out_word_reaches_the_eraser(
     assert set(report["held_out"]) == held_out
 
 
+@pytest.mark.parametrize("found", [(), ("kitty", "tiles")])
+def test_mined_held_out_words_are_said_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[str, ...]
+) -> None:
+    from realera_fast import demo as module
+
+    original = module.erase
+
+    def mining(*args: Any, **options: Any) -> Erasure:
+        erasure = original(*args, **options)
+        return replace(erasure, report={**erasure.report, "neighbors": {"cat": list(found)}})
+
+    monkeypatch.setattr(module, "erase", mining)
+    result = demo(tmp_path, monkeypatch)
+    report = json.loads((result.folder / "report.json").read_text())
+    page = (result.folder / "report.html").read_text()
+    assert result.mined == found == tuple(report["held_out_mined"])
+    text = " ".join(result.text().split())
+    for place in (text, " ".join(report["warnings"]), page):
+        assert ("mining found 2 of 5 (kitty, tiles)" in place) == bool(found)
+    assert ("mining found none of them" in page) != bool(found)
+    assert "never given" not in page
+
+
 def test_a_leak_is_refused() -> None:
     from realera_fast.demo import _check_held_out
 
