@@ -111,7 +111,11 @@ def load_pipeline(dtype: "torch.dtype | None" = None) -> "StableDiffusionPipelin
     )
     pipe.set_progress_bar_config(disable=True)
     # Cast afterwards: the loader's argument is named differently in older and newer releases.
-    return pipe.to(torch.float32 if dtype is None else dtype)
+    wanted = torch.float32 if dtype is None else dtype
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        if module.dtype != wanted:
+            module.to(wanted)
+    return pipe
 
 
 def load_judge() -> "Judge":
