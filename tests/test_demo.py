@@ -179,7 +179,7 @@ def test_mined_held_out_words_are_said_everywhere(
     text = " ".join(result.text().split())
     for place in (text, " ".join(report["warnings"]), page):
         assert ("mining found 2 of 5 (kitty, tiles)" in place) == bool(found)
-    assert ("mining found none of them" in page) != bool(found)
+    assert "it may find such words in the tokenizer" in page
     assert "never given" not in page
 
 
