@@ -393,8 +393,13 @@ def run_demo(
             f"From the embedded model, in one call: the object {config.thing!r} became {anchor}, "
             f"the style {config.style!r} became {config.style_anchor!r}. {len(shots)} pictures "
             "were drawn before and as many after, from the same seeds, and named by a classifier "
-            f"trained on real renderings. The eraser was never told {_listed(held_out)}; it may "
-            "find such words in the tokenizer."
+            f"trained on real renderings. No concept named the held-out {_listed(held_out)}; "
+            + (
+                f"mining found {len(found)} of these {len(held_out)} by itself and erased them "
+                "as targets (see the warning)."
+                if found
+                else "mining found none of them."
+            )
         ),
         scores=scores,
         rows=rows,

@@ -66,7 +66,7 @@ class Scores:
     """Accuracy on all other concepts (specificity): higher is better."""
 
     acc_g: float | None = None
-    """Accuracy on synonyms that the eraser was never given (generality): lower is better. None
+    """Accuracy on synonyms that no concept named (generality): lower is better. None
     where no such synonym exists; `h_o` is then the mean of the two other terms, as in MACE's
     table for people."""
 
