@@ -24,9 +24,8 @@ help:
 setup:
 	@$(call with_environment,echo "ready: $$python")
 
-# One thread suits tests; the main job takes the cores it finds.
 demo:
-	@$(call with_environment,env -u OMP_NUM_THREADS "$$python" -m realera_fast demo --out "$(OUT)")
+	@$(call with_environment,"$$python" -m realera_fast demo --out "$(OUT)")
 
 # Two processes: Triton's interpreter, which the kernels' tests need where there is no GPU, is a
 # choice for the whole process, and the tests in tests/aot compile instead.

@@ -108,6 +108,7 @@ def load_pipeline(dtype: "torch.dtype | None" = None) -> "StableDiffusionPipelin
         FOLDER / "pipeline",
         safety_checker=None,
         local_files_only=True,
+        use_safetensors=True,
     )
     pipe.set_progress_bar_config(disable=True)
     # Cast afterwards: the loader's argument is named differently in older and newer releases.
