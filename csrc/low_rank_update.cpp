@@ -71,11 +71,13 @@ void update_all(std::vector<Tensor>& weights, ScalarType dtype, const Tensor& le
   });
 }
 
-void low_rank_update_(std::vector<Tensor> weights, Tensor left, Tensor right) {
-  check_matrix(left, "left", -1, -1);
-  const int64_t width = left.size(0);
-  check_matrix(right, "right", left.size(1), width);
-  if (width == 0 || left.size(1) == 0) return;
+void low_rank_update_(std::vector<Tensor> weights, std::vector<Tensor> left,
+                      std::vector<Tensor> right, std::vector<Tensor> offset) {
+  STD_TORCH_CHECK(left.size() == 1 && right.size() == 1 && offset.empty(), "not yet");
+  check_matrix(left[0], "left", -1, -1);
+  const int64_t width = left[0].size(0);
+  check_matrix(right[0], "right", left[0].size(1), width);
+  if (width == 0 || left[0].size(1) == 0) return;
   std::vector<Tensor> single, twice;
   for (const Tensor& weight : weights) {
     check_matrix(weight, "weights", -1, width);
@@ -83,10 +85,10 @@ void low_rank_update_(std::vector<Tensor> weights, Tensor left, Tensor right) {
     Tensor plain = call("aten::detach", "", weight);
     (weight.scalar_type() == ScalarType::Double ? twice : single).push_back(plain);
   }
-  left = call("aten::detach", "", left);
-  right = call("aten::detach", "", right);
-  update_all<float>(single, ScalarType::Float, left, right);
-  update_all<double>(twice, ScalarType::Double, left, right);
+  const Tensor l = call("aten::detach", "", left[0]);
+  const Tensor r = call("aten::detach", "", right[0]);
+  update_all<float>(single, ScalarType::Float, l, r);
+  update_all<double>(twice, ScalarType::Double, l, r);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ for _schema in (
     "normal_equations_(Tensor(a!) gram, Tensor(b!) cross, Tensor source, Tensor destination, "
     "Tensor weight) -> ()",
     "solve_spd(Tensor gram, Tensor rhs) -> (Tensor, Tensor, Tensor)",
-    "low_rank_update_(Tensor(a!)[] weights, Tensor left, Tensor right) -> ()",
+    "low_rank_update_(Tensor(a!)[] weights, Tensor[] left, Tensor[] right, Tensor[] offset) -> ()",
     "perturb(Tensor embeddings, int samples, float min_cosine, float max_cosine, "
     "float max_distance, int seed, int offset) -> (Tensor, Tensor, Tensor)",
 ):
@@ -119,60 +119,91 @@ def normal_equations_(
 
 
 def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solves ``X gram = rhs`` for a symmetric positive definite ``gram``.
+    """Solves ``X gram = rhs`` for symmetric positive definite ``gram``, one system or a batch.
 
     Cholesky factorisation and one step of iterative refinement. Only the lower triangle of
     ``gram`` is factored, so a matrix that is not symmetric gives no meaningful answer.
 
     Args:
-        gram: `[d, d]` float64.
-        rhs: `[o, d]` float64.
+        gram: `[d, d]` or `[l, d, d]` float64.
+        rhs: `[o, d]` or `[l, o, d]` float64.
 
     Returns:
-        `[o, d]` float64 solution X; `[]` int32 ``info``, 0 or the order of the first leading minor
-        that is not positive (X then means nothing); `[]` float64 estimate of the reciprocal
-        1-norm condition number.
+        Float64 solution X, shaped like ``rhs``; `[]` or `[l]` int32 ``info``, 0 or the order of
+        the first leading minor that is not positive (X then means nothing); `[]` or `[l]` float64
+        estimate of the reciprocal 1-norm condition number.
     """
-    _check_matrix("gram", gram, (torch.float64,))
-    _check_matrix("rhs", rhs, (torch.float64,))
-    if gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram: expected a square matrix, got shape {list(gram.shape)}")
-    if rhs.shape[1] != gram.shape[0]:
+    batched = 3 if gram.dim() == 3 else 2
+    for name, tensor in (("gram", gram), ("rhs", rhs)):
+        if tensor.dim() != batched or tensor.dtype != torch.float64:
+            raise ValueError(
+                f"{name}: expected float64 matrices, [o, d] or a batch [l, o, d] for both "
+                f"arguments, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if gram.shape[-2] != gram.shape[-1]:
+        raise ValueError(f"gram: expected square matrices, got shape {list(gram.shape)}")
+    if rhs.shape[-1] != gram.shape[-1] or rhs.shape[:-2] != gram.shape[:-2]:
+        expected = [*gram.shape[:-2], "o", gram.shape[-1]]
         raise ValueError(
-            f"rhs: expected shape [o, {gram.shape[0]}] (the width of gram), got {list(rhs.shape)}"
+            f"rhs: expected shape [{', '.join(map(str, expected))}] to match gram, "
+            f"got {list(rhs.shape)}"
         )
     _check_devices(gram=gram, rhs=rhs)
     with torch.no_grad():
         return torch.ops.realera_fast.solve_spd(gram, rhs)
 
 
-def low_rank_update_(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-    """Replaces every weight ``W`` by ``W + (W left) right``, in place.
+def low_rank_update_(
+    weights: Sequence[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    offset: Sequence[Tensor] = (),
+) -> None:
+    """Replaces every weight ``W`` by ``W + (W left + offset) right``, in place.
 
     Computed in float32 (in float64 for float64 weights) and rounded once to the weight's dtype.
 
     Args:
         weights: `[o_i, d]` each: float32, bfloat16, float16 or float64, contiguous or not. No two
             may share memory.
-        left: `[d, k]` float32 or float64.
-        right: `[k, d]`, of the same dtype.
+        left: `[d, k]` float32 or float64, shared by all weights; or one for each weight (k may
+            differ then).
+        right: `[k, d]`, of the same dtype; a list if ``left`` is one.
+        offset: `[o_i, k]` one for each weight, of the same dtype; or none. With it the update is
+            per-layer: ``left = -X^T``, ``offset = V_l`` and ``right = R`` move the outputs for rows
+            X towards the values V_l of each layer.
     """
-    weights = list(weights)
-    wide = (torch.float32, torch.float64)
-    _check_matrix("left", left, wide)
-    _check_matrix("right", right, wide)
-    if right.shape != left.shape[::-1] or right.dtype != left.dtype:
-        raise ValueError(
-            f"right: expected {left.dtype} {list(left.shape[::-1])} to match left, "
-            f"got {right.dtype} {list(right.shape)}"
-        )
+    weights, offset = list(weights), list(offset)
+    alone = isinstance(left, Tensor)
+    if alone != isinstance(right, Tensor):
+        raise ValueError("left, right: expected two tensors or two lists, got one of each")
+    left = [left] if isinstance(left, Tensor) else list(left)
+    right = [right] if isinstance(right, Tensor) else list(right)
+    for name, given in (("left", left), ("right", right), ("offset", offset)):
+        optional = name == "offset" and not given
+        if len(given) != len(weights) and not optional and not (alone and name != "offset"):
+            raise ValueError(
+                f"{name}: expected {len(weights)} tensors, one for each weight, got {len(given)}"
+            )
+    named = {}
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        names = ("left", "right") if alone else (f"left[{i}]", f"right[{i}]")
+        named |= {names[0]: a, names[1]: b}
+        _check_matrix(names[0], a, (torch.float32, torch.float64))
+        _check_matrix(names[1], b, (torch.float32, torch.float64))
+        if b.shape != a.shape[::-1] or b.dtype != left[0].dtype or a.dtype != b.dtype:
+            raise ValueError(
+                f"{names[1]}: expected {left[0].dtype} {list(a.shape[::-1])} to match {names[0]}, "
+                f"got {b.dtype} {list(b.shape)} beside {a.dtype}"
+            )
     seen: dict[int, int] = {}
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
         _check_matrix(name, weight)
-        if weight.shape[1] != left.shape[0]:
+        thin = left[0 if alone else i]
+        if weight.shape[1] != thin.shape[0]:
             raise ValueError(
-                f"{name}: expected shape [o, {left.shape[0]}] (the height of left), "
+                f"{name}: expected shape [o, {thin.shape[0]}] (the height of left), "
                 f"got {list(weight.shape)}"
             )
         if any(
@@ -184,13 +215,20 @@ def low_rank_update_(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> 
             other = seen.setdefault(weight.data_ptr(), i)
             if other != i:
                 raise ValueError(f"{name}: shares its memory with weights[{other}]; pass it once")
-    _check_devices(
-        left=left, right=right, **{f"weights[{i}]": weight for i, weight in enumerate(weights)}
-    )
-    if not weights or left.shape[1] == 0:
+        named[name] = weight
+        if offset:
+            expected = (weight.shape[0], thin.shape[1])
+            named[f"offset[{i}]"] = offset[i]
+            if offset[i].shape != expected or offset[i].dtype != thin.dtype:
+                raise ValueError(
+                    f"offset[{i}]: expected {thin.dtype} {list(expected)}, "
+                    f"got {offset[i].dtype} {list(offset[i].shape)}"
+                )
+    _check_devices(**named)
+    if not weights or all(thin.shape[1] == 0 for thin in left):
         return
     with torch.no_grad():
-        torch.ops.realera_fast.low_rank_update_(weights, left, right)
+        torch.ops.realera_fast.low_rank_update_(weights, left, right, offset)
     _changed(*weights)
 
 

@@ -47,13 +47,13 @@ def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Solves ``X gram = rhs`` by Cholesky factorisation and one step of iterative refinement.
 
     Args:
-        gram: `[d, d]` float64, symmetric.
-        rhs: `[o, d]` float64.
+        gram: `[d, d]` or `[l, d, d]` float64, symmetric.
+        rhs: `[o, d]` or `[l, o, d]` float64.
 
     Returns:
-        `[o, d]` solution X, `[]` int32 ``info`` (0, or the order of the first minor that is not
-        positive, in which case X means nothing), `[]` float64 estimate of the reciprocal
-        1-norm condition number (0 if ``info`` is not).
+        Solution X, shaped like ``rhs``; `[]` or `[l]` int32 ``info`` (0, or the order of the first
+        minor that is not positive, in which case X means nothing); `[]` or `[l]` float64 estimate
+        of the reciprocal 1-norm condition number (0 if ``info`` is not).
     """
     factor, info = torch.linalg.cholesky_ex(gram)
     solution = torch.cholesky_solve(rhs.mT, factor).mT
@@ -65,47 +65,58 @@ def _reciprocal_condition(gram: Tensor, factor: Tensor, info: Tensor) -> Tensor:
     """Estimates ``1 / (|A|_1 |A^-1|_1)`` from the Cholesky factor (Higham 1988, LAPACK ``pocon``).
 
     Args:
-        gram: `[d, d]` the matrix A.
-        factor: `[d, d]` its lower Cholesky factor.
-        info: `[]` int32, as :func:`solve_spd` returns it.
+        gram: `[..., d, d]` the matrices A.
+        factor: `[..., d, d]` their lower Cholesky factors.
+        info: `[...]` int32, as :func:`solve_spd` returns it.
 
     Returns:
-        `[]` float64. It is never below the true value, and rarely above three times that.
+        `[...]` float64. It is never below the true value, and rarely above three times that.
     """
-    width = gram.shape[0]
-    if width == 0:
-        return gram.new_ones(())
-    index = torch.arange(width, device=gram.device)
+    width = gram.shape[-1]
+    if gram.numel() == 0:
+        return gram.new_ones(gram.shape[:-2])
+    index = torch.arange(width, device=gram.device)[:, None]
     # The second start vector defeats matrices built to fool the first (Higham 1988, section 4).
     alternating = (1 - 2 * (index % 2)) * (1 + index.to(gram.dtype) / max(width - 1, 1))
+    alternating = alternating.expand(*gram.shape[:-1], 1)
     probe = torch.full_like(alternating, 1 / width)
-    inverse_norm = torch.cholesky_solve(alternating[:, None], factor).abs().sum() * (
-        2 / (3 * width)
-    )
+    inverse_norm = torch.cholesky_solve(alternating, factor).abs().sum((-2, -1)) * (2 / (3 * width))
     for _ in range(_CONDITION_STEPS):
-        image = torch.cholesky_solve(probe[:, None], factor)
-        inverse_norm = torch.maximum(inverse_norm, image.abs().sum())
+        image = torch.cholesky_solve(probe, factor)
+        inverse_norm = torch.maximum(inverse_norm, image.abs().sum((-2, -1)))
         sign = torch.where(image < 0, -1.0, 1.0).to(gram.dtype)
-        slope = torch.cholesky_solve(sign, factor)[:, 0]
-        probe = (index == slope.abs().argmax()).to(gram.dtype)
-    reciprocal = 1 / (gram.abs().sum(0).max() * inverse_norm)
+        slope = torch.cholesky_solve(sign, factor)
+        probe = (index == slope.abs().argmax(-2, keepdim=True)).to(gram.dtype)
+    reciprocal = 1 / (gram.abs().sum(-2).amax(-1) * inverse_norm)
     return torch.where(
         (info == 0) & reciprocal.isfinite(), reciprocal, torch.zeros_like(reciprocal)
     )
 
 
-def low_rank_update_(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-    """Replaces every ``W`` by ``W + (W left) right``, computed in float32 (float64 for float64).
+def low_rank_update_(
+    weights: Sequence[Tensor],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    offset: Sequence[Tensor],
+) -> None:
+    """Replaces every ``W`` by ``W + (W left + offset) right``.
+
+    Computed in float32 (in float64 for float64 weights) and rounded once to the weight's dtype.
 
     Args:
         weights: `[o_i, d]` each, any floating dtype and strides, changed in place.
-        left: `[d, k]`.
-        right: `[k, d]`.
+        left: `[d, k]` each; one for every weight, or one for all.
+        right: `[k, d]` each; as many as ``left``.
+        offset: `[o_i, k]` each, one for every weight; or none.
     """
-    for weight in weights:
+    for i, weight in enumerate(weights):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shared = 0 if len(left) == 1 else i
         wide = weight.to(dtype)
-        weight.copy_(wide + (wide @ left.to(dtype)) @ right.to(dtype))
+        thin = wide @ left[shared].to(dtype)
+        if offset:
+            thin = thin + offset[i].to(dtype)
+        weight.copy_(wide + thin @ right[shared].to(dtype))
 
 
 def perturb(

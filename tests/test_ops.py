@@ -285,7 +285,7 @@ def test_opcheck(device: torch.device) -> None:
     opcheck(namespace.normal_equations_.default, (gram.clone(), gram.clone(), x, y, w))
     opcheck(namespace.solve_spd.default, (gram, gram[:2].clone()))
     left, right = torch.randn(6, 2, device=device), torch.randn(2, 6, device=device)
-    opcheck(namespace.low_rank_update_.default, ([x, y.float()], left, right))
+    opcheck(namespace.low_rank_update_.default, ([x, y.float()], [left], [right], []))
 
 
 def test_the_native_library_agrees_with_the_reference() -> None:
