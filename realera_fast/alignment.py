@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from realera_fast import lora, mining, ops, philox
 from realera_fast import progress as progress_bars
-from realera_fast.closed_form import ConceptMap
+from realera_fast.concept_map import ConceptMap
 from realera_fast.lora import LoraFactors
 from realera_fast.pairs import AlignedPrompts
 from realera_fast.unet import projections

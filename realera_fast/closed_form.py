@@ -6,37 +6,49 @@ For rows ``(x_i, y_i, w_i)`` the edited projection of a weight ``W`` minimises
 
 (RealEra, arXiv 2410.09140, following UCE, arXiv 2308.14761). Its solution is ``W' = W T`` with
 ``T = I + D A^-1``, ``A = sum_i w_i x_i x_i^T + ridge I`` and ``D = sum_i w_i (y_i - x_i) x_i^T``.
-Neither A nor D depends on the layer, so one factorisation serves all of them, and only rows that
-move contribute to D, so ``T - I`` has low rank.
+Neither A nor D depends on the layer, so one factorisation serves all of them.
 
-:class:`NormalEquations` accumulates A and D; :class:`ConceptMap` is the answer in its smallest
-form.
+Two ways lead to T, and :class:`NormalEquations` takes the cheaper one:
+
+primal    More rows than features: the `[d, d]` sums A and D are formed and A is factored.
+dual      Fewer rows, `[n, d]` X and Y (weights drawn in): with A_0 the part of A that is not rows,
+
+              T - I = (Y - X)^T G^-1 X A_0^-1,    G = I + X A_0^-1 X^T,
+
+          which needs an `[n, n]` factorisation, and has its low rank in sight.
+
+Three shapes are solved: one A for all layers (:meth:`NormalEquations.solve`), one A and its own
+destinations for each layer (:func:`fit_values_`), and one A for each layer (:func:`solve_layers`).
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from realera_fast import ops
+from realera_fast.concept_map import ConceptMap, check_rank_tolerance, compressed, split
+from realera_fast.least_squares import (
+    Factored,
+    Scaled,
+    SingularSystemError,
+    Solved,
+    dual,
+    dual_inverse,
+    explain,
+    is_good,
+    primal,
+    with_ridge,
+)
 
 _log = logging.getLogger(__name__)
 
 _EPS = torch.finfo(torch.float64).eps
-_RESIDUAL_THRESHOLD = 30.0
-"""LAPACK's own test suite accepts a solution whose residual ratio is below this (``dtest.in``)."""
-_REFINEMENTS = 5
-"""Further refinement steps before the solver changes its method. LAPACK's ``porfs`` takes five."""
-_RANGE_START = 64
-"""First number of probes of the randomised range finder; doubled while the rank is higher."""
-
-
-class SingularSystemError(ValueError):
-    """The normal equations have no unique solution. The message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +76,32 @@ class Pairs:
                 f"got {list(self.weight.shape)}"
             )
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Source, destination and weight."""
+        return self.source, self.destination, self.weight
+
+    def check(self) -> None:
+        """Raises ValueError with the first row that holds NaN, infinity or a negative weight."""
+        for name in ("source", "destination", "weight"):
+            values = getattr(self, name)
+            values = values[:, None] if values.dim() == 1 else values
+            # A sum shows any NaN or infinity in one pass; that it overflowed is told apart below.
+            if bool(values.sum(1, dtype=torch.float64).isfinite().all()):
+                continue
+            bad = (~values.isfinite().all(1)).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"pairs.{name}: row {int(bad[0])} of {len(values)} holds NaN or infinity "
+                    f"({len(bad)} such rows); check the text encoder's output and its dtype"
+                )
+        negative = (self.weight < 0).nonzero()
+        if len(negative):
+            raise ValueError(
+                f"pairs.weight: row {int(negative[0])} is negative; to take rows back, subtract "
+                "the equations that hold them"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedFormConfig:
@@ -77,109 +115,14 @@ class ClosedFormConfig:
     rank_tolerance: float = 1e-6
     """Singular values of T - I below this fraction of the greatest are dropped; no unit. Default
     is ours: about ten roundings of float32, the precision the factors are stored in."""
+    keep_system: bool = False
+    """Whether the erasure keeps the factored equations, so that single concepts can be withdrawn
+    later (`Erasure.without`). They are saved with it: up to 16 d^2 bytes of rows for each concept
+    and 16 d^2 bytes once (9.4 MB each for Stable Diffusion 1). Default (ours): not kept."""
 
     def __post_init__(self) -> None:
-        _check_options(self.ridge, self.rank_tolerance)
-
-
-@dataclass(frozen=True, eq=False)
-class ConceptMap:
-    """The linear map ``T = I + left @ right`` on text embeddings."""
-
-    left: Tensor
-    """`[d, k]` float32 (or float64)."""
-    right: Tensor
-    """`[k, d]`, of the same dtype."""
-
-    def __post_init__(self) -> None:
-        left, right = self.left, self.right
-        if left.dim() != 2 or right.shape != left.shape[::-1]:
-            raise ValueError(
-                "left, right: expected shapes [d, k] and [k, d], "
-                f"got {list(left.shape)} and {list(right.shape)}"
-            )
-        if left.dtype not in (torch.float32, torch.float64) or right.dtype != left.dtype:
-            raise ValueError(
-                f"left, right: expected float32 or float64, both alike, got {left.dtype} "
-                f"and {right.dtype}"
-            )
-
-    @classmethod
-    def identity(cls, width: int, *, device: torch.device | str = "cpu") -> ConceptMap:
-        """The map of rank 0 on embeddings of ``width`` features, which moves nothing."""
-        return cls(torch.zeros(width, 0, device=device), torch.zeros(0, width, device=device))
-
-    @property
-    def rank(self) -> int:
-        """Number k of columns of ``left``."""
-        return self.left.shape[1]
-
-    @property
-    def width(self) -> int:
-        """Number d of features of an embedding."""
-        return self.left.shape[0]
-
-    @property
-    def matrix(self) -> Tensor:
-        """`[d, d]` the dense T, for tests and inspection."""
-        eye = torch.eye(self.width, dtype=self.left.dtype, device=self.left.device)
-        return eye + self.left @ self.right
-
-    def __call__(self, embeddings: Tensor) -> Tensor:
-        """Maps embeddings: ``x T^T`` for rows x.
-
-        ``W T x = W (T x)``, so this on the prompt embedding equals the edit of the weights.
-
-        Args:
-            embeddings: `[..., d]` of any floating dtype.
-
-        Returns:
-            `[..., d]` of the same dtype; computed in the dtype of the factors, or a wider one.
-        """
-        if embeddings.shape[-1:] != (self.width,):
-            raise ValueError(
-                f"embeddings: expected shape [..., {self.width}], got {list(embeddings.shape)}"
-            )
-        if self.rank == 0:
-            return embeddings
-        dtype = torch.promote_types(embeddings.dtype, self.left.dtype)
-        x = embeddings.to(dtype)
-        left = self.left.to(x.device, dtype)
-        right = self.right.to(x.device, dtype)
-        return (x + (x @ right.mT) @ left.mT).to(embeddings.dtype)
-
-    def to(self, device: torch.device | str) -> ConceptMap:
-        """The same map with its factors on ``device``."""
-        return ConceptMap(self.left.to(device), self.right.to(device))
-
-    def compose(self, other: ConceptMap) -> ConceptMap:
-        """This map, then ``other``: ``T_other T_self``, of rank ``k_self + k_other``."""
-        if other.width != self.width:
-            raise ValueError(f"other: expected a map of width {self.width}, got {other.width}")
-        # (I + L2 R2)(I + L1 R1) = I + [L1 + L2 (R2 L1), L2] [R1; R2]
-        left = torch.cat((self.left + other.left @ (other.right @ self.left), other.left), 1)
-        return ConceptMap(left, torch.cat((self.right, other.right), 0))
-
-    def compressed(self, tolerance: float = 1e-6) -> ConceptMap:
-        """The same map without singular values of T - I below ``tolerance`` times the greatest.
-
-        Args:
-            tolerance: fraction of the greatest singular value, from 0 to less than 1.
-        """
-        _check_options(0.0, tolerance)
-        if self.rank == 0:
-            return self
-        # T - I = Q_l (R_l R_r^T) Q_r^T: the decomposition of the small core is enough.
-        q_left, r_left = torch.linalg.qr(self.left.to(torch.float64))
-        q_right, r_right = torch.linalg.qr(self.right.mT.to(torch.float64))
-        u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-        # What is left of parts that cancel is rounding, not a direction.
-        noise = self.rank * _EPS * float(r_left.norm() * r_right.norm())
-        kept = min(_kept(s, tolerance), int((s > noise).sum()))
-        root = s[:kept].sqrt()
-        left = q_left @ (u[:, :kept] * root)
-        right = (root[:, None] * vh[:kept]) @ q_right.mT
-        return ConceptMap(left.to(self.left.dtype), right.to(self.left.dtype))
+        check_ridge(self.ridge)
+        check_rank_tolerance(self.rank_tolerance)
 
 
 @dataclass(frozen=True)
@@ -187,13 +130,15 @@ class SolveInfo:
     """How a solve went."""
 
     method: str
-    """The rung of the ladder that answered: "cholesky", "refined" (further refinement steps),
-    "jitter" (factored with a slightly greater ridge, refined back), "eigenvalue cut-off"; or
-    "identity" where no row moves and nothing was solved."""
+    """What answered: "dual" (fewer rows than features), "cholesky", or "incremental" (from an
+    earlier solution). Where those were not good enough, the rung of the ladder: "refined" (further
+    refinement steps), "jitter" (factored with a slightly greater ridge, refined back), "eigenvalue
+    cut-off". "identity" where no row moves and nothing was solved."""
     condition: float
-    """Estimated 1-norm condition number of A (1 for "identity"; infinity if it can't be told)."""
+    """Estimated condition number of A (1 for "identity"; infinity if it can't be told)."""
     residual_ratio: float
-    """``|XA - D| / (|A| |X| eps d)`` in the infinity norm; below 30 is as good as float64 gets."""
+    """``|XA - D|_F / (|A|_2 |X|_F eps d)`` with X = T - I before its rank is cut. Below 30 is as
+    good as float64 gets. Estimated with random vectors, within a factor of two."""
     rank: int
     """Rank k of the map."""
     dropped: float
@@ -211,41 +156,68 @@ class Solution:
 
 
 class NormalEquations:
-    """Accumulates the sums A (without ridge) and D of the closed form, in float64.
+    """The sums A (without ridge) and D of the closed form, in float64 and O(d^2) memory.
 
-    Sums over disjoint rows add, and rows can be taken back: ``a + b`` and ``a - b``.
+    Rows are kept as they are while they are fewer than features (the dual form needs them), and
+    summed from then on. Sums over disjoint rows add, and rows can be taken back: ``a + b`` and
+    ``a - b``.
     """
 
     def __init__(self, width: int, *, device: torch.device | str = "cpu") -> None:
         if width < 1:
             raise ValueError(f"width: expected a positive number of features, got {width}")
-        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        """`[d, d]` float64 ``sum_i w_i x_i x_i^T``."""
-        self.cross = torch.zeros(width, width, dtype=torch.float64, device=device)
-        """`[d, d]` float64 ``sum_i w_i (y_i - x_i) x_i^T``."""
+        self.width = width
+        """Number d of features of a row."""
+        self.device = torch.device(device)
         self.rows = 0
         """Number of rows accumulated."""
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._waiting: list[Pairs] = []
 
     @property
-    def width(self) -> int:
-        """Number d of features of a row."""
-        return self.gram.shape[0]
+    def is_empty(self) -> bool:
+        """Whether nothing was accumulated."""
+        return self._sums is None and not self._waiting
+
+    @property
+    def gram(self) -> Tensor:
+        """`[d, d]` float64 ``sum_i w_i x_i x_i^T``."""
+        return self._summed()[0]
+
+    @property
+    def cross(self) -> Tensor:
+        """`[d, d]` float64 ``sum_i w_i (y_i - x_i) x_i^T``."""
+        return self._summed()[1]
 
     def update(self, pairs: Pairs) -> NormalEquations:
-        """Adds rows, moved to the accumulator's device if they are on another. Returns itself."""
+        """Adds rows, moved to the accumulator's device if they are on another. Returns itself.
+
+        Raises:
+            ValueError: rows of another width, or with NaN or infinity; nothing is added then.
+        """
         if pairs.source.shape[1] != self.width:
             raise ValueError(
                 f"pairs: expected rows of {self.width} features, got {pairs.source.shape[1]}"
             )
-        device = self.gram.device
-        ops.normal_equations_(
-            self.gram,
-            self.cross,
-            pairs.source.to(device),
-            pairs.destination.to(device, pairs.source.dtype),
-            pairs.weight.to(device),
+        pairs = Pairs(
+            pairs.source.detach().to(self.device),
+            pairs.destination.detach().to(self.device, pairs.source.dtype),
+            pairs.weight.detach().to(self.device),
         )
-        self.rows += pairs.source.shape[0]
+        pairs.check()
+        count = len(pairs.weight)
+        self.rows += count
+        if self._count() + count < self.width:
+            # Copies: the caller may change its tensors before the system is solved.
+            self._waiting.append(
+                Pairs(
+                    pairs.source.to(torch.float64, copy=True),
+                    pairs.destination.to(torch.float64, copy=True),
+                    pairs.weight.to(torch.float64, copy=True),
+                )
+            )
+            return self
+        self._sum(pairs)
         return self
 
     def update_moments(self, gram: Tensor, cross: Tensor | None = None) -> NormalEquations:
@@ -256,13 +228,17 @@ class NormalEquations:
             cross: `[d, d]` added to ``cross``, if given.
         """
         for name, moment in (("gram", gram), ("cross", cross)):
-            if moment is not None and moment.shape != self.gram.shape:
+            if moment is not None and moment.shape != (self.width, self.width):
                 raise ValueError(
-                    f"{name}: expected shape {list(self.gram.shape)}, got {list(moment.shape)}"
+                    f"{name}: expected shape {[self.width] * 2}, got {list(moment.shape)}"
                 )
-        self.gram += gram.to(self.gram)
+            if moment is not None and not bool(moment.isfinite().all()):
+                raise ValueError(f"{name}: holds NaN or infinity")
+        own_gram, own_cross = self._sums or self._zeros()
+        own_gram += gram.to(own_gram)
         if cross is not None:
-            self.cross += cross.to(self.cross)
+            own_cross += cross.to(own_cross)
+        self._sums = own_gram, own_cross
         return self
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
@@ -271,29 +247,40 @@ class NormalEquations:
     def __sub__(self, other: NormalEquations) -> NormalEquations:
         return self._combined(other, -1)
 
-    def _combined(self, other: NormalEquations, sign: int) -> NormalEquations:
-        if not isinstance(other, NormalEquations):
-            return NotImplemented
-        if other.width != self.width:
-            raise ValueError(f"other: expected a width of {self.width}, got {other.width}")
-        result = NormalEquations(self.width, device=self.gram.device)
-        result.gram = self.gram + sign * other.gram.to(self.gram.device)
-        result.cross = self.cross + sign * other.cross.to(self.cross.device)
-        result.rows = self.rows + sign * other.rows
-        return result
+    def equivalent_rows(self) -> Pairs:
+        """At most d rows of weight 1 with the same sums, whatever number was accumulated.
+
+        Raises:
+            ValueError: the sums are not those of rows with positive weights.
+        """
+        if self._sums is None:
+            x, y = self._scaled_rows()
+            return Pairs(x, y, x.new_ones(len(x)))
+        gram, cross = self._summed()
+        values, vectors = torch.linalg.eigh(gram)
+        cut = _EPS * self.width * float(values.abs().max())
+        if float(values[0]) < -10 * cut:
+            raise ValueError("these equations are not the sum of rows with positive weights")
+        kept = values > cut
+        root = values[kept].sqrt()[:, None]
+        basis = vectors[:, kept].mT
+        # X = S^1/2 V^T has X^T X = A; (Y - X)^T X = D gives Y - X = S^-1/2 V^T D^T.
+        source = root * basis
+        return Pairs(source, source + (basis @ cross.mT) / root, source.new_ones(len(source)))
 
     def solve(
         self, *, ridge: float, rank_tolerance: float = 1e-6, dtype: torch.dtype = torch.float32
     ) -> Solution:
         """Solves for the map.
 
-        Cholesky factorisation first. Where its residual is not as small as float64 allows, a
+        Where the first factorisation leaves a residual that is not as small as float64 allows, a
         ladder of further refinement, jitter and eigenvalue cut-off follows; each step is logged.
 
         Args:
             ridge: added to the diagonal of A, not negative.
             rank_tolerance: singular values of T - I below this fraction of the greatest are
-                dropped.
+                dropped. 0 spares the decomposition and leaves the rank at the number of rows that
+                move, or at d.
             dtype: of the factors of the map, float32 or float64.
 
         Returns:
@@ -302,175 +289,231 @@ class NormalEquations:
         Raises:
             SingularSystemError: A is not positive definite to working precision.
         """
-        _check_options(ridge, rank_tolerance)
-        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
-            raise ValueError(
-                "the accumulated rows or weights hold NaN or infinity; check the text encoder's "
-                "output and its dtype"
-            )
-        if not self.cross.any():
-            identity = ConceptMap.identity(self.width, device=self.gram.device)
-            identity = ConceptMap(identity.left.to(dtype), identity.right.to(dtype))
-            return Solution(identity, SolveInfo("identity", 1.0, 0.0, 0, 0.0, self.rows))
-        gram = self.gram.clone()
-        gram.diagonal().add_(ridge)
-        update, method, condition, ratio = _solve(gram, self.cross, ridge, self.rows)
-        left, right, dropped = _factors(update, rank_tolerance)
-        concept_map = ConceptMap(left.to(dtype).contiguous(), right.to(dtype).contiguous())
-        info = SolveInfo(method, condition, ratio, concept_map.rank, dropped, self.rows)
-        _log.debug("closed form: %s", info)
-        return Solution(concept_map, info)
+        return solve_layers([self], ridge=ridge, rank_tolerance=rank_tolerance, dtype=dtype)[0]
+
+    # Inside
+
+    def _zeros(self) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+        return zeros, zeros.clone()
+
+    def _sum(self, pairs: Pairs) -> None:
+        if self._sums is None:
+            self._sums = self._zeros()
+        ops.normal_equations_(*self._sums, *pairs.tensors)
+
+    def _summed(self) -> tuple[Tensor, Tensor]:
+        """The sums, with rows that wait drawn in; afterwards there are none."""
+        for part in self._waiting:
+            self._sum(part)
+        self._waiting = []
+        self._sums = self._sums or self._zeros()
+        return self._sums
+
+    def _combined(self, other: NormalEquations, sign: int) -> NormalEquations:
+        if not isinstance(other, NormalEquations):
+            return NotImplemented
+        if other.width != self.width:
+            raise ValueError(f"other: expected a width of {self.width}, got {other.width}")
+        result = NormalEquations(self.width, device=self.device)
+        for part, factor in ((self, 1), (other, sign)):
+            if part._sums is not None:
+                result.update_moments(factor * part._sums[0], factor * part._sums[1])
+            for rows in part._waiting:
+                if factor > 0:
+                    result.update(rows)
+                else:
+                    result._sum(Pairs(rows.source, rows.destination, -rows.weight))
+        result.rows = self.rows + sign * other.rows
+        return result
+
+    def _scaled_rows(self) -> tuple[Tensor, Tensor]:
+        """`[n, d]` sources and destinations that wait, times the root of their weight."""
+        if not self._waiting:
+            empty = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
+            return empty, empty
+        parts = [torch.cat(t) for t in zip(*(p.tensors for p in self._waiting), strict=True)]
+        source, destination, weight = parts
+        used = weight > 0
+        if not bool(used.all()):
+            source, destination, weight = source[used], destination[used], weight[used]
+        root = weight.sqrt()[:, None]
+        return root * source, root * destination
+
+    def _count(self) -> int:
+        """Number of rows that wait."""
+        return sum(len(part.weight) for part in self._waiting)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any row moves."""
+        return any(
+            bool(((p.source != p.destination).any(1) & (p.weight != 0)).any())
+            for p in self._waiting
+        ) or (self._sums is not None and bool(self._sums[1].any()))
+
+    def _is_dual(self) -> bool:
+        """Whether the rows that wait hold everything that moves."""
+        return bool(self._waiting) and (self._sums is None or not bool(self._sums[1].any()))
 
 
-def _check_options(ridge: float, rank_tolerance: float) -> None:
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge: expected a finite number of at least 0, got {ridge}")
-    if not 0 <= rank_tolerance < 1:
-        raise ValueError(
-            f"rank_tolerance: expected a number from 0 to less than 1, got {rank_tolerance}"
-        )
+def solve_layers(
+    equations: Sequence[NormalEquations],
+    *,
+    ridge: float,
+    rank_tolerance: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
+) -> list[Solution]:
+    """Solves one system for each layer (or group of layers), batched where they are alike.
 
-
-def _solve(gram: Tensor, rhs: Tensor, ridge: float, rows: int) -> tuple[Tensor, str, float, float]:
-    """Climbs the ladder until a solution of ``X gram = rhs`` has a small residual.
-
-    Returns:
-        `[d, d]` X, the method, the condition estimate, the residual ratio.
-    """
-    solution, info, reciprocal = ops.solve_spd(gram, rhs)
-    failed, rcond = bool(info), float(reciprocal)
-    condition = 1 / rcond if rcond > 0 else math.inf
-    if ridge == 0 and (failed or rcond < _EPS * gram.shape[0]):
-        raise SingularSystemError(_explain(gram, ridge, rows))
-    if rcond < _EPS:
-        _log.warning(
-            "the system is singular to working precision (reciprocal condition %.3g): the ridge of "
-            "%.3g is too small beside the rows, and directions they don't cover are arbitrary",
-            rcond,
-            ridge,
-        )
-    if not failed:
-        ratio = _residual_ratio(gram, rhs, solution)
-        if ratio < _RESIDUAL_THRESHOLD:
-            return solution, "cholesky", condition, ratio
-        _log.warning("Cholesky left a residual ratio of %.3g; refining further", ratio)
-        solution, ratio = _refined(gram, gram, rhs, solution)
-        if ratio < _RESIDUAL_THRESHOLD:
-            return solution, "refined", condition, ratio
-    else:
-        _log.warning("Cholesky met a minor of order %d that is not positive", int(info))
-    values, vectors = torch.linalg.eigh(gram)
-    cut = _EPS * gram.shape[0] * float(values[-1])
-    if values[0] < -10 * cut or values[-1] <= 0:
-        raise SingularSystemError(_explain(gram, ridge, rows))
-    for scale in (1.0, 10.0, 100.0):
-        # The shifted matrix is only a preconditioner: refinement solves the system as it was given.
-        shifted = gram.clone()
-        shifted.diagonal().add_(scale * cut)
-        solution, info, _ = ops.solve_spd(shifted, rhs)
-        if bool(info):
-            continue
-        solution, ratio = _refined(gram, shifted, rhs, solution)
-        _log.warning("jitter of %.3g on the diagonal: residual ratio %.3g", scale * cut, ratio)
-        if ratio < _RESIDUAL_THRESHOLD:
-            return solution, "jitter", condition, ratio
-    kept = values > cut
-    _log.warning("eigenvalue cut-off: %d of %d eigenvalues kept", int(kept.sum()), kept.numel())
-    basis = vectors[:, kept]
-    solution = ((rhs @ basis) / values[kept]) @ basis.mT
-    return solution, "eigenvalue cut-off", condition, _residual_ratio(gram, rhs, solution)
-
-
-def _refined(gram: Tensor, factored: Tensor, rhs: Tensor, solution: Tensor) -> tuple[Tensor, float]:
-    """Iterative refinement of ``X gram = rhs`` with the factorisation of a nearby matrix."""
-    best, best_ratio = solution, _residual_ratio(gram, rhs, solution)
-    for _ in range(_REFINEMENTS):
-        correction, _, _ = ops.solve_spd(factored, rhs - best @ gram)
-        candidate = best + correction
-        ratio = _residual_ratio(gram, rhs, candidate)
-        if not ratio < best_ratio:
-            break
-        best, best_ratio = candidate, ratio
-        if best_ratio < _RESIDUAL_THRESHOLD:
-            break
-    return best, best_ratio
-
-
-def _residual_ratio(gram: Tensor, rhs: Tensor, solution: Tensor) -> float:
-    """``|XA - B| / (|A| |X| eps d)`` in the infinity norm (LAPACK's ``pot02``; A is symmetric)."""
-    residual = torch.linalg.matrix_norm(solution @ gram - rhs, math.inf)
-    scale = torch.linalg.matrix_norm(gram, math.inf) * torch.linalg.matrix_norm(solution, math.inf)
-    ratio = float(residual / (scale * _EPS * gram.shape[0]))
-    return ratio if not math.isnan(ratio) else math.inf
-
-
-def _explain(gram: Tensor, ridge: float, rows: int) -> str:
-    """Says why ``gram`` can't be factored and what to do."""
-    values = torch.linalg.eigvalsh(gram)
-    width = gram.shape[0]
-    cut = _EPS * width * float(values.abs().max())
-    if float(values[0]) < -10 * cut:
-        return (
-            f"the normal equations are indefinite (least eigenvalue {float(values[0]):.3g}, "
-            f"greatest {float(values[-1]):.3g}): a weight is negative, or more rows were taken "
-            "away than had been added"
-        )
-    rank = int((values > cut).sum())
-    return (
-        f"the normal equations are singular: {rows} rows span {rank} of {width} dimensions and "
-        f"ridge is {ridge:g}, so the map is not unique. Pass a positive ridge, or add preserve "
-        "rows until every dimension is covered"
-    )
-
-
-def _kept(singular: Tensor, tolerance: float) -> int:
-    """Number of singular values above ``tolerance`` times the greatest; zeros never count."""
-    if singular.numel() == 0:
-        return 0
-    return int(((singular > tolerance * singular[0]) & (singular > 0)).sum())
-
-
-def _factors(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
-    """Splits ``T - I`` into balanced thin factors.
+    For denoisers whose layers see different text inputs. Systems of equally many rows, fewer than
+    features and with nothing but rows, are one batch.
 
     Args:
-        update: `[d, d]` float64.
-        tolerance: singular values at or below this fraction of the greatest are dropped.
+        equations: a system for each layer, all of one width and on one device.
+        ridge, rank_tolerance, dtype: as in :meth:`NormalEquations.solve`.
 
     Returns:
-        `[d, k]` left, `[k, d]` right, and the dropped Frobenius norm as a fraction of the whole.
+        A solution for each; ``ops.low_rank_update_(weights, [s.map.left ...], [s.map.right ...])``
+        applies them.
+
+    Raises:
+        SingularSystemError: a system is not positive definite; with several, its number is named.
     """
-    u, s, vh, residual = _decomposed(update, tolerance)
-    kept = _kept(s, tolerance)
-    root = s[:kept].sqrt()
-    whole = float(torch.linalg.matrix_norm(update))
-    dropped = (
-        math.hypot(float(torch.linalg.vector_norm(s[kept:])), residual) / whole if whole else 0.0
+    check_ridge(ridge)
+    check_rank_tolerance(rank_tolerance)
+    if len({(e.width, e.device) for e in equations}) > 1:
+        raise ValueError("equations: expected systems of one width and on one device")
+    found: list[Solution | None] = [None] * len(equations)
+    batches: dict[int, list[int]] = {}
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, system in enumerate(equations):
+        if not system.moves:
+            nothing = ConceptMap.identity(system.width, device=system.device, dtype=dtype)
+            info = SolveInfo("identity", 1.0, 0.0, 0, 0.0, system.rows)
+            found[i] = Solution(nothing, info)
+        elif ridge > 0 and system._is_dual() and system._sums is None:
+            rows[i] = system._scaled_rows()
+            batches.setdefault(len(rows[i][0]), []).append(i)
+    for members in batches.values():
+        x = torch.stack([rows[i][0] for i in members])
+        change = torch.stack([rows[i][1] for i in members]) - x
+        for i, solved in zip(members, dual(x, change, Scaled(ridge)), strict=True):
+            if is_good(solved):
+                found[i] = finish(solved, equations[i].rows, rank_tolerance, dtype)
+    for i, system in enumerate(equations):
+        if found[i] is None:
+            try:
+                found[i] = _solve_alone(system, ridge, rank_tolerance, dtype)
+            except SingularSystemError as error:
+                if len(equations) == 1:
+                    raise
+                raise SingularSystemError(f"equations[{i}]: {error}") from None
+    return [solution for solution in found if solution is not None]
+
+
+def fit_values_(
+    weights: Sequence[Tensor],
+    source: Tensor,
+    values: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    ridge: float,
+    preserved: NormalEquations | None = None,
+) -> None:
+    """Edits every projection, in place, towards outputs of its own: one A, per-layer destinations.
+
+    Minimises ``sum_i w_i |W' x_i - v_i|^2 + sum_p w_p |W' p - W p|^2 + ridge |W' - W|_F^2`` for
+    each W with its values v (MACE, arXiv 2403.06135, equation 7, where v are outputs of other
+    weights; RECE, arXiv 2407.12383).
+
+    Args:
+        weights: `[o_i, d]` each, changed in place.
+        source: `[n, d]` embedding rows x.
+        values: `[n, o_i]` each: the outputs that the rows should have.
+        weight: `[n]` weights w, not negative.
+        ridge: weight of ``|W' - W|_F^2``, positive.
+        preserved: rows that keep their output, and other moments; nothing in it may move.
+
+    Raises:
+        SingularSystemError: A is not positive definite to working precision.
+    """
+    check_ridge(ridge)
+    if len(values) != len(weights):
+        raise ValueError(
+            f"values: expected {len(weights)} tensors, one for each weight, got {len(values)}"
+        )
+    Pairs(source, source, weight).check()
+    for i, (matrix, value) in enumerate(zip(weights, values, strict=True)):
+        if value.shape != (len(source), matrix.shape[0]):
+            raise ValueError(
+                f"values[{i}]: expected shape {[len(source), matrix.shape[0]]} (an output for each "
+                f"row of source), got {list(value.shape)}"
+            )
+    root = weight.to(torch.float64).sqrt()[:, None]
+    x = root * source.to(torch.float64)
+    if preserved is not None and preserved.moves:
+        raise ValueError("preserved: holds rows that move")
+    base: Scaled | Factored = Scaled(ridge)
+    if preserved is not None and not preserved.is_empty:
+        base = Factored(with_ridge(preserved.gram.to(x.device), ridge))
+    if not base.usable:
+        gram = x.mT @ x if preserved is None else preserved.gram + x.mT @ x
+        raise SingularSystemError(explain(gram, ridge, len(x)))
+    inverse, _, _ = dual_inverse(x[None], base)
+    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    offset = [(root * value.to(torch.float64)).mT.to(wide).contiguous() for value in values]
+    ops.low_rank_update_(
+        weights,
+        [(-x.mT).to(wide).contiguous()] * len(weights),
+        [inverse[0].to(wide)] * len(weights),
+        offset,
     )
-    return u[:, :kept] * root, root[:, None] * vh[:kept], dropped
 
 
-def _decomposed(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Singular value decomposition that is cheap where the rank is low, and checked.
+# Inside
 
-    A randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.1) with its residual
-    measured, not estimated: it is accepted only where that is far below the rank cut, so no
-    singular value that should be kept can have been missed. Otherwise the plain decomposition.
 
-    Returns:
-        U, S, V^T and the Frobenius norm of what they don't hold.
-    """
-    width = update.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    probes = _RANGE_START
-    while tolerance > 0 and 4 * probes <= width:
-        noise = torch.randn(width, probes, dtype=update.dtype, generator=generator)
-        basis, _ = torch.linalg.qr(update @ noise.to(update.device))
-        small = basis.mT @ update
-        residual = float(torch.linalg.matrix_norm(update - basis @ small))
-        u, s, vh = torch.linalg.svd(small, full_matrices=False)
-        if residual <= 0.01 * tolerance * float(s[0]):
-            return basis @ u, s, vh, residual
-        probes *= 2
-    u, s, vh = torch.linalg.svd(update, full_matrices=False)
-    return u, s, vh, 0.0
+def _solve_alone(
+    system: NormalEquations, ridge: float, rank_tolerance: float, dtype: torch.dtype
+) -> Solution:
+    """One system that is not of a batch: rows on top of moments, or sums."""
+    # Beyond half the width the dual form saves nothing beside a dense A_0.
+    if system._is_dual() and system._sums is not None and 2 * system._count() <= system.width:
+        base = Factored(with_ridge(system._sums[0], ridge))
+        if base.usable:
+            x, y = system._scaled_rows()
+            solved = dual(x[None], (y - x)[None], base)[0]
+            if is_good(solved):
+                return finish(solved, system.rows, rank_tolerance, dtype)
+    gram, cross = system.gram, system.cross
+    if not (gram.isfinite().all() and cross.isfinite().all()):
+        raise ValueError(
+            "the accumulated sums hold NaN or infinity: squares of the rows overflow float64"
+        )
+    solved = primal(with_ridge(gram, ridge), cross, ridge, system.rows)
+    return finish(solved, system.rows, rank_tolerance, dtype)
+
+
+def finish(solved: Solved, rows: int, rank_tolerance: float, dtype: torch.dtype) -> Solution:
+    """Cuts the rank and rounds the factors."""
+    left, right, dropped = solved.left, solved.right, 0.0
+    if right is None:
+        if rank_tolerance > 0:
+            left, right, dropped = split(left, rank_tolerance)
+        else:
+            right = torch.eye(left.shape[0], dtype=left.dtype, device=left.device)
+    elif rank_tolerance > 0:
+        left, right, dropped = compressed(left, right, rank_tolerance)
+    concept_map = ConceptMap(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+    info = SolveInfo(
+        solved.method, solved.condition, solved.residual_ratio, concept_map.rank, dropped, rows
+    )
+    _log.debug("closed form: %s", info)
+    return Solution(concept_map, info)
+
+
+def check_ridge(ridge: float) -> None:
+    """Raises ValueError unless it is a usable ridge."""
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge: expected a finite number of at least 0, got {ridge}")

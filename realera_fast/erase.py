@@ -17,7 +17,8 @@ from torch import Tensor
 from realera_fast import alignment, mining, philox, report
 from realera_fast import unet as unets
 from realera_fast.alignment import Alignment, align_noise
-from realera_fast.closed_form import ConceptMap, NormalEquations, Pairs, Solution
+from realera_fast.closed_form import NormalEquations, Pairs, Solution
+from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure

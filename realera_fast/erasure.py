@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast import ops
-from realera_fast.closed_form import ConceptMap
+from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
 from realera_fast.lora import LoraFactors
 from realera_fast.unet import base_hashes, projections, transaction, unwrapped, weights_hash

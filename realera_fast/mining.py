@@ -379,7 +379,7 @@ def add_neighbors(
         raise ValueError('mode "covariance" needs the covariance of real text embeddings')
     if source.numel() == 0:
         return 0
-    device = equations.gram.device
+    device = equations.device
     # Half-precision embeddings would round x to 3 digits; every row is used once, so widen them.
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
     source, destination = source.to(device, wide), destination.to(device, wide)
@@ -394,11 +394,11 @@ def add_neighbors(
 def _normalised(covariance: Tensor | None, equations: NormalEquations) -> Tensor:
     """`[d, d]` float64 symmetric covariance with trace d, on the accumulator's device."""
     assert covariance is not None
-    if covariance.shape != equations.gram.shape:
+    if covariance.shape != (equations.width, equations.width):
         raise ValueError(
-            f"covariance must be {list(equations.gram.shape)}, got {list(covariance.shape)}"
+            f"covariance must be {[equations.width] * 2}, got {list(covariance.shape)}"
         )
-    matrix = covariance.to(equations.gram)
+    matrix = covariance.to(equations.device, torch.float64)
     trace = float(matrix.trace())
     if not 0.0 < trace < math.inf or not bool(matrix.isfinite().all()):
         raise ValueError(f"covariance must be finite with a positive trace, got trace {trace}")
@@ -489,7 +489,7 @@ def _add_expectation(
     if elements and not bool(((square > 0) & square.isfinite()).all()):
         raise ValueError("source holds NaN, infinity or a zero embedding, which can't be mined")
     for anchored, region, scale in _terms(config):
-        gram = torch.zeros_like(equations.gram)
+        gram = e.new_zeros(equations.width, equations.width)
         cross = torch.zeros_like(gram)
         for p in range(prompts):
             w = weight[p] * scale

@@ -121,8 +121,8 @@ def normal_equations_(
 def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Solves ``X gram = rhs`` for symmetric positive definite ``gram``, one system or a batch.
 
-    Cholesky factorisation and one step of iterative refinement. Only the lower triangle of
-    ``gram`` is factored, so a matrix that is not symmetric gives no meaningful answer.
+    By Cholesky factorisation. Only the lower triangle of ``gram`` is read by it, so a matrix that
+    is not symmetric gives no meaningful answer.
 
     Args:
         gram: `[d, d]` or `[l, d, d]` float64.
@@ -185,7 +185,7 @@ def low_rank_update_(
             raise ValueError(
                 f"{name}: expected {len(weights)} tensors, one for each weight, got {len(given)}"
             )
-    named = {}
+    named: dict[str, Tensor] = {}
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         names = ("left", "right") if alone else (f"left[{i}]", f"right[{i}]")
         named |= {names[0]: a, names[1]: b}

@@ -44,7 +44,7 @@ def normal_equations_(
 
 
 def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solves ``X gram = rhs`` by Cholesky factorisation and one step of iterative refinement.
+    """Solves ``X gram = rhs`` by Cholesky factorisation.
 
     Args:
         gram: `[d, d]` or `[l, d, d]` float64, symmetric.
@@ -56,9 +56,8 @@ def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of the reciprocal 1-norm condition number (0 if ``info`` is not).
     """
     factor, info = torch.linalg.cholesky_ex(gram)
-    solution = torch.cholesky_solve(rhs.mT, factor).mT
-    solution = solution + torch.cholesky_solve((rhs - solution @ gram).mT, factor).mT
-    return solution.contiguous(), info, _reciprocal_condition(gram, factor, info)
+    solution = torch.cholesky_solve(rhs.mT, factor).mT.contiguous()
+    return solution, info, _reciprocal_condition(gram, factor, info)
 
 
 def _reciprocal_condition(gram: Tensor, factor: Tensor, info: Tensor) -> Tensor:

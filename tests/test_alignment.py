@@ -8,7 +8,7 @@ from tiny_models import tiny_pipeline
 
 from realera_fast import alignment
 from realera_fast.alignment import AlignmentConfig, AlignmentScore, align_noise, find_scheduler
-from realera_fast.closed_form import ConceptMap
+from realera_fast.concept_map import ConceptMap
 from realera_fast.mining import MiningConfig
 from realera_fast.pairs import align
 from realera_fast.text import TextModel

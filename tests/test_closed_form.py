@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from realera_fast import closed_form, ops
+from realera_fast import concept_map, ops
 from realera_fast.closed_form import (
     ClosedFormConfig,
     ConceptMap,
     NormalEquations,
     Pairs,
     SingularSystemError,
+    fit_values_,
+    solve_layers,
 )
 
 WIDTH, MOVED, KEPT = 48, 3, 60
@@ -215,14 +217,18 @@ class TestSolve:
     def test_report(self) -> None:
         targets, preserved = example()
         equations = NormalEquations(WIDTH).update(targets).update(preserved)
-        info = equations.solve(ridge=0.1).info
+        few = equations.solve(ridge=0.1).info
         gram = equations.gram + 0.1 * torch.eye(WIDTH, dtype=F64)
-        true = float(torch.linalg.cond(gram, 1))
-        assert info.method == "cholesky"
-        assert true / 3 <= info.condition <= true * 1.001
-        assert 0 <= info.residual_ratio < 30
-        assert (info.rank, info.rows) == (MOVED, MOVED + KEPT)
-        assert 0 <= info.dropped < 1e-12
+        # Asking for the sums drew the rows in.
+        many = equations.solve(ridge=0.1).info
+        assert (few.method, many.method) == ("dual", "cholesky")
+        # The dual form bounds the 2-norm by that of the prior; Cholesky estimates the 1-norm.
+        assert 0.3 <= few.condition / float(torch.linalg.cond(gram, 2)) <= 3
+        assert 0.3 <= many.condition / float(torch.linalg.cond(gram, 1)) <= 1.001
+        for info in (few, many):
+            assert 0 <= info.residual_ratio < 30
+            assert (info.rank, info.rows) == (MOVED, MOVED + KEPT)
+            assert 0 <= info.dropped < 1e-12
 
     def test_ridge_zero_with_full_rank(self) -> None:
         pairs = example(width=10)
@@ -283,10 +289,10 @@ class TestSolve:
         assert ranks == sorted(ranks) and ranks[0] < ranks[-1] < 40
 
     def test_the_cheap_decomposition_finds_what_the_full_one_does(self) -> None:
-        width = 4 * closed_form._RANGE_START
-        for rank in (1, closed_form._RANGE_START // 2, closed_form._RANGE_START, width):
+        width = 4 * concept_map.RANGE_START
+        for rank in (1, concept_map.RANGE_START // 2, concept_map.RANGE_START, width):
             update = torch.randn(width, rank, dtype=F64) @ torch.randn(rank, width, dtype=F64)
-            left, right, dropped = closed_form._factors(update, 1e-9)
+            left, right, dropped = concept_map.split(update, 1e-9)
             assert left.shape == (width, rank)
             assert (left @ right - update).norm() < 1e-10 * update.norm()
             assert dropped < 1e-10
@@ -317,13 +323,14 @@ class TestLadder:
     ) -> None:
         pairs = example()
         expected = solved(*pairs).matrix
-        self.degrade(monkeypatch, 1, 1e-3)
+        # Neither the dual form nor the first factorisation of the sums is good enough.
+        self.degrade(monkeypatch, 2, 1e-3)
         equations = NormalEquations(WIDTH).update(pairs[0]).update(pairs[1])
         with caplog.at_level(logging.WARNING):
             solution = equations.solve(ridge=0.1, rank_tolerance=0.0, dtype=F64)
         assert solution.info.method == "refined"
         assert solution.info.residual_ratio < 30
-        assert "refining" in caplog.text
+        assert "residual ratio" in caplog.text and "refining" in caplog.text
         torch.testing.assert_close(solution.map.matrix, expected)
 
     def test_jitter(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -356,8 +363,10 @@ class TestLadder:
         torch.testing.assert_close(solution.map.matrix, expected)
 
     def test_a_ridge_too_small_is_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        # The same rows with other destinations: only the ridge says how far to follow either.
         targets, _ = example()
-        equations = NormalEquations(WIDTH).update(targets)
+        other = Pairs(targets.source, -targets.destination, targets.weight)
+        equations = NormalEquations(WIDTH).update(targets).update(other)
         with caplog.at_level(logging.WARNING):
             equations.solve(ridge=0.1)
         assert not caplog.text
@@ -437,3 +446,117 @@ def test_follows_the_device(device: torch.device) -> None:
     torch.testing.assert_close(solution.map.to("cpu").matrix, expected)
     x = torch.randn(3, WIDTH, device=device)
     assert solution.map.to("cpu")(x).device == x.device
+
+
+class TestLayers:
+    """One system for each layer."""
+
+    def systems(self, counts: list[int], device: torch.device) -> list[NormalEquations]:
+        return [
+            NormalEquations(WIDTH, device=device).update(example(moved=n, kept=0)[0])
+            for n in counts
+        ]
+
+    @pytest.mark.parametrize("counts", [[4, 4, 4], [1, 4, 4, 90], [0, 3], []], ids=str)
+    def test_each_is_solved_as_if_alone(self, counts: list[int], device: torch.device) -> None:
+        systems = self.systems(counts, device)
+        together = solve_layers(systems, ridge=0.1, rank_tolerance=0.0, dtype=F64)
+        assert len(together) == len(counts)
+        for count, system, solution in zip(counts, systems, together, strict=True):
+            alone = system.solve(ridge=0.1, rank_tolerance=0.0, dtype=F64)
+            assert solution.map.rank == min(count, WIDTH)
+            torch.testing.assert_close(solution.map.matrix, alone.map.matrix)
+            assert solution.info.residual_ratio < 30
+
+    def test_edits_every_layer_with_its_own_map(self, device: torch.device) -> None:
+        maps = [
+            s.map
+            for s in solve_layers(self.systems([2, 5, 5], device), ridge=0.1, dtype=torch.float32)
+        ]
+        weights = [torch.randn(o, WIDTH, device=device) for o in (3, 8, 21)]
+        expected = [w @ m.matrix for w, m in zip(weights, maps, strict=True)]
+        ops.low_rank_update_(weights, [m.left for m in maps], [m.right for m in maps])
+        for weight, wanted in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight, wanted)
+
+    def test_the_singular_one_is_named(self) -> None:
+        targets, _ = example(moved=2)
+        good = NormalEquations(WIDTH).update(example(moved=90, kept=0)[0])
+        with pytest.raises(SingularSystemError, match=r"^equations\[1\]: .*singular"):
+            solve_layers([good, NormalEquations(WIDTH).update(targets)], ridge=0.0)
+
+    def test_mistakes(self) -> None:
+        with pytest.raises(ValueError, match="^equations: expected systems of one width"):
+            solve_layers([NormalEquations(3), NormalEquations(4)], ridge=1.0)
+
+
+class TestFitValues:
+    """One system, and destinations of its own for each layer."""
+
+    @pytest.mark.parametrize("rows", [1, 7, 100])
+    @pytest.mark.parametrize("kept", [0, 60])
+    def test_is_the_minimum(self, rows: int, kept: int, device: torch.device) -> None:
+        x, weight = torch.randn(rows, WIDTH, dtype=F64), torch.rand(rows, dtype=F64)
+        p = torch.randn(kept, WIDTH, dtype=F64)
+        weights = [torch.randn(o, WIDTH, dtype=F64) for o in (1, 9, 60)]
+        values = [torch.randn(rows, len(w), dtype=F64) for w in weights]
+        preserved = NormalEquations(WIDTH, device=device)
+        if kept:
+            preserved.update(Pairs(p, p, torch.ones(kept)))
+        edited = [w.clone().to(device) for w in weights]
+        fit_values_(
+            edited,
+            x.to(device),
+            [v.to(device) for v in values],
+            weight.to(device),
+            ridge=0.2,
+            preserved=preserved if kept else None,
+        )
+        # Equation 7 of MACE (arXiv 2403.06135), layer by layer.
+        a = 0.2 * torch.eye(WIDTH, dtype=F64) + x.mT @ (weight[:, None] * x) + p.mT @ p
+        for before, value, after in zip(weights, values, edited, strict=True):
+            b = 0.2 * before + value.mT @ (weight[:, None] * x) + before @ p.mT @ p
+            expected = torch.linalg.solve(a, b.mT).mT
+            torch.testing.assert_close(after.cpu(), expected)
+            assert (before - expected).norm() > 1e-2
+
+    def test_values_of_an_anchor_are_the_shared_map(self) -> None:
+        targets, _ = example()
+        weight = torch.randn(9, WIDTH, dtype=F64)
+        by_values = weight.clone()
+        fit_values_(
+            [by_values],
+            targets.source,
+            [targets.destination @ weight.mT],
+            targets.weight,
+            ridge=0.1,
+        )
+        concept_map = solved(targets)
+        ops.low_rank_update_([weight], concept_map.left, concept_map.right)
+        torch.testing.assert_close(by_values, weight)
+
+    def test_mistakes(self) -> None:
+        targets, _ = example()
+        weight, value = torch.randn(9, WIDTH), torch.randn(MOVED, 9)
+
+        def fit(**changes: object) -> None:
+            given = {
+                "weights": [weight],
+                "source": targets.source,
+                "values": [value],
+                "weight": targets.weight,
+                "ridge": 0.1,
+                **changes,
+            }
+            fit_values_(**given)  # type: ignore[arg-type]
+
+        with pytest.raises(ValueError, match="^values: expected 1 tensors"):
+            fit(values=[])
+        with pytest.raises(ValueError, match=r"^values\[0\]: expected shape"):
+            fit(values=[value.mT])
+        with pytest.raises(ValueError, match="row 0 is negative"):
+            fit(weight=-targets.weight)
+        with pytest.raises(ValueError, match="^preserved: holds rows that move"):
+            fit(preserved=NormalEquations(WIDTH).update(targets))
+        with pytest.raises(SingularSystemError, match="singular"):
+            fit(ridge=0.0)

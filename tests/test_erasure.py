@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline, tiny_unet
 
 from realera_fast import erasure as erasures
-from realera_fast.closed_form import ConceptMap
+from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
 from realera_fast.erasure import BaseModelMismatchError, Erasure, ErasureFileError
 from realera_fast.lora import LoraFactors
@@ -374,7 +374,7 @@ def test_a_saved_erasure_comes_back_whole(tmp_path, rank, lora_rank):
 
 SAVE = """
 import resource, sys, torch
-from realera_fast.closed_form import ConceptMap
+from realera_fast.concept_map import ConceptMap
 from realera_fast.erasure import Erasure
 parts = {"a": 1, "b": [1.5, None], "base_hashes": {"float32": "0" * 64}}
 erasure = Erasure(ConceptMap(torch.ones(64, 9), torch.ones(9, 64)), {}, (), parts, parts, parts)

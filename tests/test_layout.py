@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "realera_fast"
 
 ORDER = (
-    *("metrics", "progress", "philox", "reference", "ops", "unet", "closed_form", "mining"),
-    *("concepts", "text", "pairs", "vocabulary", "lora", "alignment", "config", "report"),
+    *("metrics", "progress", "philox", "reference", "ops", "unet", "concept_map", "least_squares"),
+    *("closed_form", "mining", "incremental", "concepts", "text", "pairs", "vocabulary"),
+    *("lora", "alignment", "config", "report"),
     *("erasure", "erase", "verification", "page", "embedded", "demo", "cli", "__main__"),
 )
 """Every module; each may import only those before it. `__init__` belongs to the last ones."""

@@ -1,0 +1,363 @@
+"""Weighted least squares ``X A = D`` with ``A = A_0 + sum x x^T``, solved and checked.
+
+The dual form for few rows, the primal form for many, and a ladder of ever more careful methods
+where the residual is not as small as float64 allows. Nothing here knows what the rows mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from realera_fast import ops
+
+_log = logging.getLogger(__name__)
+
+_EPS = torch.finfo(torch.float64).eps
+_TINY = torch.finfo(torch.float64).tiny
+_RESIDUAL_THRESHOLD = 30.0
+"""LAPACK's own test suite accepts a solution whose residual ratio is below this (``dtest.in``)."""
+_REFINEMENTS = 5
+"""Further refinement steps before the solver changes its method. LAPACK's ``porfs`` takes five."""
+_PROBES = 8
+"""Random vectors that estimate the norm of a residual, which would cost a product to form."""
+_POWER_STEPS = 4
+"""Steps of the power iteration for ``|A|_2``; an estimate from below makes the ratio greater."""
+
+
+class SingularSystemError(ValueError):
+    """The normal equations have no unique solution. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """``X = T - I``, thin (`left @ right`) or dense (`left` alone), and how it was found."""
+
+    left: Tensor
+    right: Tensor | None
+    method: str = ""
+    condition: float = math.inf
+    residual_ratio: float = math.inf
+
+    def move(self, rows: Tensor) -> Tensor:
+        """``rows X^T``: by how much the map moves each row."""
+        return rows @ self.left.mT if self.right is None else (rows @ self.right.mT) @ self.left.mT
+
+    def plus(self, left: Tensor, right: Tensor) -> Solved:
+        """``X + left @ right``."""
+        if self.right is None:
+            return Solved(self.left + left @ right, None)
+        return Solved(torch.cat((self.left, left), 1), torch.cat((self.right, right), 0))
+
+    @property
+    def norm(self) -> Tensor:
+        """``|X|_F``, without forming X."""
+        if self.right is None:
+            return torch.linalg.matrix_norm(self.left)
+        squares = (self.left.mT @ self.left) * (self.right @ self.right.mT)
+        return squares.sum((-2, -1)).clamp_min(0).sqrt()
+
+
+class Scaled:
+    """The matrix ``ridge I``."""
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+
+    def solve(self, rows: Tensor) -> Tensor:
+        return rows / self.ridge
+
+    def times(self, rows: Tensor) -> Tensor:
+        return rows * self.ridge
+
+    @property
+    def usable(self) -> bool:
+        """Whether the matrix is positive definite."""
+        return self.ridge > 0
+
+    @property
+    def inverse_norm(self) -> float:
+        """``|A_0^-1|_2``."""
+        return 1 / self.ridge
+
+
+class Factored:
+    """A dense symmetric positive definite matrix and its Cholesky factor."""
+
+    def __init__(self, matrix: Tensor, factor: Tensor | None = None) -> None:
+        self.matrix = matrix
+        self.info = 0
+        if factor is None:
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            self.info = int(info)
+        self.factor = factor
+
+    @property
+    def usable(self) -> bool:
+        """Whether the matrix is positive definite beyond rounding."""
+        diagonal = self.factor.diagonal()
+        # The pivots bound the condition number from below; the residual tells the rest.
+        return self.info == 0 and bool(diagonal.amin() ** 2 > _EPS * diagonal.amax() ** 2)
+
+    def solve(self, rows: Tensor) -> Tensor:
+        return torch.cholesky_solve(rows.mT, self.factor).mT
+
+    def times(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    @property
+    def inverse_norm(self) -> float:
+        """``|A_0^-1|_2``, estimated."""
+        return float(_norms(self.solve, self.matrix))
+
+
+def with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """A copy with ``ridge`` added to the diagonal."""
+    gram = gram.clone()
+    gram.diagonal().add_(ridge)
+    return gram
+
+
+def dual_inverse(x: Tensor, base: Scaled | Factored) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of ``X A^-1`` for ``A = A_0 + X^T X``.
+
+    Args:
+        x: `[l, n, d]` rows X.
+        base: A_0, shared.
+
+    Returns:
+        `[l, n, d]` rows; `[l]` info and `[l]` reciprocal condition number of the `[n, n]` system.
+    """
+    y = base.solve(x)
+    system = _inner(x, y, x.new_ones(x.shape[-2]))
+    solution, info, reciprocal = ops.solve_spd(system, y.mT.contiguous())
+    return solution.mT, info, reciprocal
+
+
+def _inner(x: Tensor, y: Tensor, signs: Tensor) -> Tensor:
+    """``G = S + X A_0^-1 X^T``, symmetric to the last bit."""
+    system = x @ y.mT
+    system = (system + system.mT) / 2
+    system.diagonal(dim1=-2, dim2=-1).add_(signs)
+    return system
+
+
+def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
+    """Solves systems of few rows, their weights drawn in.
+
+    Args:
+        x: `[l, n, d]` sources.
+        change: `[l, n, d]` destinations minus sources.
+        base: A_0, shared.
+    """
+    right, info, reciprocal = dual_inverse(x, base)
+    for value in reciprocal.tolist():
+        if value < _EPS:
+            _warn_singular(1 / value if value else math.inf)
+    moving = (change != 0).any(-1).any(0)
+    if not bool(moving.all()):
+        change, right = change[:, moving], right[:, moving]
+    moved = x[:, moving]
+
+    def times(rows: Tensor) -> Tensor:
+        return base.times(rows) + (rows @ x.mT) @ x
+
+    def wanted(rows: Tensor) -> Tensor:
+        return (rows @ moved.mT) @ change
+
+    ratios, size = residual_ratio(Solved(change.mT, right), times, wanted, x)
+    condition = (size * base.inverse_norm).tolist()
+    return [
+        Solved(left.mT, part, "dual", math.inf if bad else size_, math.inf if bad else ratio)
+        for left, part, bad, size_, ratio in zip(
+            change, right, info.tolist(), condition, ratios.tolist(), strict=True
+        )
+    ]
+
+
+def is_good(solved: Solved) -> bool:
+    """Whether the residual is small; says so in the log if it is not."""
+    good = solved.residual_ratio < _RESIDUAL_THRESHOLD
+    if not good:
+        _log.warning(
+            "the %s solution left a residual ratio of %.3g; all rows are summed and factored",
+            solved.method,
+            solved.residual_ratio,
+        )
+    return good
+
+
+def signed_dual(x: Tensor, y: Tensor, signs: Tensor) -> Tensor | None:
+    """`[n, d]` rows Z with ``T = T_0 + E^T Z`` when rows join (sign 1) and leave (-1) a system.
+
+    Recursive least squares: ``Z = (S + X A_0^-1 X^T)^-1 X A_0^-1`` with E the rows' error under
+    the map T_0 that solves the system before.
+
+    Args:
+        x: `[n, d]` sources, weights drawn in.
+        y: `[n, d]` ``X A_0^-1``.
+        signs: `[n]` 1 or -1.
+
+    Returns:
+        None if the rows that leave were not part of the system (it would be indefinite).
+    """
+    system = _inner(x, y, signs)
+    # A is positive definite just if G has as many negative eigenvalues as rows leave.
+    if int((torch.linalg.eigvalsh(system) < 0).sum()) != int((signs < 0).sum()):
+        return None
+    return torch.linalg.solve(system, y)
+
+
+# The primal system and its ladder
+
+
+def primal(gram: Tensor, rhs: Tensor, ridge: float, rows: int) -> Solved:
+    """Climbs the ladder until a solution of ``X gram = rhs`` has a small residual.
+
+    Args:
+        gram: `[d, d]` A, ridge included.
+        rhs: `[d, d]` D.
+        ridge: what the ridge was, for messages.
+        rows: how many rows A holds, for messages.
+
+    Returns:
+        The dense X = T - I.
+    """
+    solution, info, reciprocal = ops.solve_spd(gram, rhs)
+    failed, rcond = bool(info), float(reciprocal)
+    condition = 1 / rcond if rcond > 0 else math.inf
+    if ridge == 0 and (failed or rcond < _EPS * gram.shape[0]):
+        raise SingularSystemError(explain(gram, ridge, rows))
+    if rcond < _EPS:
+        _warn_singular(condition)
+    if not failed:
+        ratio = _dense_ratio(gram, rhs, solution)
+        if ratio < _RESIDUAL_THRESHOLD:
+            return Solved(solution, None, "cholesky", condition, ratio)
+        _log.warning("Cholesky left a residual ratio of %.3g; refining further", ratio)
+        solution, ratio = _refined(gram, gram, rhs, solution)
+        if ratio < _RESIDUAL_THRESHOLD:
+            return Solved(solution, None, "refined", condition, ratio)
+    else:
+        _log.warning("Cholesky met a minor of order %d that is not positive", int(info))
+    values, vectors = torch.linalg.eigh(gram)
+    cut = _EPS * gram.shape[0] * float(values[-1])
+    if values[0] < -10 * cut or values[-1] <= 0:
+        raise SingularSystemError(explain(gram, ridge, rows))
+    for scale in (1.0, 10.0, 100.0):
+        # The shifted matrix is only a preconditioner: refinement solves the system as it was given.
+        shifted = with_ridge(gram, scale * cut)
+        solution, info, _ = ops.solve_spd(shifted, rhs)
+        if bool(info):
+            continue
+        solution, ratio = _refined(gram, shifted, rhs, solution)
+        _log.warning("jitter of %.3g on the diagonal: residual ratio %.3g", scale * cut, ratio)
+        if ratio < _RESIDUAL_THRESHOLD:
+            return Solved(solution, None, "jitter", condition, ratio)
+    kept = values > cut
+    _log.warning("eigenvalue cut-off: %d of %d eigenvalues kept", int(kept.sum()), kept.numel())
+    basis = vectors[:, kept]
+    solution = ((rhs @ basis) / values[kept]) @ basis.mT
+    ratio = _dense_ratio(gram, rhs, solution)
+    return Solved(solution, None, "eigenvalue cut-off", condition, ratio)
+
+
+def _refined(gram: Tensor, factored: Tensor, rhs: Tensor, solution: Tensor) -> tuple[Tensor, float]:
+    """Iterative refinement of ``X gram = rhs`` with the factorisation of a nearby matrix."""
+    best, best_ratio = solution, _dense_ratio(gram, rhs, solution)
+    for _ in range(_REFINEMENTS):
+        correction, _, _ = ops.solve_spd(factored, rhs - best @ gram)
+        candidate = best + correction
+        ratio = _dense_ratio(gram, rhs, candidate)
+        if not ratio < best_ratio:
+            break
+        best, best_ratio = candidate, ratio
+        if best_ratio < _RESIDUAL_THRESHOLD:
+            break
+    return best, best_ratio
+
+
+def _warn_singular(condition: float) -> None:
+    _log.warning(
+        "the system is singular to working precision (condition number %.3g): the ridge is too "
+        "small beside the rows, and directions they don't determine are arbitrary",
+        condition,
+    )
+
+
+def explain(gram: Tensor, ridge: float, rows: int) -> str:
+    """Says why ``gram`` can't be factored and what to do."""
+    values = torch.linalg.eigvalsh(gram)
+    width = gram.shape[0]
+    cut = _EPS * width * float(values.abs().max())
+    if float(values[0]) < -10 * cut:
+        return (
+            f"the normal equations are indefinite (least eigenvalue {float(values[0]):.3g}, "
+            f"greatest {float(values[-1]):.3g}): a weight is negative, or more rows were taken "
+            "away than had been added"
+        )
+    rank = int((values > cut).sum())
+    return (
+        f"the normal equations are singular: {rows} rows span {rank} of {width} dimensions and "
+        f"ridge is {ridge:g}, so the map is not unique. Pass a positive ridge, or add preserve "
+        "rows until every dimension is covered"
+    )
+
+
+# Norms, estimated where forming the matrix would cost as much as the solve
+
+
+def _probes(like: Tensor) -> Tensor:
+    """`[p, d]` Gaussian vectors, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(_PROBES, like.shape[-1], dtype=like.dtype, generator=generator)
+    return probe.to(like.device)
+
+
+def _norms(times: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """`[...]` 2-norms of symmetric matrices given by their products, by power iteration."""
+    vector = _probes(like)[:1].expand(*like.shape[:-2], 1, like.shape[-1])
+    size = vector.new_ones(vector.shape[:-2])
+    for _ in range(_POWER_STEPS):
+        vector = times(vector / vector.norm(dim=-1, keepdim=True).clamp_min(_TINY))
+        size = vector.norm(dim=-1)[..., 0]
+    return size
+
+
+def residual_ratio(
+    solved: Solved,
+    times: Callable[[Tensor], Tensor],
+    wanted: Callable[[Tensor], Tensor],
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``|XA - D|_F / (|A|_2 |X|_F eps d)``, estimated with random vectors.
+
+    Args:
+        solved: X, one or a batch.
+        times: gives ``rows A``.
+        wanted: gives ``rows D^T``.
+        like: `[..., n, d]` a tensor of the batch shape, width, dtype and device.
+
+    Returns:
+        `[...]` the ratio, and `[...]` the estimate of ``|A|_2``.
+    """
+    probe = _probes(like).expand(*like.shape[:-2], _PROBES, like.shape[-1])
+    residual = solved.move(times(probe)) - wanted(probe)
+    error = residual.square().sum((-2, -1)).div(_PROBES).sqrt()
+    norm = _norms(times, like)
+    scale = norm * solved.norm * (_EPS * like.shape[-1])
+    # Nothing moved and nothing is left over: as good as it gets.
+    ratio = torch.where((error == 0) & (scale == 0), torch.zeros_like(error), error / scale)
+    return torch.where(ratio.isnan(), torch.full_like(ratio, math.inf), ratio), norm
+
+
+def _dense_ratio(gram: Tensor, rhs: Tensor, solution: Tensor) -> float:
+    """The residual ratio of a dense solution of ``X gram = rhs``."""
+    solved = Solved(solution, None)
+    ratio, _ = residual_ratio(solved, lambda v: v @ gram, lambda v: v @ rhs.mT, gram)
+    return float(ratio)
