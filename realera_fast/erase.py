@@ -22,6 +22,7 @@ from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure
+from realera_fast.incremental import IncrementalSystem
 from realera_fast.pairs import AlignedPrompts, AnchorMemo, align_concept, fill
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import (
@@ -84,37 +85,48 @@ def neighbor_words(
     }
 
 
-def normal_equations(
-    named: Sequence[AlignedPrompts],
-    neighbors: Sequence[AlignedPrompts],
-    preserved: Sequence[Tensor],
-    prior: Tensor,
-    config: EraseConfig,
+def prior_equations(
+    preserved: Sequence[Tensor], prior: Tensor, config: EraseConfig
 ) -> NormalEquations:
-    """All rows of the least squares: target, neighbor, beyond and preserve.
+    """What keeps its place whatever is erased.
 
     Args:
-        named: prompts of targets and synonyms.
-        neighbors: prompts of mined words.
         preserved: `[p, t, d]` prompts of words that keep their place, one tensor a word.
         prior: `[d, d]` mean second moments of the preserve prior.
     """
     equations = NormalEquations(prior.shape[0], device=prior.device)
     equations.update_moments(config.vocabulary.preserve_scale * prior)
+    for hidden in preserved:
+        rows = hidden[:, 1:].flatten(0, 1)
+        weight = torch.full((len(rows),), config.vocabulary.preserve_scale / len(rows))
+        equations.update(Pairs(rows, rows, weight.to(rows.device)))
+    return equations
+
+
+def add_concept(
+    equations: NormalEquations,
+    named: Sequence[tuple[int, AlignedPrompts]],
+    neighbors: Sequence[AlignedPrompts],
+    prior: Tensor,
+    config: EraseConfig,
+) -> NormalEquations:
+    """Adds a concept's target, neighbor and beyond rows. Returns the equations.
+
+    Args:
+        named: prompts of the target and its synonyms, each with the number of its noise.
+        neighbors: prompts of mined words.
+        prior: `[d, d]` mean second moments of the preserve prior.
+    """
     for prompts, scale in (
-        *((p, config.erase_scale) for p in named),
+        *((p, config.erase_scale) for _, p in named),
         *((p, config.mining.neighbor_scale) for p in neighbors),
     ):
         rows = prompts.weight > 0
         equations.update(
             Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
         )
-    for hidden in preserved:
-        rows = hidden[:, 1:].flatten(0, 1)
-        weight = torch.full((len(rows),), config.vocabulary.preserve_scale / len(rows))
-        equations.update(Pairs(rows, rows, weight.to(rows.device)))
     if config.mining.mode in ("gaussian", "covariance", "offset"):
-        for number, prompts in enumerate(named):
+        for number, prompts in named:
             mining.add_neighbors(
                 equations,
                 prompts.source,
@@ -127,12 +139,32 @@ def normal_equations(
     return equations
 
 
-def solve(equations: NormalEquations, prior: Tensor, config: EraseConfig) -> Solution:
-    """The concept map T; the ridge is relative to the prior's mean diagonal."""
-    scale = float(prior.diagonal().mean()) or float(equations.gram.diagonal().mean()) or 1.0
-    return equations.solve(
-        ridge=config.closed_form.ridge * scale, rank_tolerance=config.closed_form.rank_tolerance
-    )
+def solve(
+    equations: NormalEquations,
+    parts: Mapping[str, NormalEquations],
+    prior: Tensor,
+    config: EraseConfig,
+) -> tuple[Solution, IncrementalSystem | None]:
+    """The concept map T, and the system it is from if that is kept.
+
+    Args:
+        equations: what keeps its place; all rows, if the system isn't kept.
+        parts: rows of each concept, if it is.
+        prior: `[d, d]` mean second moments of the preserve prior; the ridge is relative to its mean
+            diagonal.
+    """
+    options = config.closed_form
+    scale = float(prior.diagonal().mean())
+    if not scale:
+        rows = (equations, *parts.values())
+        scale = sum(float(part.gram.diagonal().mean()) for part in rows) or 1.0
+    ridge = options.ridge * scale
+    if not options.keep_system:
+        return equations.solve(ridge=ridge, rank_tolerance=options.rank_tolerance), None
+    system = IncrementalSystem(equations, ridge=ridge)
+    for name, part in parts.items():
+        system.add(name, part)
+    return system.solve(rank_tolerance=options.rank_tolerance), system
 
 
 @torch.inference_mode(False)
@@ -233,11 +265,20 @@ def erase(
         kept = [_kept(text, word, kind_of.get(word, "object"), config) for word in kept_words]
     with clock.stage("equations"):
         prior, _ = preserve_gram(text, vocabulary, gone)
-        equations = normal_equations(
-            [p for *_, p in named], [p for *_, p in neighbors], kept, prior, config
-        )
+        equations, parts = prior_equations(kept, prior, config), {}
+        for concept in parsed:
+            into = equations
+            if config.closed_form.keep_system:
+                into = parts[concept.target] = NormalEquations(text.width, device=prior.device)
+            add_concept(
+                into,
+                [(i, p) for i, (c, _, p) in enumerate(named) if c is concept],
+                [p for c, _, p in neighbors if c is concept],
+                prior,
+                config,
+            )
     with clock.stage("closed form"):
-        solution = solve(equations, prior, config)
+        solution, system = solve(equations, parts, prior, config)
         # The result is small and outlives the model: it rests on the CPU.
         concept_map = solution.map.to("cpu")
 
@@ -276,7 +317,9 @@ def erase(
                 mined,
             )
         full = report.Report(**found, seconds=clock.seconds).to_dict()
-        result = Erasure(concept_map, aligned.lora, parsed, config.to_dict(), provenance, full)
+        result = Erasure(
+            concept_map, aligned.lora, parsed, config.to_dict(), provenance, full, system
+        )
         result.apply_(unet)
     return result
 

@@ -9,6 +9,7 @@ factors of each. The sum is made in float32 (float64 for float64 weights) and ro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from realera_fast import ops
 from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
+from realera_fast.incremental import IncrementalSystem
 from realera_fast.lora import LoraFactors
 from realera_fast.unet import base_hashes, projections, transaction, unwrapped, weights_hash
 
@@ -90,6 +92,8 @@ class Erasure:
     """Library versions, seed, and ``base_hashes`` of the model the factors belong to."""
     report: Mapping[str, Any]
     """How it went, as plain JSON values."""
+    system: IncrementalSystem | None = None
+    """The factored equations, for `without`; kept where ``closed_form.keep_system`` asks for it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", dict(self.lora))
@@ -109,6 +113,12 @@ class Erasure:
                 raise ValueError(
                     f"lora[{name!r}]: expected down of shape [r, {self.map.width}] like the map, "
                     f"got {list(factors.down.shape)}"
+                )
+        if self.system is not None:
+            targets = [concept.target for concept in self.concepts]
+            if list(self.system.concepts) != targets or self.system.width != self.map.width:
+                raise ValueError(
+                    f"system: expected the equations of {targets}, got {self.system.concepts}"
                 )
         for name, tensor in self._tensors().items():
             if not tensor.isfinite().all():
@@ -249,6 +259,50 @@ class Erasure:
             weights = self.edited_weights(weights)
         return {f"{n}.weight": w.clone() for n, w in weights.items() if self._changes(n)}
 
+    def without(self, *targets: str) -> Erasure:
+        """The same erasure, but for some of its concepts: others stay erased.
+
+        The closed form is solved again from the kept factorisation, which is exact: the map is that
+        of the remaining concepts' rows and of the same preserve prior. Alignment factors were
+        trained for all concepts together, so they are left out. Without any concept nothing is
+        left: `apply_` then writes nothing. To use it, undo the old one first::
+
+            erasure.restore_(unet)
+            erasure.without("cat").apply_(unet)
+
+        Args:
+            targets: what each withdrawn concept's `target` is.
+
+        Raises:
+            ValueError: no equations were kept, or a target is not among the concepts.
+        """
+        if self.system is None:
+            raise ValueError(
+                "system: the equations of this erasure were not kept; erase with "
+                "closed_form.keep_system=True"
+            )
+        erased = [concept.target for concept in self.concepts]
+        unknown = [target for target in targets if target not in erased]
+        if unknown:
+            raise ValueError(f"targets: {unknown[0]!r} is not erased here; {erased} are")
+        system = self.system.copy()
+        for target in dict.fromkeys(targets):
+            system.remove(target)
+        tolerance = self.config.get("closed_form", {}).get("rank_tolerance", 1e-6)
+        solution = system.solve(rank_tolerance=tolerance)
+        if self.lora:
+            logger.warning("the alignment factors were trained for all concepts: left out")
+        return Erasure(
+            solution.map.to("cpu"),
+            {},
+            tuple(concept for concept in self.concepts if concept.target not in targets),
+            self.config,
+            self.provenance,
+            # What was measured was measured on the whole.
+            {"solve": dataclasses.asdict(solution.info), "withdrawn": list(targets)},
+            system,
+        )
+
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -274,7 +328,11 @@ class Erasure:
             "concepts": _json([concept.to_dict() for concept in self.concepts]),
             **{field: _json(getattr(self, field)) for field in _FIELDS if field != "concepts"},
         }
-        return _write(Path(path), self._tensors(), metadata)
+        tensors = self._tensors()
+        if self.system is not None:
+            metadata["system"] = _json(self.system.state())
+            tensors |= {f"system.{name}": t for name, t in self.system.tensors().items()}
+        return _write(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Erasure:
@@ -295,10 +353,16 @@ class Erasure:
                 for name in _lora_names(tensors)
             }
             concept_map = ConceptMap(tensors["map.left"], tensors["map.right"])
-            return cls(concept_map, lora, concepts, **fields)
+            system = None
+            if "system" in metadata:
+                inner = {k[7:]: t for k, t in tensors.items() if k.startswith("system.")}
+                system = IncrementalSystem.from_tensors(
+                    inner, _parsed("system", metadata["system"])
+                )
+            return cls(concept_map, lora, concepts, **fields, system=system)
         except ErasureFileError as error:
             raise ErasureFileError(f"{path}: {error}") from error.__cause__
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ErasureFileError(f"{path}: {error}") from error
 
     def save_lora(self, path: str | os.PathLike[str], unet: nn.Module | None = None) -> Path:
@@ -581,7 +645,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
                 view = file.get_slice(name)
                 shapes[name] = (view.get_dtype(), tuple(view.get_shape()))
             _check_metadata(metadata)
+            inner = {key: shapes.pop(key) for key in list(shapes) if key.startswith("system.")}
+            if bool(inner) > ("system" in metadata):
+                raise ErasureFileError("has tensors of a system, but no description of it")
+            for key, (dtype, shape) in inner.items():
+                if dtype != "F64" or len(shape) != 2:
+                    raise ErasureFileError(f"{key} has dtype {dtype}, shape {list(shape)}")
             _check_shapes(shapes)
+            shapes |= inner
             tensors = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
         raise ErasureFileError(f"is truncated or not a safetensors file: {error}") from error
@@ -597,8 +668,8 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
             f"has format version {version[:20]!r}, this release reads {FORMAT_VERSION}; update it"
         )
     expected = {"format", "realera_fast", *_FIELDS}
-    if set(metadata) != expected:
-        odd = sorted(set(metadata) ^ expected)[:5]
+    if set(metadata) - {"system"} != expected:
+        odd = sorted((set(metadata) - {"system"}) ^ expected)[:5]
         raise ErasureFileError(f"has missing or unknown metadata: {odd}")
 
 

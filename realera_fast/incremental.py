@@ -11,6 +11,7 @@ the rows become too many for that to pay, or rounding has built up, the system i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,13 @@ class IncrementalSystem:
         if self._joined.pop(name, None) is None:
             self._left.append(_Change(rows, -1.0))
         return self
+
+    def copy(self) -> IncrementalSystem:
+        """One that changes apart from this one; the matrices, which never change, are shared."""
+        twin = copy.copy(self)
+        twin._rows, twin._joined = dict(self._rows), dict(self._joined)
+        twin._left = list(self._left)
+        return twin
 
     def solve(
         self, *, rank_tolerance: float = 1e-6, dtype: torch.dtype = torch.float32

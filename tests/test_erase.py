@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline, tiny_text_encoder, tiny_unet
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
 from realera_fast.alignment import AlignmentConfig
+from realera_fast.closed_form import ClosedFormConfig
 from realera_fast.erase import neighbor_words
+from realera_fast.erasure import ErasureFileError
 from realera_fast.mining import MiningConfig
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
@@ -268,3 +272,57 @@ def test_a_tokenizer_without_words_warns_and_still_erases(pipe, caplog, monkeypa
     assert "no neighbors are mined" in caplog.text
     words = result.report["words"]
     assert words[0]["moved"] > 0 and all(w["drift"] < 10 for w in words if w["role"] != "target")
+
+
+KEEP = dataclasses.replace(CLOSED, closed_form=ClosedFormConfig(keep_system=True))
+
+
+def test_a_concept_can_be_withdrawn(pipe, tmp_path):
+    before = weights(pipe.unet)
+    both = run(pipe, ["cat", "dog"], KEEP)
+    path = both.save(tmp_path / "both.safetensors")
+    both.restore_(pipe.unet)
+    dog = both.without("cat")
+    assert [c.target for c in dog.concepts] == ["dog"]
+    # The first erasure is as it was, and its file holds the same equations.
+    assert both.system.concepts == ("cat", "dog")
+    assert torch.equal(Erasure.load(path).without("cat").map.left, dog.map.left)
+    cat_row = TextModel(pipe.text_encoder, pipe.tokenizer).encode(["a cat", "a dog"])[:, 1:]
+    moved = [(m.map(cat_row) - cat_row).norm(dim=(1, 2)) for m in (both, dog)]
+    assert moved[1][0] < 0.5 * moved[0][0] and moved[1][1] > 0.7 * moved[0][1]
+    dog.apply_(pipe.unet)
+    assert not same(pipe.unet, before)
+    dog.restore_(pipe.unet)
+    nothing = dog.without("dog")
+    assert nothing.map.rank == 0 and nothing.concepts == ()
+    nothing.apply_(pipe.unet)
+    assert same(pipe.unet, before)
+    with pytest.raises(ValueError, match="^targets: 'cat' is not erased here"):
+        dog.without("cat")
+
+
+def test_keeping_the_system_does_not_change_the_edit(pipe):
+    maps = []
+    for config in (CLOSED, KEEP):
+        result = run(pipe, ["cat"], config)
+        result.restore_(pipe.unet)
+        maps.append(result.map.matrix)
+    torch.testing.assert_close(maps[0], maps[1])
+    with pytest.raises(ValueError, match="^system: .*keep_system=True"):
+        dataclasses.replace(result, system=None).without("cat")
+
+
+@pytest.mark.parametrize("spoil", ["shape", "missing", "state"])
+def test_a_damaged_system_is_refused(pipe, tmp_path, spoil):
+    result = run(pipe, ["cat"], KEEP)
+    path = result.save(tmp_path / "cat.safetensors")
+    tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
+    if spoil == "shape":
+        tensors["system.factor"] = tensors["system.factor"][:3].contiguous()
+    elif spoil == "missing":
+        del tensors["system.source.0"]
+    else:
+        metadata["system"] = metadata["system"].replace("cat", "cow")
+    save_file(tensors, path, metadata)
+    with pytest.raises(ErasureFileError):
+        Erasure.load(path)
