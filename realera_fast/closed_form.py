@@ -155,6 +155,29 @@ class Solution:
     info: SolveInfo
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows with the root of their weight drawn in, as the dual form takes them."""
+
+    source: Tensor
+    """`[n, d]` float64."""
+    change: Tensor
+    """`[n, d]` float64 destination minus source."""
+    moves: bool
+    """Whether any change is not zero."""
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> _Rows:
+        root = pairs.weight.to(torch.float64).sqrt()[:, None]
+        source = pairs.source.to(torch.float64)
+        change = (pairs.destination.to(torch.float64) - source).mul_(root)
+        return cls(root * source, change, bool(change.any()))
+
+    def pairs(self, weight: float = 1.0) -> Pairs:
+        ones = torch.full_like(self.source[:, 0], weight)
+        return Pairs(self.source, self.source + self.change, ones)
+
+
 class NormalEquations:
     """The sums A (without ridge) and D of the closed form, in float64 and O(d^2) memory.
 
@@ -172,7 +195,7 @@ class NormalEquations:
         self.rows = 0
         """Number of rows accumulated."""
         self._sums: tuple[Tensor, Tensor] | None = None
-        self._waiting: list[Pairs] = []
+        self._waiting: list[_Rows] = []
 
     @property
     def is_empty(self) -> bool:
@@ -208,14 +231,7 @@ class NormalEquations:
         count = len(pairs.weight)
         self.rows += count
         if self._count() + count < self.width:
-            # Copies: the caller may change its tensors before the system is solved.
-            self._waiting.append(
-                Pairs(
-                    pairs.source.to(torch.float64, copy=True),
-                    pairs.destination.to(torch.float64, copy=True),
-                    pairs.weight.to(torch.float64, copy=True),
-                )
-            )
+            self._waiting.append(_Rows.of(pairs))
             return self
         self._sum(pairs)
         return self
@@ -254,8 +270,7 @@ class NormalEquations:
             ValueError: the sums are not those of rows with positive weights.
         """
         if self._sums is None:
-            x, y = self._scaled_rows()
-            return Pairs(x, y, x.new_ones(len(x)))
+            return self._rows().pairs()
         gram, cross = self._summed()
         values, vectors = torch.linalg.eigh(gram)
         cut = _EPS * self.width * float(values.abs().max())
@@ -305,7 +320,7 @@ class NormalEquations:
     def _summed(self) -> tuple[Tensor, Tensor]:
         """The sums, with rows that wait drawn in; afterwards there are none."""
         for part in self._waiting:
-            self._sum(part)
+            self._sum(part.pairs())
         self._waiting = []
         self._sums = self._sums or self._zeros()
         return self._sums
@@ -320,37 +335,31 @@ class NormalEquations:
             if part._sums is not None:
                 result.update_moments(factor * part._sums[0], factor * part._sums[1])
             for rows in part._waiting:
-                if factor > 0:
-                    result.update(rows)
+                if factor > 0 and result._count() + len(rows.source) < self.width:
+                    result._waiting.append(rows)
                 else:
-                    result._sum(Pairs(rows.source, rows.destination, -rows.weight))
+                    result._sum(rows.pairs(factor))
         result.rows = self.rows + sign * other.rows
         return result
 
-    def _scaled_rows(self) -> tuple[Tensor, Tensor]:
-        """`[n, d]` sources and destinations that wait, times the root of their weight."""
-        if not self._waiting:
-            empty = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
-            return empty, empty
-        parts = [torch.cat(t) for t in zip(*(p.tensors for p in self._waiting), strict=True)]
-        source, destination, weight = parts
-        used = weight > 0
-        if not bool(used.all()):
-            source, destination, weight = source[used], destination[used], weight[used]
-        root = weight.sqrt()[:, None]
-        return root * source, root * destination
+    def _rows(self) -> _Rows:
+        """All rows that wait."""
+        if len(self._waiting) == 1:
+            return self._waiting[0]
+        empty = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
+        source = torch.cat([empty, *(part.source for part in self._waiting)])
+        change = torch.cat([empty, *(part.change for part in self._waiting)])
+        return _Rows(source, change, any(part.moves for part in self._waiting))
 
     def _count(self) -> int:
         """Number of rows that wait."""
-        return sum(len(part.weight) for part in self._waiting)
+        return sum(len(part.source) for part in self._waiting)
 
     @property
     def moves(self) -> bool:
         """Whether any row moves."""
-        return any(
-            bool(((p.source != p.destination).any(1) & (p.weight != 0)).any())
-            for p in self._waiting
-        ) or (self._sums is not None and bool(self._sums[1].any()))
+        summed = self._sums is not None and bool(self._sums[1].any())
+        return summed or any(part.moves for part in self._waiting)
 
     def _is_dual(self) -> bool:
         """Whether the rows that wait hold everything that moves."""
@@ -386,18 +395,21 @@ def solve_layers(
         raise ValueError("equations: expected systems of one width and on one device")
     found: list[Solution | None] = [None] * len(equations)
     batches: dict[int, list[int]] = {}
-    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    rows: dict[int, _Rows] = {}
     for i, system in enumerate(equations):
         if not system.moves:
             nothing = ConceptMap.identity(system.width, device=system.device, dtype=dtype)
             info = SolveInfo("identity", 1.0, 0.0, 0, 0.0, system.rows)
             found[i] = Solution(nothing, info)
         elif ridge > 0 and system._is_dual() and system._sums is None:
-            rows[i] = system._scaled_rows()
-            batches.setdefault(len(rows[i][0]), []).append(i)
+            rows[i] = system._rows()
+            batches.setdefault(len(rows[i].source), []).append(i)
     for members in batches.values():
-        x = torch.stack([rows[i][0] for i in members])
-        change = torch.stack([rows[i][1] for i in members]) - x
+        first = rows[members[0]]
+        x, change = first.source[None], first.change[None]
+        if len(members) > 1:
+            x = torch.stack([rows[i].source for i in members])
+            change = torch.stack([rows[i].change for i in members])
         for i, solved in zip(members, dual(x, change, Scaled(ridge)), strict=True):
             if is_good(solved):
                 found[i] = finish(solved, equations[i].rows, rank_tolerance, dtype)
@@ -482,8 +494,8 @@ def _solve_alone(
     if system._is_dual() and system._sums is not None and 2 * system._count() <= system.width:
         base = Factored(with_ridge(system._sums[0], ridge))
         if base.usable:
-            x, y = system._scaled_rows()
-            solved = dual(x[None], (y - x)[None], base)[0]
+            rows = system._rows()
+            solved = dual(rows.source[None], rows.change[None], base)[0]
             if is_good(solved):
                 return finish(solved, system.rows, rank_tolerance, dtype)
     gram, cross = system.gram, system.cross

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,14 +54,6 @@ class Solved:
         if self.right is None:
             return Solved(self.left + left @ right, None)
         return Solved(torch.cat((self.left, left), 1), torch.cat((self.right, right), 0))
-
-    @property
-    def norm(self) -> Tensor:
-        """``|X|_F``, without forming X."""
-        if self.right is None:
-            return torch.linalg.matrix_norm(self.left)
-        squares = (self.left.mT @ self.left) * (self.right @ self.right.mT)
-        return squares.sum((-2, -1)).clamp_min(0).sqrt()
 
 
 class Scaled:
@@ -159,7 +152,7 @@ def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
     for value in reciprocal.tolist():
         if value < _EPS:
             _warn_singular(1 / value if value else math.inf)
-    moving = (change != 0).any(-1).any(0)
+    moving, whole = (change != 0).any(-1).any(0), right
     if not bool(moving.all()):
         change, right = change[:, moving], right[:, moving]
     moved = x[:, moving]
@@ -171,7 +164,13 @@ def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
         return (rows @ moved.mT) @ change
 
     ratios, size = residual_ratio(Solved(change.mT, right), times, wanted, x)
-    condition = (size * base.inverse_norm).tolist()
+    if isinstance(base, Scaled):
+        # Fewer rows than features leave a direction in which A is the ridge alone.
+        inverse = torch.full_like(size, 1 / base.ridge)
+    else:
+        # A^-1 = A_0^-1 (I - X^T R) with all rows R of X A^-1.
+        inverse = _norms(lambda rows: base.solve(rows - (rows @ whole.mT) @ x), x)
+    condition = (size * inverse).tolist()
     return [
         Solved(left.mT, part, "dual", math.inf if bad else size_, math.inf if bad else ratio)
         for left, part, bad, size_, ratio in zip(
@@ -312,16 +311,16 @@ def explain(gram: Tensor, ridge: float, rows: int) -> str:
 # Norms, estimated where forming the matrix would cost as much as the solve
 
 
-def _probes(like: Tensor) -> Tensor:
-    """`[p, d]` Gaussian vectors, the same at every call."""
+@lru_cache(maxsize=8)
+def _probes(width: int, device: torch.device) -> Tensor:
+    """`[p, d]` float64 Gaussian vectors, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(_PROBES, like.shape[-1], dtype=like.dtype, generator=generator)
-    return probe.to(like.device)
+    return torch.randn(_PROBES, width, dtype=torch.float64, generator=generator).to(device)
 
 
 def _norms(times: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """`[...]` 2-norms of symmetric matrices given by their products, by power iteration."""
-    vector = _probes(like)[:1].expand(*like.shape[:-2], 1, like.shape[-1])
+    vector = _probes(like.shape[-1], like.device)[:1].expand(*like.shape[:-2], 1, like.shape[-1])
     size = vector.new_ones(vector.shape[:-2])
     for _ in range(_POWER_STEPS):
         vector = times(vector / vector.norm(dim=-1, keepdim=True).clamp_min(_TINY))
@@ -346,11 +345,12 @@ def residual_ratio(
     Returns:
         `[...]` the ratio, and `[...]` the estimate of ``|A|_2``.
     """
-    probe = _probes(like).expand(*like.shape[:-2], _PROBES, like.shape[-1])
+    probe = _probes(like.shape[-1], like.device).expand(*like.shape[:-2], _PROBES, like.shape[-1])
     residual = solved.move(times(probe)) - wanted(probe)
-    error = residual.square().sum((-2, -1)).div(_PROBES).sqrt()
+    # The expectation of |M v|^2 over Gaussian v is |M|_F^2.
+    error, size = (m.norm(dim=(-2, -1)) / _PROBES**0.5 for m in (residual, solved.move(probe)))
     norm = _norms(times, like)
-    scale = norm * solved.norm * (_EPS * like.shape[-1])
+    scale = norm * size * (_EPS * like.shape[-1])
     # Nothing moved and nothing is left over: as good as it gets.
     ratio = torch.where((error == 0) & (scale == 0), torch.zeros_like(error), error / scale)
     return torch.where(ratio.isnan(), torch.full_like(ratio, math.inf), ratio), norm
