@@ -9,10 +9,23 @@ nvidia-smi > "$out/device.txt" 2>&1
 python3 -m realera_fast info --json > "$out/info.json"
 python3 -m pytest -q --benchmark-disable tests > "$out/tests.log" 2>&1
 tail -n 1 "$out/tests.log"
+python3 bench/run.py closed_form --quick --out "$out/closed_form_quick.jsonl" | tee "$out/closed_form.log"
+python3 bench/run.py closed_form --out "$out/closed_form.jsonl" >> "$out/closed_form.log" 2>&1
 if command -v compute-sanitizer > /dev/null; then
-  compute-sanitizer --tool memcheck python3 -m pytest -q tests/test_kernels.py tests/test_ops.py \
-    > "$out/sanitizer.log" 2>&1
-  tail -n 3 "$out/sanitizer.log"
+  for tool in memcheck racecheck synccheck initcheck; do
+    # Without torch's pool an overrun leaves its own allocation and shows.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+      --kernel-regex kns=realera_fast python3 -m pytest -q tests/test_ops.py \
+      -k "cuda and (SolveSpd or LowRankUpdate)" > "$out/$tool.log" 2>&1
+    echo "$tool: exit status $?"
+  done
+  compute-sanitizer --tool memcheck python3 -m pytest -q tests/test_kernels.py \
+    > "$out/memcheck_triton.log" 2>&1
+  tail -n 3 "$out/memcheck_triton.log"
+fi
+if command -v ncu > /dev/null; then
+  ncu --set full -k "regex:update_kernel|solve_kernel" -c 8 -o "$out/closed_form" \
+    python3 bench/run.py closed_form --quick --out "$out/profiled.jsonl" > "$out/ncu.log" 2>&1
 fi
 python3 -m realera_fast demo --out "$out/demo"
 python3 bench/variants.py --things rabbit house --styles sepia --out "$out/variants.jsonl"

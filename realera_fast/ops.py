@@ -2,9 +2,10 @@
 
 Each schema is defined here, once. The plain PyTorch reference is registered for every device (the
 meta device included, so no separate fake function is needed) and a kernel made for a device
-overrides it there: the C++ library ``_C`` on the CPU, Triton on CUDA. The dispatcher is the only
-registry. A library that was never built leaves the reference in place; one that was built and does
-not load raises, and so does a missing Triton: nothing falls back silently.
+overrides it there: the library ``_C``, C++ on the CPU and CUDA where it was built with nvcc, and
+Triton. The dispatcher is the only registry. A library that was never built leaves the reference in
+place; one that was built and does not load raises, and so does a missing Triton: nothing falls
+back silently.
 
 This is the only module that names the native library or ``realera_fast.kernels``.
 """
@@ -62,19 +63,16 @@ def implementations() -> dict[str, dict[str, str]]:
     """Says which implementation serves each operation.
 
     Returns:
-        For each operation, ``{"cpu": ..., "cuda": ...}`` with the values "native" (C++),
+        For each operation, ``{"cpu": ..., "cuda": ...}`` with the values "native" (C++ or CUDA),
         "triton" and "reference" (plain PyTorch).
     """
-    kernels = {"cpu": ("CPU", "native"), "cuda": ("CUDA", "triton")}
-    return {
-        name: {
-            device: kind
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{name}", key)
-            else "reference"
-            for device, (key, kind) in kernels.items()
-        }
-        for name in _NAMES
-    }
+
+    def kind(name: str, key: str) -> str:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{name}", key):
+            return "reference"
+        return "triton" if (name, key) == ("perturb", "CUDA") else "native"
+
+    return {name: {"cpu": kind(name, "CPU"), "cuda": kind(name, "CUDA")} for name in _NAMES}
 
 
 def normal_equations_(
