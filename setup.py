@@ -39,7 +39,8 @@ class CMakeExtension(Extension):
     """A library that CMake builds. `depends` puts the native sources into the sdist."""
 
     def __init__(self, name: str) -> None:
-        sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
+        files = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+        sources = sorted(str(path.relative_to(ROOT)) for path in files)
         super().__init__(
             name, sources=[], depends=["CMakeLists.txt", *sources], py_limited_api=True
         )

@@ -111,12 +111,80 @@ def model_lines() -> list[str]:
     ]
 
 
+def closed_form_lines() -> list[str]:
+    """Time of the closed form beside its floor and the baselines."""
+    found = [row for row in rows("closed_form.jsonl") if row["stage"] == "total"]
+    if not found:
+        return []
+    made = {
+        (r["commit"], r["dirty"], r["device"], r["cpu"], r["threads"], r["torch"], r["date"])
+        for r in found
+    }
+    points: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in found:
+        key = row["shape"], row["dtype"], row["rows"], row["concepts"]
+        points.setdefault(key, {})[row["candidate"]] = row
+    repeated = sum(len(point) for point in points.values()) != len(found)
+    if len(made) > 1 or repeated or any("library" not in point for point in points.values()):
+        raise SystemExit(
+            "closed_form.jsonl mixes runs, repeats rows or misses some: "
+            "run bench/run.py closed_form anew"
+        )
+
+    def measured(row: Mapping[str, Any]) -> str:
+        if row["matrices_measured"] == row["matrices"]:
+            return ""
+        return f" ({row['matrices_measured']} of {row['matrices']})"
+
+    def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
+        if name not in point:
+            return "–"
+        each, own = (
+            row["p50_ms"] / row["matrices_measured"] for row in (point[name], point["library"])
+        )
+        factor = each / own
+        digits = 0 if factor >= 100 else 1 if factor >= 10 else 2
+        return f"{factor:,.{digits}f}x{measured(point[name])}"
+
+    body = []
+    for (shape, dtype, count, concepts), point in points.items():
+        own = point["library"]
+        each = count // concepts
+        body.append([
+            shape if dtype == "float32" else f"{shape}, {dtype}",
+            f"{concepts:,}" if each == 1 else f"{concepts:,} ({each:,} rows each)",
+            f"{own['p50_ms']:,.1f}{measured(own)}",
+            f"{own['p50_ms'] / own['floor_ms']:.2f}",
+            *(times(point, name) for name in ("uce", "mace", "batched", "composition")),
+        ])  # fmt: skip
+    first = found[0]
+    where = first["cpu"] if first["device"] == "cpu" else first["device"]
+    return [
+        f"From rows in memory to updated weights, medians on {where}, {first['threads']} "
+        f"thread(s), torch {first['torch']}, commit {first['commit']}; one row for each concept "
+        "unless noted. The floor is what the measured GEMM and memory rates of the same run allow. "
+        "The other columns say how many times as long a baseline takes for each matrix; where it "
+        "was too slow for all, how many of the matrices were measured; – where one alone would "
+        "have taken more than a minute. Baselines are ours, written from the papers.",
+        "",
+        *table(
+            ("model", "concepts", "ms", "x floor", "UCE loop", "MACE loop", "batched solve",
+             "low rank in PyTorch"),
+            body,
+        ),
+        "",
+    ]  # fmt: skip
+
+
 def generated() -> str:
     lines = [*model_lines()]
     for kind, title in (("object", "Objects"), ("style", "Styles")):
         part = variant_lines(kind)
         if part:
             lines += [f"### {title}", "", *part]
+    closed_form = closed_form_lines()
+    if closed_form:
+        lines += ["### Closed form", "", *closed_form]
     return "\n".join(lines).strip()
 
 

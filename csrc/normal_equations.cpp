@@ -1,52 +1,103 @@
-// gram += sum_i w_i x_i x_i^T and cross += sum_i w_i (y_i - x_i) x_i^T, in float64, in one pass over
-// the rows. Two things a composition of PyTorch calls doesn't do: only one triangle of the symmetric
-// sum is computed, and only rows that move enter the product of the cross term.
+// gram += sum_i w_i x_i x_i^T and cross += sum_i w_i (y_i - x_i) x_i^T, in float64, in one pass
+// over the rows. Two things a composition of PyTorch calls doesn't do: only one triangle of the
+// symmetric sum is computed, and only rows that move enter the product of the cross term.
 
 #include "dispatch.h"
+#include "tiles.h"
+
+#include <memory>
 
 namespace realera_fast {
 namespace {
 
-constexpr int64_t kRows = 512;     // rows converted to float64 at a time
-constexpr int64_t kColumns = 256;  // width of a tile of the triangle
+constexpr int64_t kMirror = 32;  // a square of the gram matrix whose transpose fits the L1 cache
 
-// sum += tile products of a^T b, of shape [columns, columns]; only tiles on or above the diagonal if
-// `triangle`. `tile` is scratch of at least kColumns x kColumns elements.
-void accumulate(double* sum, int64_t width, Tensor a, Tensor b, bool triangle, Tensor tile) {
-  for (int64_t i = 0; i < width; i += kColumns) {
-    const int64_t height = std::min(kColumns, width - i);
-    Tensor left = torch::stable::narrow(a, 1, i, height);
-    left = torch::stable::transpose(left, 0, 1);
-    for (int64_t j = triangle ? i : 0; j < width; j += kColumns) {
-      const int64_t columns = std::min(kColumns, width - j);
-      Tensor flat = torch::stable::narrow(tile, 0, 0, height * columns);
-      Tensor product = torch::stable::view(flat, {height, columns});
-      mm_out(product, left, torch::stable::narrow(b, 1, j, columns));
-      const double* values = product.const_data_ptr<double>();
-      for (int64_t r = 0; r < height; ++r) {
-        double* row = sum + (i + r) * width + j;
-        for (int64_t c = 0; c < columns; ++c) row[c] += values[r * columns + c];
+Kind kind_of(const Tensor& rows) {
+  switch (rows.scalar_type()) {
+    case ScalarType::Float: return Kind::kFloat;
+    case ScalarType::Double: return Kind::kDouble;
+    case ScalarType::BFloat16: return Kind::kBFloat16;
+    case ScalarType::Half: return Kind::kHalf;
+    default: STD_TORCH_CHECK(false, "source: expected float32, bfloat16, float16 or float64");
+  }
+}
+
+// Rows whose columns lie one behind the other.
+Rows rows_of(const Tensor& tensor, int64_t start, int64_t count) {
+  char* data = static_cast<char*>(tensor.mutable_data_ptr());
+  return {data + start * tensor.stride(0) * tensor.element_size(), kind_of(tensor), count,
+          tensor.stride(0), 1};
+}
+
+Tensor dense_columns(const Tensor& tensor) {
+  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The lower triangle becomes the upper one: the matrix was symmetric and stays so to the last bit.
+void mirror(double* gram, int64_t width) {
+  const int64_t bands = (width + kMirror - 1) / kMirror;
+  torch::stable::parallel_for(0, bands, 4, [=](int64_t begin, int64_t end) {
+    for (int64_t top = begin * kMirror; top < std::min(end * kMirror, width); top += kMirror) {
+      const int64_t bottom = std::min(top + kMirror, width);
+      for (int64_t left = 0; left <= top; left += kMirror) {
+        for (int64_t i = top; i < bottom; ++i) {
+          const int64_t right = std::min(left + kMirror, i);
+          for (int64_t j = left; j < right; ++j) gram[i * width + j] = gram[j * width + i];
+        }
       }
     }
-  }
+  });
 }
 
-// From rows x, y and weights w: y becomes w (y - x) with the rows that move first, and `moved` the
-// matching rows x. Returns how many move.
-int64_t compact(const double* x, double* y, double* moved, const double* weight, int64_t rows,
-                int64_t width) {
-  int64_t count = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const double* from = x + r * width;
-    const double* to = y + r * width;
-    if (std::equal(from, from + width, to)) continue;
-    double* delta = y + count * width;  // never ahead of the row that is read
-    for (int64_t c = 0; c < width; ++c) delta[c] = weight[r] * (to[c] - from[c]);
-    std::copy(from, from + width, moved + count * width);
-    ++count;
-  }
-  return count;
+// Gives every row its place, those that move first. Returns how many do.
+int64_t place_rows(const bool* moved, int64_t rows, int64_t* slots) {
+  int64_t front = 0, back = rows;
+  for (int64_t r = 0; r < rows; ++r) slots[r] = moved[r] ? front++ : --back;
+  return front;
 }
+
+// A block of rows in the order of the products, and the memory for it.
+class Packer {
+ public:
+  Packer(int64_t width, int64_t rows) : moved_(new bool[rows]), slots_(rows) {
+    for (Tensor& tensor : memory_) {
+      tensor = torch::stable::empty({sums_elements(width)}, ScalarType::Double);
+    }
+    sums_.width = width;
+    sums_.x = memory_[0].mutable_data_ptr<double>();
+    sums_.weighted = memory_[1].mutable_data_ptr<double>();
+    sums_.delta = memory_[2].mutable_data_ptr<double>();
+  }
+
+  const Sums& pack(const Rows& x, const Rows& y, const double* weight) {
+    const Kernels& kernel = kernels();
+    const int64_t width = sums_.width;
+    torch::stable::parallel_for(0, x.count, kGrain, [&](int64_t begin, int64_t end) {
+      kernel.find_moved(part(x, begin, end), part(y, begin, end), width, moved_.get() + begin);
+    });
+    sums_.depth = x.count;
+    sums_.moved = place_rows(moved_.get(), x.count, slots_.data());
+    torch::stable::parallel_for(0, x.count, kGrain, [&](int64_t begin, int64_t end) {
+      kernel.pack_rows(x, y, weight, slots_.data(), begin, end, sums_);
+    });
+    return sums_;
+  }
+
+ private:
+  static constexpr int64_t kGrain = 32;
+
+  static Rows part(Rows rows, int64_t begin, int64_t end) {
+    const int64_t bytes = rows.kind == Kind::kDouble ? 8 : rows.kind == Kind::kFloat ? 4 : 2;
+    rows.data = static_cast<char*>(rows.data) + begin * rows.row_stride * bytes;
+    rows.count = end - begin;
+    return rows;
+  }
+
+  std::unique_ptr<bool[]> moved_;
+  std::vector<int64_t> slots_;
+  std::array<Tensor, 3> memory_;
+  Sums sums_{};
+};
 
 void normal_equations_(Tensor gram, Tensor cross, Tensor source, Tensor destination,
                        Tensor weight) {
@@ -58,55 +109,30 @@ void normal_equations_(Tensor gram, Tensor cross, Tensor source, Tensor destinat
   check_double(gram, "gram");
   check_double(cross, "cross");
   check_matrix(destination, "destination", rows, width);
+  STD_TORCH_CHECK(destination.scalar_type() == source.scalar_type(),
+                  "destination: expected the dtype of source");
   STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == rows, "weight: wrong shape");
+  kind_of(source);
   if (rows == 0 || width == 0) return;
 
-  const int64_t block = std::min(kRows, rows);
-  auto scratch = [](int64_t height, int64_t columns) {
-    return torch::stable::empty({height, columns}, ScalarType::Double);
-  };
-  Tensor x_all = scratch(block, width);
-  Tensor y_all = scratch(block, width);
-  Tensor wx_all = scratch(block, width);
-  Tensor tile = torch::stable::empty({kColumns * kColumns}, ScalarType::Double);
+  source = dense_columns(source);
+  destination = dense_columns(destination);
   Tensor w = torch::stable::empty({rows}, ScalarType::Double);
   torch::stable::copy_(w, weight);
-  std::vector<double> triangle(width * width, 0.0);
-
-  for (int64_t start = 0; start < rows; start += block) {
-    const int64_t height = std::min(block, rows - start);
-    Tensor x = torch::stable::narrow(x_all, 0, 0, height);
-    Tensor y = torch::stable::narrow(y_all, 0, 0, height);
-    Tensor wx = torch::stable::narrow(wx_all, 0, 0, height);
-    torch::stable::copy_(x, torch::stable::narrow(source, 0, start, height));
-    torch::stable::copy_(y, torch::stable::narrow(destination, 0, start, height));
-    const double* x_data = x.const_data_ptr<double>();
-    const double* w_data = w.const_data_ptr<double>() + start;
-    double* wx_data = wx.mutable_data_ptr<double>();
-    torch::stable::parallel_for(0, height, 64, [=](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        for (int64_t c = 0; c < width; ++c) {
-          wx_data[r * width + c] = w_data[r] * x_data[r * width + c];
-        }
-      }
+  double* gram_data = gram.mutable_data_ptr<double>();
+  double* cross_data = cross.mutable_data_ptr<double>();
+  const Kernels& kernel = kernels();
+  Packer packer(width, std::min(rows, kSumRows));
+  for (int64_t start = 0; start < rows; start += kSumRows) {
+    const int64_t count = std::min(kSumRows, rows - start);
+    const Sums& sums =
+        packer.pack(rows_of(source, start, count), rows_of(destination, start, count),
+                    w.const_data_ptr<double>() + start);
+    torch::stable::parallel_for(0, kernel.units(width), 1, [&](int64_t begin, int64_t end) {
+      kernel.add_products(sums, gram_data, cross_data, begin, end);
     });
-    accumulate(triangle.data(), width, x, wx, true, tile);
-    const int64_t moved =
-        compact(x_data, y.mutable_data_ptr<double>(), wx_data, w_data, height, width);
-    if (moved > 0) {
-      accumulate(cross.mutable_data_ptr<double>(), width, torch::stable::narrow(y, 0, 0, moved),
-                 torch::stable::narrow(wx, 0, 0, moved), false, tile);
-    }
   }
-
-  double* sum = gram.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < width; ++i) {
-    sum[i * width + i] += triangle[i * width + i];
-    for (int64_t j = i + 1; j < width; ++j) {
-      sum[i * width + j] += triangle[i * width + j];
-      sum[j * width + i] += triangle[i * width + j];
-    }
-  }
+  mirror(gram_data, width);
 }
 
 }  // namespace

@@ -1,115 +1,158 @@
-// X gram = rhs by Cholesky, one refinement step, and Higham's estimate of the condition number. The
-// factorisation and the solves are LAPACK's; the estimate's ten solves with one right-hand side
-// are written out, because PyTorch's would copy the factor each time.
+// X gram = rhs by Cholesky, and Higham's estimate of the condition number. The factorisation and
+// the solves are LAPACK's; the estimate's solves with one right-hand side are written out, because
+// PyTorch's would copy the factor each time. Systems of a batch run in parallel.
 
 #include "dispatch.h"
+#include "tiles.h"
 
 #include <cmath>
 
 namespace realera_fast {
 namespace {
 
-constexpr int kSteps = 5;  // as in reference.py
+constexpr int kSteps = 5;          // as in reference.py
+constexpr int64_t kSmall = 40000;  // multiplications that take less than calls through torch
 
-// Solves L L^T v = v in place. `rows` is the transpose of L: row i holds column i of L.
-void solve_vector(const double* rows, int64_t width, double* v) {
-  for (int64_t i = 0; i < width; ++i) {
-    const double* column = rows + i * width;
-    v[i] /= column[i];
-    const double scale = v[i];
-    for (int64_t j = i + 1; j < width; ++j) v[j] -= scale * column[j];
-  }
-  for (int64_t i = width - 1; i >= 0; --i) {
-    const double* column = rows + i * width;
-    // Four partial sums, so that the loop isn't one long chain of dependent additions.
-    double sum[4] = {0, 0, 0, 0};
-    int64_t j = i + 1;
-    for (; j + 4 <= width; j += 4) {
-      for (int64_t k = 0; k < 4; ++k) sum[k] += column[j + k] * v[j + k];
-    }
-    for (; j < width; ++j) sum[0] += column[j] * v[j];
-    v[i] = (v[i] - ((sum[0] + sum[1]) + (sum[2] + sum[3]))) / column[i];
-  }
-}
-
-double absolute_sum(const std::vector<double>& v) {
+double absolute_sum(const double* v, int64_t width) {
   double sum = 0;
-  for (double value : v) sum += std::abs(value);
+  for (int64_t i = 0; i < width; ++i) sum += std::abs(v[i]);
   return sum;
 }
 
-// Greatest column sum; of a symmetric matrix, so row sums do.
-double norm_one(const double* matrix, int64_t width) {
-  double greatest = 0;
-  for (int64_t i = 0; i < width; ++i) {
-    double sum = 0;
-    for (int64_t j = 0; j < width; ++j) sum += std::abs(matrix[i * width + j]);
-    greatest = std::max(greatest, sum);
+// v becomes the signs of its elements. Returns whether `signs`, the previous ones, were the same.
+bool take_signs(double* v, std::vector<double>& signs) {
+  bool same = true;
+  for (std::size_t i = 0; i < signs.size(); ++i) {
+    v[i] = v[i] < 0 ? -1 : 1;
+    same = same && v[i] == signs[i];
+    signs[i] = v[i];
   }
-  return greatest;
+  return same;
+}
+
+int64_t steepest(const double* v, int64_t width) {
+  return std::max_element(v, v + width,
+                          [](double a, double b) { return std::abs(a) < std::abs(b); }) - v;
 }
 
 double reciprocal_condition(const double* gram, const double* rows, int64_t width) {
   if (width == 0) return 1;
-  std::vector<double> v(width);
+  const Kernels& kernel = kernels();
+  const double size = static_cast<double>(width);
+  std::vector<double> both(2 * width), signs(width, 0.0);
+  double* v = both.data();
+  double* alternating = v + width;
+  std::fill(v, v + width, 1 / size);
   for (int64_t i = 0; i < width; ++i) {
-    v[i] = (i % 2 ? -1.0 : 1.0) *
-           (1 + static_cast<double>(i) / static_cast<double>(std::max<int64_t>(width - 1, 1)));
+    alternating[i] = (i % 2 ? -1 : 1) * (1 + static_cast<double>(i) / std::max(size - 1, 1.0));
   }
-  solve_vector(rows, width, v.data());
-  double inverse = absolute_sum(v) * 2 / (3 * static_cast<double>(width));
-  std::fill(v.begin(), v.end(), 1 / static_cast<double>(width));
+  // One pass over the factor serves both start vectors.
+  kernel.solve_vectors(rows, width, v, 2);
+  double inverse = absolute_sum(alternating, width) * 2 / (3 * size);
+  int64_t last = -1;
   for (int step = 0; step < kSteps; ++step) {
-    solve_vector(rows, width, v.data());
-    inverse = std::max(inverse, absolute_sum(v));
-    for (double& value : v) value = value < 0 ? -1 : 1;
-    solve_vector(rows, width, v.data());
-    const auto steepest = std::max_element(
-        v.begin(), v.end(), [](double a, double b) { return std::abs(a) < std::abs(b); });
-    const auto index = steepest - v.begin();
-    std::fill(v.begin(), v.end(), 0.0);
+    if (step > 0) kernel.solve_vectors(rows, width, v, 1);
+    inverse = std::max(inverse, absolute_sum(v, width));
+    // What was solved before would only be solved again, so the maximum stands.
+    if (step + 1 == kSteps || take_signs(v, signs)) break;
+    kernel.solve_vectors(rows, width, v, 1);
+    const int64_t index = steepest(v, width);
+    if (index == last) break;
+    last = index;
+    std::fill(v, v + width, 0.0);
     v[index] = 1;
   }
-  const double reciprocal = 1 / (norm_one(gram, width) * inverse);
+  const double reciprocal = 1 / (kernel.norm_one(gram, width) * inverse);
   return std::isfinite(reciprocal) ? reciprocal : 0;
 }
 
+// The columns of L into the rows of `rows`, which hold the upper triangle of the matrix before.
+// Returns 0, or the order of the first minor that is not positive.
+int32_t factor_small(double* rows, int64_t width) {
+  for (int64_t j = 0; j < width; ++j) {
+    double* pivot = rows + j * width;
+    if (!(pivot[j] > 0)) return static_cast<int32_t>(j + 1);
+    const double root = std::sqrt(pivot[j]);
+    for (int64_t i = j; i < width; ++i) pivot[i] /= root;
+    for (int64_t i = j + 1; i < width; ++i) {
+      double* row = rows + i * width;
+      for (int64_t c = i; c < width; ++c) row[c] -= pivot[i] * pivot[c];
+    }
+  }
+  return 0;
+}
+
+// As `solve_one`, for a system so small that calling LAPACK through torch costs more than solving.
+void solve_small(const double* gram, const double* rhs, int64_t width, int64_t count,
+                 double* solution, int32_t* info, double* reciprocal) {
+  std::vector<double> rows(width * width);
+  for (int64_t i = 0; i < width; ++i) {
+    for (int64_t j = i; j < width; ++j) rows[i * width + j] = gram[j * width + i];
+  }
+  std::copy(rhs, rhs + count * width, solution);
+  *info = factor_small(rows.data(), width);
+  *reciprocal = *info == 0 ? reciprocal_condition(gram, rows.data(), width) : 0;
+  if (*info != 0) return;
+  for (int64_t r = 0; r < count; ++r) {
+    kernels().solve_vectors(rows.data(), width, solution + r * width, 1);
+  }
+}
+
+// One system; `gram` and `rhs` are contiguous, `solution` is too.
+void solve_one(const Tensor& gram, const Tensor& rhs, const Tensor& solution, int32_t* info,
+               double* reciprocal) {
+  const int64_t width = gram.size(0);
+  const int64_t count = rhs.size(0);
+  if (width * width * (width / 3 + 2 * count) <= kSmall) {
+    solve_small(gram.const_data_ptr<double>(), rhs.const_data_ptr<double>(), width, count,
+                solution.mutable_data_ptr<double>(), info, reciprocal);
+    return;
+  }
+  auto [factor, status] = call_all<2>("aten::linalg_cholesky_ex", "", gram, false, false);
+  *info = *status.const_data_ptr<int32_t>();
+  const Tensor transposed = torch::stable::transpose(factor, 0, 1);
+  const Tensor rows = torch::stable::contiguous(transposed);
+  *reciprocal = *info == 0 ? reciprocal_condition(gram.const_data_ptr<double>(),
+                                                  rows.const_data_ptr<double>(), width)
+                           : 0;
+  if (count == 0) return;
+  // X L L^T = rhs. Unlike `cholesky_solve` this copies neither the factor nor its argument.
+  const char* solve = "aten::linalg_solve_triangular";
+  const Tensor half = call(solve, "", transposed, rhs, true, false, false);
+  call(solve, "out", factor, half, false, false, false, solution);
+}
+
 std::tuple<Tensor, Tensor, Tensor> solve_spd(Tensor gram, Tensor rhs) {
-  check_matrix(gram, "gram", -1, gram.size(0));
-  check_matrix(rhs, "rhs", -1, gram.size(0));
+  const int64_t dim = gram.dim();
+  STD_TORCH_CHECK((dim == 2 || dim == 3) && rhs.dim() == dim &&
+                      gram.size(dim - 1) == gram.size(dim - 2) &&
+                      rhs.size(dim - 1) == gram.size(dim - 1) &&
+                      (dim == 2 || rhs.size(0) == gram.size(0)),
+                  "gram, rhs: wrong shape; call it through realera_fast.ops");
   STD_TORCH_CHECK(
       gram.scalar_type() == ScalarType::Double && rhs.scalar_type() == ScalarType::Double,
       "gram, rhs: expected float64; call it through realera_fast.ops");
-  const int64_t width = gram.size(0);
-  gram = torch::stable::contiguous(gram);
-  rhs = torch::stable::contiguous(rhs);
-
-  auto [factor, info] = call_all<2>("aten::linalg_cholesky_ex", "", gram, false, false);
-  auto solve = [&factor = factor](Tensor& b) {
-    Tensor solved =
-        call("aten::cholesky_solve", "", torch::stable::transpose(b, 0, 1), factor, false);
-    return torch::stable::transpose(solved, 0, 1);
-  };
-  Tensor solution = torch::stable::contiguous(solve(rhs));
-  Tensor residual = torch::stable::empty({rhs.size(0), width}, ScalarType::Double);
-  mm_out(residual, solution, gram);
-  double* r = residual.mutable_data_ptr<double>();
-  const double* b = rhs.const_data_ptr<double>();
-  const int64_t elements = rhs.size(0) * width;
-  for (int64_t i = 0; i < elements; ++i) r[i] = b[i] - r[i];
-  Tensor correction = torch::stable::contiguous(solve(residual));
-  double* x = solution.mutable_data_ptr<double>();
-  const double* step = correction.const_data_ptr<double>();
-  for (int64_t i = 0; i < elements; ++i) x[i] += step[i];
-
-  Tensor reciprocal = torch::stable::empty({}, ScalarType::Double);
-  double* value = reciprocal.mutable_data_ptr<double>();
-  *value = 0;
-  if (*info.const_data_ptr<int32_t>() == 0) {
-    const Tensor rows = torch::stable::contiguous(torch::stable::transpose(factor, 0, 1));
-    *value = reciprocal_condition(gram.const_data_ptr<double>(), rows.const_data_ptr<double>(),
-                                  width);
+  // Worker threads don't inherit "no gradient".
+  gram = torch::stable::contiguous(call("aten::detach", "", gram));
+  rhs = torch::stable::contiguous(call("aten::detach", "", rhs));
+  std::vector<int64_t> batch;
+  if (dim == 3) batch.push_back(gram.size(0));
+  Tensor solution = torch::stable::empty_like(rhs);
+  Tensor info = torch::stable::empty(batch, ScalarType::Int);
+  Tensor reciprocal = torch::stable::empty(batch, ScalarType::Double);
+  int32_t* info_data = info.mutable_data_ptr<int32_t>();
+  double* reciprocal_data = reciprocal.mutable_data_ptr<double>();
+  if (dim == 2) {
+    solve_one(gram, rhs, solution, info_data, reciprocal_data);
+    return {solution, info, reciprocal};
   }
+  auto solve_range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      solve_one(torch::stable::select(gram, 0, i), torch::stable::select(rhs, 0, i),
+                torch::stable::select(solution, 0, i), info_data + i, reciprocal_data + i);
+    }
+  };
+  torch::stable::parallel_for(0, gram.size(0), 1, solve_range);
   return {solution, info, reciprocal};
 }
 

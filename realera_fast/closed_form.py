@@ -86,8 +86,9 @@ class Pairs:
         for name in ("source", "destination", "weight"):
             values = getattr(self, name)
             values = values[:, None] if values.dim() == 1 else values
-            # A sum shows any NaN or infinity in one pass; that it overflowed is told apart below.
-            if bool(values.sum(1, dtype=torch.float64).isfinite().all()):
+            # Sums show any NaN or infinity in one pass; that one overflowed is told apart below.
+            half = values.dtype in (torch.float16, torch.bfloat16)
+            if bool(values.sum(1, dtype=torch.float32 if half else None).isfinite().all()):
                 continue
             bad = (~values.isfinite().all(1)).nonzero()
             if len(bad):
@@ -248,7 +249,7 @@ class NormalEquations:
                 raise ValueError(
                     f"{name}: expected shape {[self.width] * 2}, got {list(moment.shape)}"
                 )
-            if moment is not None and not bool(moment.isfinite().all()):
+            if moment is not None and not _is_finite(moment):
                 raise ValueError(f"{name}: holds NaN or infinity")
         own_gram, own_cross = self._sums or self._zeros()
         own_gram += gram.to(own_gram)
@@ -499,7 +500,7 @@ def _solve_alone(
             if is_good(solved):
                 return finish(solved, system.rows, rank_tolerance, dtype)
     gram, cross = system.gram, system.cross
-    if not (gram.isfinite().all() and cross.isfinite().all()):
+    if not (_is_finite(gram) and _is_finite(cross)):
         raise ValueError(
             "the accumulated sums hold NaN or infinity: squares of the rows overflow float64"
         )
@@ -523,6 +524,11 @@ def finish(solved: Solved, rows: int, rank_tolerance: float, dtype: torch.dtype)
     )
     _log.debug("closed form: %s", info)
     return Solution(concept_map, info)
+
+
+def _is_finite(sums: Tensor) -> bool:
+    """Whether there is no NaN or infinity, nor numbers whose own sum would overflow."""
+    return math.isfinite(float(sums.sum()))
 
 
 def check_ridge(ridge: float) -> None:

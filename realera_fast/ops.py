@@ -84,7 +84,7 @@ def normal_equations_(
     of the closed form W' = W (I + D A^-1). Memory beside the arguments is O(d^2) for any ``n``.
 
     Args:
-        gram: `[d, d]` float64, contiguous.
+        gram: `[d, d]` float64, contiguous and symmetric: one triangle is summed and copied.
         cross: `[d, d]` float64, contiguous.
         source: `[n, d]` rows x: float32, bfloat16, float16 or float64.
         destination: `[n, d]` rows y, of the same dtype.

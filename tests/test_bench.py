@@ -1,5 +1,6 @@
 """Published numbers are the ones of the committed rows."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_changed_row_would_show(tmp_path, monkeypatch):
     assert "| un-erased model | 100.0 ± 0.0 | 90.0 ± 0.0" in text
 
 
-@pytest.mark.parametrize("name", ["variants", "train_embedded"])
+@pytest.mark.parametrize("name", ["variants", "train_embedded", "run"])
 def test_bench_scripts_say_how_to_use_them(name, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     module = load(name)
@@ -53,3 +54,121 @@ def test_variants_differ_from_each_other(monkeypatch):
     variants = load("variants").variants()
     configs = [config.to_dict() for config in variants.values()]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+def closed_form_row(candidate, milliseconds, matrices=32, **change):
+    return {
+        "shape": "SD 1.4", "concepts": 10, "rows": 10, "candidate": candidate, "stage": "total",
+        "dtype": "float32", "p50_ms": milliseconds, "floor_ms": 4.0, "matrices": 32,
+        "matrices_measured": matrices, "threads": 1, "device": "cpu", "cpu": "Xeon", "torch": "2",
+        "commit": "abc", "dirty": False, "date": "today",
+    } | change  # fmt: skip
+
+
+def test_closed_form_table(tmp_path, monkeypatch):
+    report = load("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.generated() == ""
+    found = [
+        closed_form_row("library", 6.0),
+        closed_form_row("library", 1.0, stage="solve"),
+        closed_form_row("uce", 30.0, matrices=2),
+        closed_form_row("composition", 9.0),
+    ]
+    path = tmp_path / "closed_form.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    text = report.generated()
+    assert "| SD 1.4 | 10 | 6.0 | 1.50 | 80.0x (2 of 32) | – | – | 1.50x |" in text
+
+
+@pytest.mark.parametrize("change", [{"commit": "def"}, {"date": "tomorrow"}, {}])
+def test_closed_form_rows_of_two_runs_are_refused(change, tmp_path, monkeypatch):
+    report = load("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    found = [closed_form_row("library", 6.0), closed_form_row("library", 5.0, **change)]
+    path = tmp_path / "closed_form.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    with pytest.raises(SystemExit, match="mixes runs"):
+        report.generated()
+
+
+def closed_form_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("closed_form")
+
+
+def target_rows(library=5.0, composition=8.0, floor=4.0, error=1e-7, residual=1.0, **change):
+    own = {"error": error, "residual_ratio": residual, "floor_ms": floor} | change
+    return [
+        *(closed_form_row("library", library, stage=s, **own)
+          for s in ("solve", "update", "total")),
+        closed_form_row("composition", composition, **{**own, "error": 1e-7}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"library": 9.0, "floor": 9.0}, "0.89x composition"),
+        ({"composition": 6.0}, "1.20x composition at 1.25x floor"),
+        ({"composition": 5.2, "floor": 4.9}, None),
+        ({"floor": 3.0}, "1.67x floor"),
+        ({"error": 3e-7}, "error 3e-07"),
+        ({"residual": 31.0}, "residual ratio"),
+    ],
+)
+def test_targets(change, words, monkeypatch):
+    missed = closed_form_module(monkeypatch).missed(target_rows(**change))
+    assert missed == [] if words is None else len(missed) == 1 and words in missed[0]
+
+
+def test_growth_target(monkeypatch):
+    module = closed_form_module(monkeypatch)
+    few = target_rows(concepts=1000, rows=1000)
+    for factor, met in ((11, True), (12, False)):
+        many = target_rows(5.0 * factor, 8.0 * factor, 4.0 * factor, concepts=10_000, rows=10_000)
+        assert (module.missed(few + many) == []) is met
+
+
+def test_floor_counts_the_cheaper_system(monkeypatch):
+    module = closed_form_module(monkeypatch)
+    rates = module.Rates(float32=1e12, float64=1e9, in_place=1e9, copy=1e9)
+    shape = module.Shape("small", 100, (50, 70))
+    one = module.floors(module.Point(shape, 1), rates)
+    # 3 n^2 d + n^3 / 3 flops, and every weight read and written once
+    assert one["solve"] == pytest.approx(1e3 * (300 + 1 / 3) / 1e9)
+    assert one["update"] == pytest.approx(1e3 * 2 * 120 * 100 * 4 / 1e9)
+    many = module.floors(module.Point(shape, 1000), rates)
+    assert many["solve"] == pytest.approx(1e3 * (3 * 1000 * 1e4 + 1e6 / 3 + 2e6) / 1e9)
+    own = module.Point(module.Shape("own", 100, (50, 70), own_rows=True), 1)
+    assert module.floors(own, rates)["solve"] == pytest.approx(2 * one["solve"])
+    assert module.floors(own, rates, 1)["solve"] == pytest.approx(one["solve"])
+
+
+def test_measuring_a_small_point(monkeypatch):
+    module = closed_form_module(monkeypatch)
+    device = module.torch.device("cpu")
+    effort = module.Effort(0.01, 60.0, 1)
+    for own in (False, True):
+        point = module.Point(module.Shape("small", 16, (16, 16, 16), own_rows=own), 3)
+        rates = module.Rates(float32=1e9, float64=1e9)
+        rows, notes = module.measure(point, rates, device, effort)
+        assert not notes and len(rows) == 2 * 3 + 3
+        assert all(row["error"] < 1e-2 and row["p20_ms"] <= row["p80_ms"] for row in rows)
+        line = module.line(*next(iter(module.by_point(rows).items())))
+        assert "uce" in line and "floor" in line
+
+
+def test_plot(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = [
+        closed_form_row(name, time * n, matrices, concepts=n, rows=n, p20_ms=time * n,
+                        p80_ms=time * n)
+        for n in (1, 10)
+        for name, time, matrices in (("library", 6.0, 32), ("uce", 30.0, 2))
+    ]  # fmt: skip
+    path = tmp_path / "closed_form.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    load("plots").closed_form(path, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

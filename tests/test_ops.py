@@ -41,10 +41,28 @@ def spd(d: int, device: torch.device, condition: float = 1e3) -> Tensor:
     return (gram + gram.mT) / 2
 
 
+def same_for_threads(compute: Callable[[], list[Tensor]]) -> None:
+    """Fails if the result of native code depends on the number of threads."""
+    if not NATIVE:
+        pytest.skip("the native library is not built")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = compute()
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for i, (got, alone) in enumerate(zip(compute(), expected, strict=True)):
+                assert torch.equal(got, alone), f"result {i} differs with {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 class TestNormalEquations:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
-        ("n", "d"), [(1, 1), (7, 33), (40, 7), (129, 64), (1100, 5), (65, 300)], ids=str
+        ("n", "d"),
+        [(1, 1), (7, 33), (40, 7), (129, 64), (1100, 5), (65, 300), (20, 401)],
+        ids=str,
     )
     def test_sums(self, n: int, d: int, dtype: torch.dtype, device: torch.device) -> None:
         x, y, w = rows_for(n, d, dtype, device)
@@ -83,6 +101,33 @@ class TestNormalEquations:
         assert not cross.any()
         ops.normal_equations_(gram, cross, x, y, w)
         assert cross.any()
+
+    @pytest.mark.parametrize("moving", [0, 1, 600, 1300])
+    def test_any_number_of_rows_moves(self, moving: int, device: torch.device) -> None:
+        x, y, w = rows_for(1300, 40, torch.float32, device)
+        y = torch.where((torch.randperm(1300, device=device) < moving)[:, None], y + 1, x)
+        gram, cross = (torch.zeros(40, 40, dtype=torch.float64, device=device) for _ in range(2))
+        ops.normal_equations_(gram, cross, x, y, w)
+        moved = w.double()[:, None] * (y.double() - x.double())
+        torch.testing.assert_close(cross, moved.mT @ x.double())
+        torch.testing.assert_close(gram, x.double().mT @ (w.double()[:, None] * x.double()))
+
+    def test_not_a_number_is_passed_on(self, device: torch.device) -> None:
+        x, y, w = rows_for(30, 8, torch.float32, device)
+        x[4, 3] = y[4, 3] = torch.nan
+        gram, cross = (torch.zeros(8, 8, dtype=torch.float64, device=device) for _ in range(2))
+        ops.normal_equations_(gram, cross, x, y, w)
+        assert gram[3].isnan().all() and cross[3].isnan().all()
+
+    def test_same_bits_with_any_number_of_threads(self) -> None:
+        x, y, w = rows_for(700, 200, torch.float32, torch.device("cpu"))
+
+        def sums() -> list[Tensor]:
+            totals = [torch.zeros(200, 200, dtype=torch.float64) for _ in range(2)]
+            ops.normal_equations_(*totals, x, y, w)
+            return totals
+
+        same_for_threads(sums)
 
     def test_no_rows(self, device: torch.device) -> None:
         x, y, w = rows_for(0, 5, torch.float32, device)
@@ -173,19 +218,71 @@ class TestSolveSpd:
         solution, _, _ = ops.solve_spd(gram.mT, rhs)
         torch.testing.assert_close(solution, ops.solve_spd(gram, rhs.contiguous())[0])
 
+    @pytest.mark.parametrize(("systems", "o", "d"), [(1, 1, 1), (3, 2, 5), (2, 7, 65), (0, 2, 3)])
+    def test_batch_is_system_by_system(
+        self, systems: int, o: int, d: int, device: torch.device
+    ) -> None:
+        gram = torch.stack([spd(d, device, 10.0**i) for i in range(systems)] or [torch.empty(0)])
+        gram = gram.to(device, torch.float64).reshape(systems, d, d)
+        rhs = torch.randn(systems, o, d, dtype=torch.float64, device=device)
+        solution, info, reciprocal = ops.solve_spd(gram, rhs)
+        assert solution.shape == (systems, o, d) and info.shape == reciprocal.shape == (systems,)
+        assert info.dtype == torch.int32 and reciprocal.dtype == torch.float64
+        for i in range(systems):
+            for got, alone in zip(
+                (solution[i], info[i], reciprocal[i]), ops.solve_spd(gram[i], rhs[i]), strict=True
+            ):
+                torch.testing.assert_close(got, alone)
+
+    def test_batch_with_one_bad_system(self, device: torch.device) -> None:
+        gram = torch.eye(50, dtype=torch.float64, device=device).repeat(3, 1, 1)
+        gram[1, 3, 3] = -1
+        solution, info, reciprocal = ops.solve_spd(gram, gram)
+        assert info.tolist() == [0, 4, 0] and reciprocal.tolist() == pytest.approx([1, 0, 1])
+        assert torch.equal(solution[::2], gram[::2])
+
+    def test_strided_batch(self, device: torch.device) -> None:
+        gram = torch.stack([spd(70, device) for _ in range(4)])
+        rhs = torch.randn(70, 6, 4, dtype=torch.float64, device=device).permute(2, 1, 0)
+        solution, _, _ = ops.solve_spd(gram.mT[::2], rhs[::2])
+        expected = ops.solve_spd(gram[::2].contiguous(), rhs[::2].contiguous())[0]
+        torch.testing.assert_close(solution, expected)
+
+    @pytest.mark.parametrize("d", [2, 3, 7, 40, 65, 190])
+    def test_condition_of_any_width(self, d: int, device: torch.device) -> None:
+        gram = spd(d, device, 1e4)
+        torch.testing.assert_close(
+            ops.solve_spd(gram, gram[:1])[2], reference.solve_spd(gram, gram[:1])[2]
+        )
+
+    def test_batch_has_the_same_bits_with_any_number_of_threads(self) -> None:
+        cpu = torch.device("cpu")
+        gram = torch.stack([spd(90, cpu) for _ in range(5)])
+        same_for_threads(lambda: list(ops.solve_spd(gram, gram[:, :7])))
+
     def test_mistakes(self) -> None:
         gram = spd(4, torch.device("cpu"))
-        with pytest.raises(ValueError, match="^gram: expected a square"):
+        with pytest.raises(ValueError, match="^gram: expected square matrices"):
             ops.solve_spd(gram[:3], gram)
-        with pytest.raises(ValueError, match="^gram: expected a matrix of float64"):
+        with pytest.raises(ValueError, match="^gram: expected float64 matrices"):
             ops.solve_spd(gram.float(), gram)
+        with pytest.raises(ValueError, match="^rhs: expected float64 matrices"):
+            ops.solve_spd(gram, gram[0])
+        with pytest.raises(ValueError, match="^rhs: expected float64 matrices"):
+            ops.solve_spd(gram[None], gram)
         with pytest.raises(ValueError, match="^rhs: expected shape"):
             ops.solve_spd(gram, gram[:, :3])
+        with pytest.raises(ValueError, match="^rhs: expected shape"):
+            ops.solve_spd(gram.repeat(2, 1, 1), gram[None])
 
 
 class TestLowRankUpdate:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize(("d", "k"), [(1, 1), (33, 5), (64, 64), (300, 17)], ids=str)
+    @pytest.mark.parametrize(
+        ("d", "k"),
+        [(1, 1), (33, 5), (64, 64), (300, 17), (500, 1), (70, 11), (410, 170), (130, 129)],
+        ids=str,
+    )
     def test_update(self, d: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
         weights = [torch.randn(o, d, device=device).to(dtype) for o in (1, 7, 130, 0, 300)]
         left = torch.randn(d, k, device=device) / d
@@ -200,6 +297,107 @@ class TestLowRankUpdate:
         ops.low_rank_update_(weights, left, right)
         for i, (w, (full, plain)) in enumerate(zip(weights, expected, strict=True)):
             check(f"weights[{i}]", w.cpu(), full, plain)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("factor", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("moved", [False, True], ids=["no offset", "offset"])
+    def test_a_factor_for_each_layer(
+        self, moved: bool, factor: torch.dtype, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        weights, left, right, offset = [], [], [], []
+        # Of every kind: none, one, few, many and more than the width.
+        for o, k in ((9, 0), (70, 1), (33, 12), (5, 50), (30, 170), (65, 230), (0, 4)):
+            weights.append(torch.randn(o, 210, device=device).to(dtype))
+            left.append(torch.randn(210, k, device=device).to(factor) / 210)
+            right.append(torch.randn(k, 210, device=device).to(factor) / max(k, 1))
+            offset.append(torch.randn(o, k, device=device).to(factor))
+        expected = []
+        for w, a, b, c in zip(weights, left, right, offset, strict=True):
+            thin = exact_matmul(w, a.to(accumulate)) + moved * c.cpu().double()
+            full = w.cpu().double() + exact_matmul(thin, b.to(accumulate))
+            a_, b_, c_ = a.to(accumulate), b.to(accumulate), c.to(accumulate)
+            plain = w.to(accumulate) + (w.to(accumulate) @ a_ + moved * c_) @ b_
+            expected.append((full, plain.to(dtype).cpu()))
+        ops.low_rank_update_(weights, left, right, offset if moved else ())
+        for i, (w, (full, plain)) in enumerate(zip(weights, expected, strict=True)):
+            check(f"weights[{i}]", w.cpu(), full, plain)
+
+    @pytest.mark.parametrize("k", [2, 200])
+    def test_shared_factors_with_offsets(self, k: int, device: torch.device) -> None:
+        left = torch.randn(210, k, device=device) / 210
+        right = torch.randn(k, 210, device=device) / k
+        weights = [
+            torch.randn(o, 210, device=device).to(dt)
+            for o, dt in zip((3, 80), DTYPES[:2], strict=True)
+        ]
+        offset = [torch.randn(len(w), k, device=device) for w in weights]
+        expected = [w.clone() for w in weights]
+        reference.low_rank_update_(expected, [left], [right], offset)
+        ops.low_rank_update_(weights, left, right, offset)
+        for weight, other in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight, other)
+
+    @pytest.mark.parametrize("k", [3, 60, 200])
+    def test_a_row_does_not_depend_on_the_others(self, k: int, device: torch.device) -> None:
+        if device.type == "cuda":
+            pytest.skip("torch's products serve CUDA, and promise no such thing")
+        left, right = torch.randn(120, k) / 120, torch.randn(k, 120) / k
+        if k == 200:
+            # A product of torch's own: only lists of weights, not parts of one, are comparable.
+            whole = [torch.randn(700, 120), torch.randn(90, 120)]
+            apart = [w.clone() for w in whole]
+            ops.low_rank_update_(whole, left, right)
+            for weight in apart:
+                ops.low_rank_update_([weight], left, right)
+        else:
+            matrix = torch.randn(150, 120)
+            apart = [row.clone()[None] for row in matrix]
+            ops.low_rank_update_(apart, left, right)
+            ops.low_rank_update_([matrix], left, right)
+            whole = [row[None] for row in matrix]
+        for together, alone in zip(whole, apart, strict=True):
+            assert torch.equal(together, alone)
+
+    @pytest.mark.parametrize("k", [3, 60, 200])
+    def test_same_bits_with_any_number_of_threads(self, k: int) -> None:
+        left, right = torch.randn(120, k) / 120, torch.randn(k, 120) / k
+        weights = [torch.randn(o, 120).to(dtype) for o in (1, 150, 700) for dtype in DTYPES]
+
+        def updated() -> list[Tensor]:
+            copies = [w.clone() for w in weights]
+            ops.low_rank_update_(copies, left, right)
+            return copies
+
+        same_for_threads(updated)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_every_value_survives_conversion(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        # All 65536 of them, infinities, NaN, subnormal numbers and both zeros too.
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device)
+        every = every.to(torch.int16).view(dtype).reshape(-1, 1)
+        weight = every.clone()
+        ops.low_rank_update_(
+            [weight], torch.zeros(1, 1, device=device), torch.zeros(1, 1, device=device)
+        )
+        expected = every + every * 0
+        assert torch.equal(weight.isnan(), expected.isnan())
+        assert torch.equal(weight.nan_to_num(1), expected.nan_to_num(1))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("columns", [1, 37], ids=["one", "many"])
+    def test_rounds_like_torch(
+        self, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        # Magnitudes from below the smallest number to beyond the greatest, in a weight of zeros.
+        move = torch.randn(3000, columns, device=device)
+        move *= 2.0 ** torch.randint(-30, 18, (3000, 1), device=device)
+        weight = torch.zeros(3000, columns, dtype=dtype, device=device)
+        identity = torch.eye(columns, device=device)
+        ops.low_rank_update_([weight], torch.zeros_like(identity), identity, [move])
+        assert torch.equal(weight, move.to(dtype))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_rounds_once_to_nearest_even(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -248,7 +446,7 @@ class TestLowRankUpdate:
         layer = torch.nn.Linear(8, 300, bias=False, device=device)
         expected = layer.weight.detach().clone()
         left, right = torch.randn(8, 2, device=device), torch.randn(2, 8, device=device)
-        reference.low_rank_update_([expected], left, right)
+        reference.low_rank_update_([expected], [left], [right], [])
         ops.low_rank_update_([layer.weight], left, right)
         torch.testing.assert_close(layer.weight.detach(), expected)
         assert layer.weight.requires_grad and layer.weight.grad is None
@@ -276,6 +474,16 @@ class TestLowRankUpdate:
             ops.low_rank_update_([weight], left, right[:1])
         with pytest.raises(ValueError, match="^left: expected a matrix of float32"):
             ops.low_rank_update_([weight], left.half(), right.half())
+        with pytest.raises(ValueError, match="^left, right: expected two tensors or two lists"):
+            ops.low_rank_update_([weight], [left], right)
+        with pytest.raises(ValueError, match="^left: expected 1 tensors, one for each weight"):
+            ops.low_rank_update_([weight], [left, left], [right, right])
+        with pytest.raises(ValueError, match="^offset: expected 1 tensors"):
+            ops.low_rank_update_([weight], left, right, [weight, weight])
+        with pytest.raises(ValueError, match=r"^right\[0\]: expected torch.float32 \[2, 8\]"):
+            ops.low_rank_update_([weight], [left], [right.double()])
+        with pytest.raises(ValueError, match=r"^offset\[0\]: expected torch.float32 \[5, 2\]"):
+            ops.low_rank_update_([weight], left, right, [weight])
 
 
 def test_opcheck(device: torch.device) -> None:
@@ -284,8 +492,12 @@ def test_opcheck(device: torch.device) -> None:
     gram = spd(6, device)
     opcheck(namespace.normal_equations_.default, (gram.clone(), gram.clone(), x, y, w))
     opcheck(namespace.solve_spd.default, (gram, gram[:2].clone()))
+    opcheck(namespace.solve_spd.default, (gram.repeat(3, 1, 1), gram[:2].repeat(3, 1, 1)))
     left, right = torch.randn(6, 2, device=device), torch.randn(2, 6, device=device)
     opcheck(namespace.low_rank_update_.default, ([x, y.float()], [left], [right], []))
+    offset = [torch.randn(9, k, device=device) for k in (2, 1)]
+    each = [left, left[:, :1].clone()], [right, right[:1].clone()]
+    opcheck(namespace.low_rank_update_.default, ([x, y.float()], *each, offset))
 
 
 def test_the_native_library_agrees_with_the_reference() -> None:

@@ -1,0 +1,117 @@
+"""Pictures from committed rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "bench" / "results" / "closed_form.jsonl"
+PICTURE = ROOT / "docs" / "closed_form.png"
+
+# Colors of Okabe and Ito, which color-blind readers can tell apart.
+LINES = {
+    "uce": ("UCE loop", "#D55E00", "s"),
+    "mace": ("MACE loop", "#CC79A7", "D"),
+    "batched": ("batched torch.linalg.solve", "#E69F00", "^"),
+    "composition": ("low rank, plain PyTorch", "#56B4E9", "v"),
+    "library": ("realera_fast", "#000000", "o"),
+}
+
+
+def closed_form(rows: Path = ROWS, picture: Path = PICTURE) -> None:
+    """Time against concepts, one panel for each shape."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
+    found = [
+        row for row in found
+        if row["stage"] == "total" and row["dtype"] == "float32" and row["rows"] == row["concepts"]
+    ]  # fmt: skip
+    if not found:
+        raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py closed_form")
+    shapes = list(dict.fromkeys(row["shape"] for row in found))
+    figure, panels = plt.subplots(
+        1, len(shapes), figsize=(3.4 * len(shapes) + 0.6, 4.6), sharey=True, squeeze=False
+    )
+    for panel, shape in zip(panels[0], shapes, strict=True):
+        draw(panel, [row for row in found if row["shape"] == shape])
+        panel.set_title(f"{shape}, {matrices(found, shape)} matrices", fontsize=10)
+        panel.set_xlabel("erased concepts (one row each)")
+    panels[0][0].set_ylabel("time from rows to edited weights")
+    handles = [
+        Line2D([], [], color=color, marker=marker, label=label,
+               linewidth=2.2 if name == "library" else 1.4, markersize=5)
+        for name, (label, color, marker) in LINES.items()
+    ]  # fmt: skip
+    handles += [
+        Line2D([], [], color="#777777", linestyle="--", label="floor of this machine"),
+        Line2D([], [], color="#777777", marker="o", linestyle="", markerfacecolor="white",
+               label="open: fewer matrices measured, time scaled up"),
+    ]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=8.5,
+        bbox_to_anchor=(0.5, 0.0),
+    )  # fmt: skip
+    first = found[0]
+    where = first["cpu"] if first["device"] == "cpu" else first["device"]
+    figure.suptitle(
+        f"float32, {where}, {first['threads']} thread(s), torch {first['torch']}; "
+        "medians, bars from p20 to p80",
+        fontsize=8.5, color="#444444", y=0.985,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
+
+
+def matrices(found: list[dict[str, Any]], shape: str) -> int:
+    return next(row["matrices"] for row in found if row["shape"] == shape)
+
+
+def draw(panel: Axes, found: list[dict[str, Any]]) -> None:
+    def scaled(row: dict[str, Any], field: str) -> float:
+        return row[field] * row["matrices"] / row["matrices_measured"]
+
+    for name, (_, color, marker) in LINES.items():
+        own = sorted((r for r in found if r["candidate"] == name), key=lambda r: r["concepts"])
+        x = [row["concepts"] for row in own]
+        y = [scaled(row, "p50_ms") for row in own]
+        width = 2.2 if name == "library" else 1.4
+        panel.plot(x, y, color=color, linewidth=width, zorder=3 if name == "library" else 2)
+        for row, a, b in zip(own, x, y, strict=True):
+            whole = row["matrices_measured"] == row["matrices"]
+            panel.errorbar(
+                a, b, yerr=[[b - scaled(row, "p20_ms")], [scaled(row, "p80_ms") - b]],
+                color=color, marker=marker, markersize=5, elinewidth=1,
+                markerfacecolor=color if whole else "white", zorder=4,
+            )  # fmt: skip
+        if name == "library":
+            panel.plot(
+                x, [scaled(row, "floor_ms") for row in own], color="#777777", linestyle="--",
+                linewidth=1.2, zorder=1,
+            )  # fmt: skip
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.xaxis.set_major_locator(LogLocator(numticks=9))
+    panel.yaxis.set_major_locator(LogLocator(numticks=12))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    panel.minorticks_off()
+    panel.grid(color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8.5)
+
+
+def duration(milliseconds: float) -> str:
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:,g} s"
+    return f"{milliseconds:g} ms"
