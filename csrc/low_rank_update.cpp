@@ -58,6 +58,19 @@ Plan plan_for(int64_t width, int64_t rank, bool has_offset) {
   return rank <= kernels().own_rank ? Plan::kOwn : Plan::kProducts;
 }
 
+// Whether a contiguous square matrix is the identity: a dense map comes with that as its right factor.
+template <class S>
+bool is_identity(const Tensor& tensor) {
+  const S* row = tensor.const_data_ptr<S>();
+  const int64_t width = tensor.size(0);
+  for (int64_t i = 0; i < width; ++i, row += width) {
+    int64_t others = 0;
+    for (int64_t j = 0; j < width; ++j) others += row[j] != 0;
+    if (row[i] != 1 || others != 1) return false;
+  }
+  return true;
+}
+
 template <class S>
 Layer<S> prepare(const Tensor& left, const Tensor& right, bool has_offset) {
   const int64_t width = left.size(0), rank = left.size(1);
@@ -68,8 +81,10 @@ Layer<S> prepare(const Tensor& left, const Tensor& right, bool has_offset) {
   if (layer.plan == Plan::kDense) {
     // In the factors' own type if that is wider.
     const ScalarType dtype = sizeof(S) == 8 ? ScalarType::Double : left.scalar_type();
-    layer.left = computed(call("aten::mm", "", computed(left, dtype), computed(right, dtype)),
-                          Type<S>::scalar);
+    const Tensor l = computed(left, dtype), r = computed(right, dtype);
+    const bool dense = rank == width && (dtype == ScalarType::Double ? is_identity<double>(r)
+                                                                     : is_identity<float>(r));
+    layer.left = computed(dense ? l : call("aten::mm", "", l, r), Type<S>::scalar);
     if (has_offset) layer.right = computed(right, Type<S>::scalar);
     return layer;
   }

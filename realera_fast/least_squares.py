@@ -27,8 +27,6 @@ _REFINEMENTS = 5
 """Further refinement steps before the solver changes its method. LAPACK's ``porfs`` takes five."""
 _PROBES = 8
 """Random vectors that estimate the norm of a residual, which would cost a product to form."""
-_POWER_STEPS = 4
-"""Steps of the power iteration for ``|A|_2``; an estimate from below makes the ratio greater."""
 
 
 class SingularSystemError(ValueError):
@@ -106,7 +104,8 @@ class Factored:
     @property
     def inverse_norm(self) -> float:
         """``|A_0^-1|_2``, estimated."""
-        return float(_norms(self.solve, self.matrix))
+        probe = _probes(len(self.matrix), self.matrix.device)
+        return float(_norm(self.solve, self.solve(probe)))
 
 
 def with_ridge(gram: Tensor, ridge: float) -> Tensor:
@@ -133,9 +132,8 @@ def dual_inverse(x: Tensor, base: Scaled | Factored) -> tuple[Tensor, Tensor, Te
 
 
 def _inner(x: Tensor, y: Tensor, signs: Tensor) -> Tensor:
-    """``G = S + X A_0^-1 X^T``, symmetric to the last bit."""
+    """``G = S + X A_0^-1 X^T``, symmetric up to rounding."""
     system = x @ y.mT
-    system = (system + system.mT) / 2
     system.diagonal(dim1=-2, dim2=-1).add_(signs)
     return system
 
@@ -152,7 +150,7 @@ def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
     for value in reciprocal.tolist():
         if value < _EPS:
             _warn_singular(1 / value if value else math.inf)
-    moving, whole = (change != 0).any(-1).any(0), right
+    moving, whole = change.any(-1).any(0), right
     if not bool(moving.all()):
         change, right = change[:, moving], right[:, moving]
     moved = x[:, moving]
@@ -169,7 +167,10 @@ def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
         inverse = torch.full_like(size, 1 / base.ridge)
     else:
         # A^-1 = A_0^-1 (I - X^T R) with all rows R of X A^-1.
-        inverse = _norms(lambda rows: base.solve(rows - (rows @ whole.mT) @ x), x)
+        def solve(rows: Tensor) -> Tensor:
+            return base.solve(rows - (rows @ whole.mT) @ x)
+
+        inverse = _norm(solve, solve(_probes(x.shape[-1], x.device)))
     condition = (size * inverse).tolist()
     return [
         Solved(left.mT, part, "dual", math.inf if bad else size_, math.inf if bad else ratio)
@@ -318,14 +319,14 @@ def _probes(width: int, device: torch.device) -> Tensor:
     return torch.randn(_PROBES, width, dtype=torch.float64, generator=generator).to(device)
 
 
-def _norms(times: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """`[...]` 2-norms of symmetric matrices given by their products, by power iteration."""
-    vector = _probes(like.shape[-1], like.device)[:1].expand(*like.shape[:-2], 1, like.shape[-1])
-    size = vector.new_ones(vector.shape[:-2])
-    for _ in range(_POWER_STEPS):
-        vector = times(vector / vector.norm(dim=-1, keepdim=True).clamp_min(_TINY))
-        size = vector.norm(dim=-1)[..., 0]
-    return size
+def _norm(times: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """`[...]` 2-norm of a symmetric matrix, from below: the second step of a power iteration.
+
+    Args:
+        times: gives ``rows A``.
+        image: `[..., p, d]` probes times A.
+    """
+    return (times(image).norm(dim=-1) / image.norm(dim=-1).clamp_min(_TINY)).amax(-1)
 
 
 def residual_ratio(
@@ -346,10 +347,11 @@ def residual_ratio(
         `[...]` the ratio, and `[...]` the estimate of ``|A|_2``.
     """
     probe = _probes(like.shape[-1], like.device).expand(*like.shape[:-2], _PROBES, like.shape[-1])
-    residual = solved.move(times(probe)) - wanted(probe)
+    image = times(probe)
+    residual = solved.move(image) - wanted(probe)
     # The expectation of |M v|^2 over Gaussian v is |M|_F^2.
     error, size = (m.norm(dim=(-2, -1)) / _PROBES**0.5 for m in (residual, solved.move(probe)))
-    norm = _norms(times, like)
+    norm = _norm(times, image)
     scale = norm * size * (_EPS * like.shape[-1])
     # Nothing moved and nothing is left over: as good as it gets.
     ratio = torch.where((error == 0) & (scale == 0), torch.zeros_like(error), error / scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -178,6 +177,8 @@ def test_typed() -> None:
 
 
 NATIVE = PACKAGE / "_C.abi3.so"
+
+
 @pytest.mark.skipif(not NATIVE.exists(), reason="the native library is not built")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 class TestNativeLibrary:

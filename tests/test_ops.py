@@ -399,6 +399,16 @@ class TestLowRankUpdate:
         ops.low_rank_update_([weight], torch.zeros_like(identity), identity, [move])
         assert torch.equal(weight, move.to(dtype))
 
+    def test_a_dense_map_needs_no_product(self, device: torch.device) -> None:
+        # Rank d > 40: by the product of both factors, which for the identity is the other one.
+        left, eye = torch.randn(50, 50, device=device) / 50, torch.eye(50, device=device)
+        for right in (eye, eye.roll(1, 0), eye * 2, torch.ones_like(eye)):
+            weight = torch.randn(9, 50, device=device)
+            expected = weight.double() + weight.double() @ left.double() @ right.double()
+            plain = weight + weight @ left @ right
+            ops.low_rank_update_([weight], left, right)
+            check("weight", weight, expected, plain)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_rounds_once_to_nearest_even(self, dtype: torch.dtype, device: torch.device) -> None:
         # 1 + ulp / 2 is a tie and goes to 1; 1 + 3 ulp / 2 is one too and goes to 1 + 2 ulp.
