@@ -9,7 +9,8 @@ namespace {
 
 // Up to this rank our loops beat the product with `left right`, even where it has less to do.
 constexpr int64_t kDenseRank = 40;
-// Rows of a block for torch's product; fixed, so that a result doesn't depend on the threads.
+// Rows of a block for torch's product. What that computes may still differ in the last bits between
+// numbers of threads.
 constexpr int64_t kProductRows = 640;
 
 template <class S>

@@ -39,8 +39,7 @@ from realera_fast.least_squares import (
     SingularSystemError,
     Solved,
     dual,
-    dual_inverse,
-    explain,
+    dual_rows,
     is_good,
     primal,
     with_ridge,
@@ -83,14 +82,19 @@ class Pairs:
 
     def check(self) -> None:
         """Raises ValueError with the first row that holds NaN, infinity or a negative weight."""
-        for name in ("source", "destination", "weight"):
-            values = getattr(self, name)
-            values = values[:, None] if values.dim() == 1 else values
-            # Sums show any NaN or infinity in one pass; that one overflowed is told apart below.
-            half = values.dtype in (torch.float16, torch.bfloat16)
-            if bool(values.sum(1, dtype=torch.float32 if half else None).isfinite().all()):
-                continue
-            bad = (~values.isfinite().all(1)).nonzero()
+        for name, tensor in zip(("source", "destination", "weight"), self.tensors, strict=True):
+            if not tensor.is_floating_point():
+                raise ValueError(f"pairs.{name}: expected floating point, got {tensor.dtype}")
+        # Sums show any NaN or infinity in one pass; that they overflowed is told apart below.
+        sums = [
+            t.sum(dtype=torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else None)
+            for t in self.tensors
+        ]
+        least = self.weight.amin() if len(self.weight) else torch.zeros(())
+        if math.isfinite(float(sum(sums))) and float(least) >= 0:
+            return
+        for name, values in zip(("source", "destination", "weight"), self.tensors, strict=True):
+            bad = (~values.reshape(len(self.weight), -1).isfinite().all(1)).nonzero()
             if len(bad):
                 raise ValueError(
                     f"pairs.{name}: row {int(bad[0])} of {len(values)} holds NaN or infinity "
@@ -138,8 +142,9 @@ class SolveInfo:
     condition: float
     """Estimated condition number of A (1 for "identity"; infinity if it can't be told)."""
     residual_ratio: float
-    """``|XA - D|_F / (|A|_2 |X|_F eps d)`` with X = T - I before its rank is cut. Below 30 is as
-    good as float64 gets. Estimated with random vectors, within a factor of two."""
+    """``|XA - D|_F / (|A|_2 |X|_F eps d)`` with X = T - I before its rank is cut; for "dual", the
+    same of the `[n, n]` system if that is greater. Below 30 is as good as float64 gets. Norms are
+    estimated, within a factor of about two."""
     rank: int
     """Rank k of the map."""
     dropped: float
@@ -164,27 +169,39 @@ class _Rows:
     """`[n, d]` float64."""
     change: Tensor
     """`[n, d]` float64 destination minus source."""
-    moves: bool
-    """Whether any change is not zero."""
 
     @classmethod
     def of(cls, pairs: Pairs) -> _Rows:
         root = pairs.weight.to(torch.float64).sqrt()[:, None]
         source = pairs.source.to(torch.float64)
         change = (pairs.destination.to(torch.float64) - source).mul_(root)
-        return cls(root * source, change, bool(change.any()))
+        return cls(root * source, change)
 
     def pairs(self, weight: float = 1.0) -> Pairs:
         ones = torch.full_like(self.source[:, 0], weight)
         return Pairs(self.source, self.source + self.change, ones)
 
 
+class _Waiting:
+    """Rows that are kept as they are, up to a number."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.parts: list[_Rows] = []
+
+    def __len__(self) -> int:
+        return sum(len(part.source) for part in self.parts)
+
+    def room_for(self, rows: int) -> bool:
+        return len(self) + rows < self.limit
+
+
 class NormalEquations:
     """The sums A (without ridge) and D of the closed form, in float64 and O(d^2) memory.
 
-    Rows are kept as they are while they are fewer than features (the dual form needs them), and
-    summed from then on. Sums over disjoint rows add, and rows can be taken back: ``a + b`` and
-    ``a - b``.
+    Rows are kept as they are while they are fewer than features, those that move apart from those
+    that stay (the dual form needs them), and are summed from then on. Sums over disjoint rows add,
+    and rows can be taken back, to rounding: ``a + b`` and ``a - b``.
     """
 
     def __init__(self, width: int, *, device: torch.device | str = "cpu") -> None:
@@ -196,12 +213,12 @@ class NormalEquations:
         self.rows = 0
         """Number of rows accumulated."""
         self._sums: tuple[Tensor, Tensor] | None = None
-        self._waiting: list[_Rows] = []
+        self._moving, self._staying = _Waiting(width), _Waiting(width)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was accumulated."""
-        return self._sums is None and not self._waiting
+        return self._sums is None and not self._moving.parts and not self._staying.parts
 
     @property
     def gram(self) -> Tensor:
@@ -223,18 +240,22 @@ class NormalEquations:
             raise ValueError(
                 f"pairs: expected rows of {self.width} features, got {pairs.source.shape[1]}"
             )
-        pairs = Pairs(
-            pairs.source.detach().to(self.device),
-            pairs.destination.detach().to(self.device, pairs.source.dtype),
-            pairs.weight.detach().to(self.device),
-        )
         pairs.check()
-        count = len(pairs.weight)
-        self.rows += count
-        if self._count() + count < self.width:
-            self._waiting.append(_Rows.of(pairs))
-            return self
-        self._sum(pairs)
+        source = pairs.source.detach().to(self.device)
+        destination = source
+        if pairs.destination is not pairs.source:
+            destination = pairs.destination.detach().to(self.device, source.dtype)
+        pairs = Pairs(source, destination, pairs.weight.detach().to(self.device))
+        moving = None
+        if pairs.destination is not pairs.source:
+            moving = (pairs.source != pairs.destination).any(1) & (pairs.weight != 0)
+        count = 0 if moving is None else int(moving.sum())
+        if moving is None or count in (0, len(moving)):
+            self._take(self._moving if count else self._staying, pairs)
+        else:
+            for waiting, which in ((self._moving, moving), (self._staying, ~moving)):
+                self._take(waiting, Pairs(*(tensor[which] for tensor in pairs.tensors)))
+        self.rows += len(pairs.weight)
         return self
 
     def update_moments(self, gram: Tensor, cross: Tensor | None = None) -> NormalEquations:
@@ -249,7 +270,7 @@ class NormalEquations:
                 raise ValueError(
                     f"{name}: expected shape {[self.width] * 2}, got {list(moment.shape)}"
                 )
-            if moment is not None and not _is_finite(moment):
+            if moment is not None and not math.isfinite(float(moment.sum())):
                 raise ValueError(f"{name}: holds NaN or infinity")
         own_gram, own_cross = self._sums or self._zeros()
         own_gram += gram.to(own_gram)
@@ -265,20 +286,23 @@ class NormalEquations:
         return self._combined(other, -1)
 
     def equivalent_rows(self) -> Pairs:
-        """At most d rows of weight 1 with the same sums, whatever number was accumulated.
+        """At most d rows of weight 1 with the same sums, to rounding, however many there were.
 
         Raises:
             ValueError: the sums are not those of rows with positive weights.
         """
         if self._sums is None:
-            return self._rows().pairs()
+            return _joined((self._moving, self._staying)).pairs()
         gram, cross = self._summed()
+        if not (math.isfinite(float(gram.sum())) and math.isfinite(float(cross.sum()))):
+            raise ValueError("the accumulated sums hold NaN or infinity")
         values, vectors = torch.linalg.eigh(gram)
         cut = _EPS * self.width * float(values.abs().max())
         if float(values[0]) < -10 * cut:
             raise ValueError("these equations are not the sum of rows with positive weights")
-        kept = values > cut
-        root = values[kept].sqrt()[:, None]
+        # Directions that D uses are kept even where A hardly has them: within its rounding.
+        kept = (values > cut) | (cross @ vectors).any(0)
+        root = values[kept].clamp_min(cut).sqrt()[:, None]
         basis = vectors[:, kept].mT
         # X = S^1/2 V^T has X^T X = A; (Y - X)^T X = D gives Y - X = S^-1/2 V^T D^T.
         source = root * basis
@@ -313,6 +337,21 @@ class NormalEquations:
         zeros = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
         return zeros, zeros.clone()
 
+    def _take(self, waiting: _Waiting, pairs: Pairs) -> None:
+        """Keeps rows, or sums them with all of their kind that wait."""
+        count = len(pairs.weight)
+        if not waiting.room_for(count):
+            self._drain(waiting)
+        if count < self.width:
+            waiting.parts.append(_Rows.of(pairs))
+        else:
+            self._sum(pairs)
+
+    def _drain(self, waiting: _Waiting) -> None:
+        for part in waiting.parts:
+            self._sum(part.pairs())
+        waiting.parts = []
+
     def _sum(self, pairs: Pairs) -> None:
         if self._sums is None:
             self._sums = self._zeros()
@@ -320,9 +359,8 @@ class NormalEquations:
 
     def _summed(self) -> tuple[Tensor, Tensor]:
         """The sums, with rows that wait drawn in; afterwards there are none."""
-        for part in self._waiting:
-            self._sum(part.pairs())
-        self._waiting = []
+        for waiting in (self._moving, self._staying):
+            self._drain(waiting)
         self._sums = self._sums or self._zeros()
         return self._sums
 
@@ -335,36 +373,42 @@ class NormalEquations:
         for part, factor in ((self, 1), (other, sign)):
             if part._sums is not None:
                 result.update_moments(factor * part._sums[0], factor * part._sums[1])
-            for rows in part._waiting:
-                if factor > 0 and result._count() + len(rows.source) < self.width:
-                    result._waiting.append(rows)
-                else:
-                    result._sum(rows.pairs(factor))
+            for name in ("_moving", "_staying"):
+                kept = getattr(result, name)
+                for rows in getattr(part, name).parts:
+                    if factor > 0 and kept.room_for(len(rows.source)):
+                        kept.parts.append(rows)
+                    else:
+                        result._sum(rows.pairs(factor))
         result.rows = self.rows + sign * other.rows
         return result
-
-    def _rows(self) -> _Rows:
-        """All rows that wait."""
-        if len(self._waiting) == 1:
-            return self._waiting[0]
-        empty = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
-        source = torch.cat([empty, *(part.source for part in self._waiting)])
-        change = torch.cat([empty, *(part.change for part in self._waiting)])
-        return _Rows(source, change, any(part.moves for part in self._waiting))
-
-    def _count(self) -> int:
-        """Number of rows that wait."""
-        return sum(len(part.source) for part in self._waiting)
 
     @property
     def moves(self) -> bool:
         """Whether any row moves."""
-        summed = self._sums is not None and bool(self._sums[1].any())
-        return summed or any(part.moves for part in self._waiting)
+        return bool(self._moving.parts) or (self._sums is not None and bool(self._sums[1].any()))
 
-    def _is_dual(self) -> bool:
-        """Whether the rows that wait hold everything that moves."""
-        return bool(self._waiting) and (self._sums is None or not bool(self._sums[1].any()))
+    def _few(self) -> _Rows | None:
+        """Everything as rows, where that is the cheapest way: nothing summed, few that stay."""
+        stay = len(self._staying)
+        few = self._sums is None and 4 * stay <= self.width > stay + len(self._moving)
+        return _joined((self._moving, self._staying)) if few else None
+
+    def _few_moving(self) -> _Rows | None:
+        """The rows that move, if they are few and wait; those that stay are summed then."""
+        if not self._moving.parts or 2 * len(self._moving) > self.width:
+            return None
+        if self._sums is not None and bool(self._sums[1].any()):
+            return None
+        self._drain(self._staying)
+        return _joined((self._moving,))
+
+
+def _joined(waiting: Sequence[_Waiting]) -> _Rows:
+    parts = [part for kept in waiting for part in kept.parts]
+    if len(parts) == 1:
+        return parts[0]
+    return _Rows(torch.cat([p.source for p in parts]), torch.cat([p.change for p in parts]))
 
 
 def solve_layers(
@@ -402,12 +446,13 @@ def solve_layers(
             nothing = ConceptMap.identity(system.width, device=system.device, dtype=dtype)
             info = SolveInfo("identity", 1.0, 0.0, 0, 0.0, system.rows)
             found[i] = Solution(nothing, info)
-        elif ridge > 0 and system._is_dual() and system._sums is None:
-            rows[i] = system._rows()
-            batches.setdefault(len(rows[i].source), []).append(i)
+        elif ridge > 0 and (few := system._few()) is not None:
+            rows[i] = few
+            # A batch saves launches, which a GPU has to fear; elsewhere it is only copied for it.
+            alike = len(rows[i].source) if system.device.type == "cuda" else -i
+            batches.setdefault(alike, []).append(i)
     for members in batches.values():
-        first = rows[members[0]]
-        x, change = first.source[None], first.change[None]
+        x, change = rows[members[0]].source, rows[members[0]].change
         if len(members) > 1:
             x = torch.stack([rows[i].source for i in members])
             change = torch.stack([rows[i].change for i in members])
@@ -433,7 +478,7 @@ def fit_values_(
     *,
     ridge: float,
     preserved: NormalEquations | None = None,
-) -> None:
+) -> SolveInfo:
     """Edits every projection, in place, towards outputs of its own: one A, per-layer destinations.
 
     Minimises ``sum_i w_i |W' x_i - v_i|^2 + sum_p w_p |W' p - W p|^2 + ridge |W' - W|_F^2`` for
@@ -448,7 +493,11 @@ def fit_values_(
         ridge: weight of ``|W' - W|_F^2``, positive.
         preserved: rows that keep their output, and other moments; nothing in it may move.
 
+    Returns:
+        How the solve went; the rank is that of the update before any cut.
+
     Raises:
+        ValueError: unusable arguments; no weight is changed then.
         SingularSystemError: A is not positive definite to working precision.
     """
     check_ridge(ridge)
@@ -457,31 +506,57 @@ def fit_values_(
             f"values: expected {len(weights)} tensors, one for each weight, got {len(values)}"
         )
     Pairs(source, source, weight).check()
+    width, wide = source.shape[1], torch.float32
     for i, (matrix, value) in enumerate(zip(weights, values, strict=True)):
+        if matrix.dim() != 2 or matrix.shape[1] != width:
+            raise ValueError(
+                f"weights[{i}]: expected shape [o, {width}] (the width of source), "
+                f"got {list(matrix.shape)}"
+            )
         if value.shape != (len(source), matrix.shape[0]):
             raise ValueError(
                 f"values[{i}]: expected shape {[len(source), matrix.shape[0]]} (an output for each "
                 f"row of source), got {list(value.shape)}"
             )
-    root = weight.to(torch.float64).sqrt()[:, None]
-    x = root * source.to(torch.float64)
+        if not math.isfinite(float(value.sum(dtype=torch.float64))):
+            raise ValueError(f"values[{i}]: holds NaN or infinity")
+        wide = torch.promote_types(wide, matrix.dtype)
+    if preserved is not None and preserved.width != width:
+        raise ValueError(f"preserved: expected a width of {width}, got {preserved.width}")
     if preserved is not None and preserved.moves:
         raise ValueError("preserved: holds rows that move")
-    base: Scaled | Factored = Scaled(ridge)
-    if preserved is not None and not preserved.is_empty:
-        base = Factored(with_ridge(preserved.gram.to(x.device), ridge))
-    if not base.usable:
-        gram = x.mT @ x if preserved is None else preserved.gram + x.mT @ x
-        raise SingularSystemError(explain(gram, ridge, len(x)))
-    inverse, _, _ = dual_inverse(x[None], base)
-    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    offset = [(root * value.to(torch.float64)).mT.to(wide).contiguous() for value in values]
+    root = weight.to(torch.float64).sqrt()[:, None]
+    x = root * source.to(torch.float64)
+    solved = _rows_solved(x, ridge, preserved)
     ops.low_rank_update_(
         weights,
-        [(-x.mT).to(wide).contiguous()] * len(weights),
-        [inverse[0].to(wide)] * len(weights),
-        offset,
+        (-x.mT).to(wide).contiguous(),
+        solved.left.to(wide),
+        [(root * value.to(torch.float64)).mT.to(wide).contiguous() for value in values],
     )
+    return SolveInfo(
+        solved.method, solved.condition, solved.residual_ratio, len(source), 0.0, len(source)
+    )
+
+
+def _rows_solved(x: Tensor, ridge: float, preserved: NormalEquations | None) -> Solved:
+    """`[n, d]` rows ``X A^-1`` in ``left``."""
+    empty = preserved is None or preserved.is_empty
+    if len(x) < x.shape[1]:
+        base: Scaled | Factored = Scaled(ridge)
+        if preserved is not None and not empty:
+            base = Factored(with_ridge(preserved.gram.to(x.device), ridge))
+        if base.usable:
+            rows, ratios, conditions = dual_rows(x, base)
+            solved = Solved(rows, None, "dual", conditions[0], ratios[0])
+            if is_good(solved):
+                return solved
+    gram = with_ridge(x.mT @ x, ridge)
+    rows_seen = len(x)
+    if preserved is not None and not empty:
+        gram += preserved.gram.to(x.device)
+        rows_seen += preserved.rows
+    return primal(gram, x, ridge, rows_seen)
 
 
 # Inside
@@ -491,19 +566,15 @@ def _solve_alone(
     system: NormalEquations, ridge: float, rank_tolerance: float, dtype: torch.dtype
 ) -> Solution:
     """One system that is not of a batch: rows on top of moments, or sums."""
-    # Beyond half the width the dual form saves nothing beside a dense A_0.
-    if system._is_dual() and system._sums is not None and 2 * system._count() <= system.width:
-        base = Factored(with_ridge(system._sums[0], ridge))
+    rows = system._few_moving()
+    if rows is not None:
+        gram = system._sums[0] if system._sums is not None else system._zeros()[0]
+        base = Factored(with_ridge(gram, ridge))
         if base.usable:
-            rows = system._rows()
-            solved = dual(rows.source[None], rows.change[None], base)[0]
+            solved = dual(rows.source, rows.change, base)[0]
             if is_good(solved):
                 return finish(solved, system.rows, rank_tolerance, dtype)
     gram, cross = system.gram, system.cross
-    if not (_is_finite(gram) and _is_finite(cross)):
-        raise ValueError(
-            "the accumulated sums hold NaN or infinity: squares of the rows overflow float64"
-        )
     solved = primal(with_ridge(gram, ridge), cross, ridge, system.rows)
     return finish(solved, system.rows, rank_tolerance, dtype)
 
@@ -524,11 +595,6 @@ def finish(solved: Solved, rows: int, rank_tolerance: float, dtype: torch.dtype)
     )
     _log.debug("closed form: %s", info)
     return Solution(concept_map, info)
-
-
-def _is_finite(sums: Tensor) -> bool:
-    """Whether there is no NaN or infinity, nor numbers whose own sum would overflow."""
-    return math.isfinite(float(sums.sum()))
 
 
 def check_ridge(ridge: float) -> None:

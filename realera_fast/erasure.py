@@ -262,8 +262,8 @@ class Erasure:
     def without(self, *targets: str) -> Erasure:
         """The same erasure, but for some of its concepts: others stay erased.
 
-        The closed form is solved again from the kept factorisation, which is exact: the map is that
-        of the remaining concepts' rows and of the same preserve prior. Alignment factors were
+        The closed form is solved again from the kept factorisation: the map is that of the
+        remaining concepts' rows and of the same preserve prior. Alignment factors were
         trained for all concepts together, so they are left out. Without any concept nothing is
         left: `apply_` then writes nothing. To use it, undo the old one first::
 
@@ -332,6 +332,12 @@ class Erasure:
         if self.system is not None:
             metadata["system"] = _json(self.system.state())
             tensors |= {f"system.{name}": t for name, t in self.system.tensors().items()}
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if size > _MAX_FILE_BYTES - _MAX_HEADER_BYTES:
+                raise ValueError(
+                    f"system: {size} bytes of equations, more than the {_MAX_FILE_BYTES} of a file "
+                    "that can be loaded; save dataclasses.replace(erasure, system=None)"
+                )
         return _write(Path(path), tensors, metadata)
 
     @classmethod
@@ -362,7 +368,7 @@ class Erasure:
             return cls(concept_map, lora, concepts, **fields, system=system)
         except ErasureFileError as error:
             raise ErasureFileError(f"{path}: {error}") from error.__cause__
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ErasureFileError(f"{path}: {error}") from error
 
     def save_lora(self, path: str | os.PathLike[str], unet: nn.Module | None = None) -> Path:

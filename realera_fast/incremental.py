@@ -34,6 +34,7 @@ from realera_fast.least_squares import (
     Solved,
     is_good,
     primal,
+    probes,
     residual_ratio,
     signed_dual,
     with_ridge,
@@ -54,9 +55,9 @@ class IncrementalSystem:
     """Normal equations by concept, with a factorisation that is updated, not repeated.
 
     The rows of each concept are kept (at most d of them: more are replaced by fewer with the same
-    sums), so that a concept that leaves takes away exactly what it brought. Without any concept the
-    map is the identity, of rank 0: applying it writes nothing, so the original weights are the
-    ones that come back.
+    sums, to rounding), so that a concept that leaves takes away what it brought. Without any
+    concept the map is the identity, of rank 0: applying it writes nothing, so the original weights
+    are the ones that come back.
     """
 
     def __init__(self, prior: NormalEquations, *, ridge: float) -> None:
@@ -77,6 +78,7 @@ class IncrementalSystem:
             self._prior = Factored(with_ridge(prior.gram, ridge))
         self._device = prior.device
         self._rows: dict[str, Pairs] = {}
+        self._counts: dict[str, int] = {}
         self._start()
 
     @property
@@ -95,7 +97,7 @@ class IncrementalSystem:
         if equations.width != self.width:
             raise ValueError(f"equations: expected a width of {self.width}, got {equations.width}")
         rows = Pairs(*(t.to(self._device) for t in equations.equivalent_rows().tensors))
-        self._rows[name] = rows
+        self._rows[name], self._counts[name] = rows, equations.rows
         self._joined[name] = _Change(rows, 1.0)
         return self
 
@@ -116,7 +118,7 @@ class IncrementalSystem:
         """One that changes apart from this one; the matrices, which never change, are shared."""
         twin = copy.copy(self)
         twin._rows, twin._joined = dict(self._rows), dict(self._joined)
-        twin._left = list(self._left)
+        twin._left, twin._counts = list(self._left), dict(self._counts)
         return twin
 
     def solve(
@@ -124,12 +126,12 @@ class IncrementalSystem:
     ) -> Solution:
         """The map of the concepts that are in the system now.
 
-        Equal to `NormalEquations.solve` of the same rows up to float64 rounding.
+        Equal to `NormalEquations.solve` of the same rows, as far as float64 tells them apart.
 
         Raises:
             SingularSystemError: A is not positive definite to working precision.
         """
-        count = self._prior_rows + sum(len(rows.weight) for rows in self._rows.values())
+        count = self._prior_rows + sum(self._counts[name] for name in self._rows)
         if not any(bool((r.source != r.destination).any()) for r in self._rows.values()):
             nothing = ConceptMap.identity(self.width, device=self._device, dtype=dtype)
             return Solution(nothing, SolveInfo("identity", 1.0, 0.0, 0, 0.0, count))
@@ -160,6 +162,7 @@ class IncrementalSystem:
             "ridge": self.ridge,
             "prior_rows": self._prior_rows,
             "concepts": list(self._rows),
+            "rows": [self._counts[name] for name in self._rows],
         }
 
     @classmethod
@@ -171,19 +174,29 @@ class IncrementalSystem:
         Raises:
             ValueError, KeyError, TypeError: they don't fit together.
         """
-        width, names = state["width"], state["concepts"]
-        prior = NormalEquations(width)
-        prior.rows = int(state["prior_rows"])
-        system = cls(prior, ridge=float(state["ridge"]))
+        width, names, counts = state["width"], state["concepts"], state["rows"]
+        prior_rows = state["prior_rows"]
+        whole = (width, prior_rows, *counts)
+        if not all(type(number) is int and number >= 0 for number in whole) or width < 1:
+            raise ValueError(
+                "width, rows, prior_rows: expected whole numbers that are not negative"
+            )
+        if not (type(names) is type(counts) is list and len(names) == len(counts)):
+            raise ValueError("concepts, rows: expected lists of equal length")
+        system = cls(NormalEquations(width), ridge=float(state["ridge"]))
+        system._prior_rows = prior_rows
         expected = {f"{part}.{i}" for part in ("source", "destination") for i in range(len(names))}
         if "prior" in tensors:
             expected |= {"prior", "factor"}
-            for name in ("prior", "factor"):
-                if tensors[name].shape != (width, width):
-                    raise ValueError(f"{name}: expected shape {[width, width]}")
-            system._prior = system._matrix = Factored(tensors["prior"], tensors["factor"])
-            if not system._prior.usable:
-                raise ValueError("factor: is not that of a positive definite matrix")
+            prior, factor = tensors["prior"], tensors["factor"]
+            if prior.shape != (width, width) or factor.shape != prior.shape:
+                raise ValueError(f"prior, factor: expected shape {[width, width]}")
+            system._prior = system._matrix = Factored(prior, factor)
+            probe = probes(width, prior.device)
+            error = (probe @ factor) @ factor.mT - probe @ prior
+            fits = float(error.norm()) <= 1e-6 * float((probe @ prior).norm())
+            if not fits or not torch.equal(prior, prior.mT) or not system._prior.usable:
+                raise ValueError("prior, factor: are not a positive definite matrix and its factor")
         if set(tensors) != expected or len(set(names)) != len(names):
             raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
         for i, name in enumerate(names):
@@ -192,7 +205,7 @@ class IncrementalSystem:
             if rows.shape[1] != width or len(rows) > width or rows.dtype != torch.float64:
                 raise ValueError(f"source.{i}: expected at most {width} float64 rows of {width}")
             pairs.check()
-            system._rows[name] = pairs
+            system._rows[name], system._counts[name] = pairs, counts[i]
             system._joined[name] = _Change(pairs, 1.0)
         return system
 
@@ -240,9 +253,10 @@ class IncrementalSystem:
         if right is None:
             return None
         found = Solved(error.mT, right) if self._base is None else self._base.plus(error.mT, right)
-        ratio, norm = residual_ratio(found, self._times, self._wanted, x)
-        condition = float(norm) * self._prior.inverse_norm
-        solved = Solved(found.left, found.right, "incremental", condition, float(ratio))
+        probe = probes(self.width, self._device)
+        ratios, norms = residual_ratio(found, self._times, self._wanted(probe), probe)
+        condition = norms[0] * self._prior.inverse_norm
+        solved = Solved(found.left, found.right, "incremental", condition, ratios[0])
         return solved if is_good(solved) else None
 
     def _factor_anew(self) -> None:

@@ -104,7 +104,7 @@ class Factored:
     @property
     def inverse_norm(self) -> float:
         """``|A_0^-1|_2``, estimated."""
-        probe = _probes(len(self.matrix), self.matrix.device)
+        probe = probes(len(self.matrix), self.matrix.device)
         return float(_norm(self.solve, self.solve(probe)))
 
 
@@ -115,69 +115,80 @@ def with_ridge(gram: Tensor, ridge: float) -> Tensor:
     return gram
 
 
-def dual_inverse(x: Tensor, base: Scaled | Factored) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of ``X A^-1`` for ``A = A_0 + X^T X``.
-
-    Args:
-        x: `[l, n, d]` rows X.
-        base: A_0, shared.
-
-    Returns:
-        `[l, n, d]` rows; `[l]` info and `[l]` reciprocal condition number of the `[n, n]` system.
-    """
-    y = base.solve(x)
-    system = _inner(x, y, x.new_ones(x.shape[-2]))
-    solution, info, reciprocal = ops.solve_spd(system, y.mT.contiguous())
-    return solution.mT, info, reciprocal
-
-
-def _inner(x: Tensor, y: Tensor, signs: Tensor) -> Tensor:
-    """``G = S + X A_0^-1 X^T``, symmetric up to rounding."""
-    system = x @ y.mT
-    system.diagonal(dim1=-2, dim2=-1).add_(signs)
-    return system
-
-
 def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
     """Solves systems of few rows, their weights drawn in.
 
     Args:
-        x: `[l, n, d]` sources.
-        change: `[l, n, d]` destinations minus sources.
+        x: `[n, d]` sources of one system, or `[l, n, d]` of several.
+        change: destinations minus sources, of the same shape.
         base: A_0, shared.
     """
-    right, info, reciprocal = dual_inverse(x, base)
-    for value in reciprocal.tolist():
+    rows, ratios, conditions = dual_rows(x, base, change)
+    # Rows that stay shape A and so the others, but add nothing to the map.
+    moving = change.any(-1)
+    moving = moving.any(0) if x.dim() == 3 else moving
+    if not bool(moving.all()):
+        change, rows = change[..., moving, :], rows[..., moving, :]
+    if x.dim() == 2:
+        change, rows = change[None], rows[None]
+    return [
+        Solved(left.mT, right, "dual", condition, ratio)
+        for left, right, condition, ratio in zip(change, rows, conditions, ratios, strict=True)
+    ]
+
+
+def dual_rows(
+    x: Tensor, base: Scaled | Factored, change: Tensor | None = None
+) -> tuple[Tensor, list[float], list[float]]:
+    """Rows R of ``X A^-1`` for ``A = A_0 + X^T X``, from an `[n, n]` system.
+
+    The small system is inverted, as products with rows as they lie are cheaper than a solve, which
+    would transpose them; refinement makes up for it where that costs accuracy.
+
+    Args:
+        x: `[n, d]` or `[l, n, d]` rows X.
+        base: A_0, shared.
+        change: what the map adds to each source, if it is ``change^T R`` that has to be accurate.
+
+    Returns:
+        Rows like ``x``; the residual ratio of each system, infinity where it failed; and the
+        condition number of A.
+    """
+    y = base.solve(x)
+    system = x @ y.mT
+    system.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(system)
+    inverse, info, reciprocal = ops.solve_spd(system, eye)
+    for value in reciprocal.reshape(-1).tolist():
         if value < _EPS:
             _warn_singular(1 / value if value else math.inf)
-    moving, whole = change.any(-1).any(0), right
-    if not bool(moving.all()):
-        change, right = change[:, moving], right[:, moving]
-    moved = x[:, moving]
-
-    def times(rows: Tensor) -> Tensor:
-        return base.times(rows) + (rows @ x.mT) @ x
-
-    def wanted(rows: Tensor) -> Tensor:
-        return (rows @ moved.mT) @ change
-
-    ratios, size = residual_ratio(Solved(change.mT, right), times, wanted, x)
+    probe = probes(x.shape[-1], x.device)
+    inner = probe @ x.mT
+    image = base.times(probe) + inner @ x
+    wanted = inner if change is None else inner @ change
     if isinstance(base, Scaled):
-        # Fewer rows than features leave a direction in which A is the ridge alone.
-        inverse = torch.full_like(size, 1 / base.ridge)
+        # Fewer rows than features: the spectrum of A is that of G, times the ridge.
+        norm = base.ridge * _norm(lambda v: v @ system, inner @ system)
+        inverse_norm = torch.full_like(norm, 1 / base.ridge)
     else:
-        # A^-1 = A_0^-1 (I - X^T R) with all rows R of X A^-1.
-        def solve(rows: Tensor) -> Tensor:
-            return base.solve(rows - (rows @ whole.mT) @ x)
-
-        inverse = _norm(solve, solve(_probes(x.shape[-1], x.device)))
-    condition = (size * inverse).tolist()
-    return [
-        Solved(left.mT, part, "dual", math.inf if bad else size_, math.inf if bad else ratio)
-        for left, part, bad, size_, ratio in zip(
-            change, right, info.tolist(), condition, ratios.tolist(), strict=True
+        norm = _norm(lambda v: base.times(v) + (v @ x.mT) @ x, image)
+    rows = inverse @ y
+    for refined in (False, True):
+        error, size = (
+            (v @ rows.mT if change is None else (v @ rows.mT) @ change)
+            for v in (image, probe.expand_as(image))
         )
-    ]
+        ratios = _ratios(error - wanted, size, norm, x.shape[-1], info)
+        if refined or all(ratio < 1 for ratio in ratios):
+            break
+        rows = rows + inverse @ (y - system @ rows)
+    if isinstance(base, Factored):
+        # A^-1 = A_0^-1 (I - X^T R).
+        def solve(v: Tensor) -> Tensor:
+            return base.solve(v - (v @ rows.mT) @ x)
+
+        inverse_norm = _norm(solve, solve(probe))
+    return rows, ratios, (norm * inverse_norm).reshape(-1).tolist()
 
 
 def is_good(solved: Solved) -> bool:
@@ -206,7 +217,7 @@ def signed_dual(x: Tensor, y: Tensor, signs: Tensor) -> Tensor | None:
     Returns:
         None if the rows that leave were not part of the system (it would be indefinite).
     """
-    system = _inner(x, y, signs)
+    system = x @ y.mT + signs.diag()
     # A is positive definite just if G has as many negative eigenvalues as rows leave.
     if int((torch.linalg.eigvalsh(system) < 0).sum()) != int((signs < 0).sum()):
         return None
@@ -228,6 +239,11 @@ def primal(gram: Tensor, rhs: Tensor, ridge: float, rows: int) -> Solved:
     Returns:
         The dense X = T - I.
     """
+    # A sum shows any NaN or infinity, and no sum worth solving overflows.
+    if not (math.isfinite(float(gram.sum())) and math.isfinite(float(rhs.sum()))):
+        raise ValueError(
+            "the accumulated sums hold NaN or infinity: squares of the rows overflow float64"
+        )
     solution, info, reciprocal = ops.solve_spd(gram, rhs)
     failed, rcond = bool(info), float(reciprocal)
     condition = 1 / rcond if rcond > 0 else math.inf
@@ -313,7 +329,7 @@ def explain(gram: Tensor, ridge: float, rows: int) -> str:
 
 
 @lru_cache(maxsize=8)
-def _probes(width: int, device: torch.device) -> Tensor:
+def probes(width: int, device: torch.device) -> Tensor:
     """`[p, d]` float64 Gaussian vectors, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(_PROBES, width, dtype=torch.float64, generator=generator).to(device)
@@ -326,40 +342,53 @@ def _norm(times: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         times: gives ``rows A``.
         image: `[..., p, d]` probes times A.
     """
-    return (times(image).norm(dim=-1) / image.norm(dim=-1).clamp_min(_TINY)).amax(-1)
+    return (times(image).norm(dim=-1) / image.norm(dim=-1)).amax(-1)
 
 
 def residual_ratio(
-    solved: Solved,
-    times: Callable[[Tensor], Tensor],
-    wanted: Callable[[Tensor], Tensor],
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
+    solved: Solved, times: Callable[[Tensor], Tensor], wanted: Tensor, probe: Tensor
+) -> tuple[list[float], list[float]]:
     """``|XA - D|_F / (|A|_2 |X|_F eps d)``, estimated with random vectors.
 
     Args:
         solved: X, one or a batch.
         times: gives ``rows A``.
-        wanted: gives ``rows D^T``.
-        like: `[..., n, d]` a tensor of the batch shape, width, dtype and device.
+        wanted: `[..., p, d]` probes times ``D^T``.
+        probe: `[p, d]` probes.
 
     Returns:
-        `[...]` the ratio, and `[...]` the estimate of ``|A|_2``.
+        The ratio, and the estimate of ``|A|_2``, of each system.
     """
-    probe = _probes(like.shape[-1], like.device).expand(*like.shape[:-2], _PROBES, like.shape[-1])
     image = times(probe)
-    residual = solved.move(image) - wanted(probe)
-    # The expectation of |M v|^2 over Gaussian v is |M|_F^2.
-    error, size = (m.norm(dim=(-2, -1)) / _PROBES**0.5 for m in (residual, solved.move(probe)))
     norm = _norm(times, image)
-    scale = norm * size * (_EPS * like.shape[-1])
-    # Nothing moved and nothing is left over: as good as it gets.
-    ratio = torch.where((error == 0) & (scale == 0), torch.zeros_like(error), error / scale)
-    return torch.where(ratio.isnan(), torch.full_like(ratio, math.inf), ratio), norm
+    found = _ratios(solved.move(image) - wanted, solved.move(probe), norm, probe.shape[-1])
+    return found, norm.reshape(-1).tolist()
+
+
+def _ratios(
+    error: Tensor, size: Tensor, norm: Tensor, width: int, info: Tensor | None = None
+) -> list[float]:
+    """Ratios from probes times ``XA - D`` and times X: their mean squares are Frobenius norms.
+
+    Args:
+        error, size: `[..., p, o]` and `[..., p, o]`.
+        norm: `[...]` ``|A|_2``.
+        width: d, the order of A.
+        info: `[...]` not 0 where a factorisation failed.
+    """
+    failed = torch.zeros_like(norm) if info is None else info.to(norm)
+    parts = (error.norm(dim=(-2, -1)), size.norm(dim=(-2, -1)), norm, failed)
+    ratios = []
+    for left_over, moved, scale, bad in torch.stack(parts, -1).reshape(-1, 4).tolist():
+        limit = scale * moved * _EPS * width
+        # Where nothing moves and nothing is left over, that is as good as it gets.
+        ratio = left_over / limit if limit > 0 else math.inf if left_over else 0.0
+        ratios.append(math.inf if bad or math.isnan(ratio) else ratio)
+    return ratios
 
 
 def _dense_ratio(gram: Tensor, rhs: Tensor, solution: Tensor) -> float:
     """The residual ratio of a dense solution of ``X gram = rhs``."""
-    solved = Solved(solution, None)
-    ratio, _ = residual_ratio(solved, lambda v: v @ gram, lambda v: v @ rhs.mT, gram)
-    return float(ratio)
+    probe = probes(len(gram), gram.device)
+    ratios, _ = residual_ratio(Solved(solution, None), lambda v: v @ gram, probe @ rhs.mT, probe)
+    return ratios[0]

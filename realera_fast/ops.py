@@ -225,6 +225,12 @@ def low_rank_update_(
     _check_devices(**named)
     if not weights or all(thin.shape[1] == 0 for thin in left):
         return
+    # A factor that is part of a weight would change while it is read.
+    written = {_memory(weight) for weight in weights}
+    left, right, offset = (
+        [t.clone() if _memory(t) in written else t for t in given]
+        for given in (left, right, offset)
+    )
     with torch.no_grad():
         torch.ops.realera_fast.low_rank_update_(weights, left, right, offset)
     _changed(*weights)
@@ -277,6 +283,10 @@ def _changed(*tensors: Tensor) -> None:
     for tensor in tensors:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    return None if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
 
 
 def _check_devices(**tensors: Tensor) -> None:

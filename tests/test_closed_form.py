@@ -133,6 +133,37 @@ class TestAccumulation:
             torch.testing.assert_close(parts.gram, whole.gram, rtol=1e-13, atol=1e-13)
             torch.testing.assert_close(parts.cross, whole.cross, rtol=1e-13, atol=1e-13)
 
+    @pytest.mark.parametrize("kept", [10, 30, 200])
+    def test_few_rows_that_move_keep_the_rank_low(self, kept: int) -> None:
+        targets, preserved = example(kept=kept)
+        mixed = Pairs(*(torch.cat(p) for p in zip(fields(targets), fields(preserved), strict=True)))
+        solution = (
+            NormalEquations(WIDTH).update(mixed).solve(ridge=0.1, rank_tolerance=0.0, dtype=F64)
+        )
+        assert (solution.map.rank, solution.info.method) == (MOVED, "dual")
+        equations = NormalEquations(WIDTH).update(mixed)
+        gram = equations.gram + 0.1 * torch.eye(WIDTH, dtype=F64)
+        expected = torch.linalg.solve(gram, equations.cross.mT).mT
+        torch.testing.assert_close(solution.map.left @ solution.map.right, expected)
+
+    def test_equivalent_rows_hold_what_the_sums_hold(self) -> None:
+        # A direction that the rows hardly have, and that they move by.
+        x, c = torch.randn(1000, 8, dtype=F64), torch.randn(1000, 8, dtype=F64)
+        x[:, 7] = 3e-8 * c[:, 0]
+        equations = NormalEquations(8).update(Pairs(x, x + c, torch.ones(1000)))
+        expected = equations.solve(ridge=1e-3, rank_tolerance=0.0, dtype=F64).map.matrix
+        rows = equations.equivalent_rows()
+        assert len(rows.weight) == 8
+        got = NormalEquations(8).update(rows).solve(ridge=1e-3, rank_tolerance=0.0, dtype=F64)
+        assert (got.map.matrix - expected).norm() < 1e-6 * expected.norm()
+
+    def test_whole_numbers_are_refused_and_nothing_is_added(self) -> None:
+        targets, _ = example()
+        equations = NormalEquations(WIDTH)
+        with pytest.raises(ValueError, match=r"^pairs\.weight: expected floating point"):
+            equations.update(Pairs(targets.source, targets.destination, torch.ones(MOVED).long()))
+        assert equations.rows == 0 and equations.is_empty
+
     def test_weights_are_repetitions(self) -> None:
         targets, _ = example()
         twice = Pairs(targets.source, targets.destination, 2 * targets.weight)
@@ -520,6 +551,32 @@ class TestFitValues:
             torch.testing.assert_close(after.cpu(), expected)
             assert (before - expected).norm() > 1e-2
 
+    @pytest.mark.parametrize("rows", [5, 40])
+    def test_no_garbage_where_the_system_is_all_but_singular(
+        self, rows: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Rows around two directions, and a ridge far below their rounding: no digit is certain in
+        # the six others, but they must stay small, and it is said or refused.
+        x = torch.randn(rows, 2, dtype=F64) @ torch.randn(2, 8, dtype=F64)
+        weight = torch.randn(3, 8, dtype=F64)
+        before, values = weight.clone(), torch.randn(rows, 3, dtype=F64)
+        with caplog.at_level(logging.WARNING):
+            try:
+                fit_values_([weight], x, [values], torch.full((rows,), 1e8), ridge=1e-8)
+            except SingularSystemError:
+                assert torch.equal(weight, before)
+                return
+        assert "singular to working precision" in caplog.text
+        best = torch.linalg.lstsq(x, values - x @ before.mT, driver="gelsd").solution.mT
+        assert (weight - before - best).norm() < 0.3 * best.norm()
+
+    def test_report(self) -> None:
+        targets, _ = example()
+        weight = torch.randn(9, WIDTH)
+        values = [targets.destination.float() @ weight.mT]
+        info = fit_values_([weight], targets.source, values, targets.weight, ridge=0.1)
+        assert (info.method, info.rows) == ("dual", MOVED) and info.residual_ratio < 30
+
     def test_values_of_an_anchor_are_the_shared_map(self) -> None:
         targets, _ = example()
         weight = torch.randn(9, WIDTH, dtype=F64)
@@ -554,6 +611,12 @@ class TestFitValues:
             fit(values=[])
         with pytest.raises(ValueError, match=r"^values\[0\]: expected shape"):
             fit(values=[value.mT])
+        with pytest.raises(ValueError, match=r"^values\[0\]: holds NaN"):
+            fit(values=[value * float("nan")])
+        with pytest.raises(ValueError, match=r"^weights\[0\]: expected shape \[o, 48\]"):
+            fit(weights=[weight[:, :5]])
+        with pytest.raises(ValueError, match="^preserved: expected a width of 48, got 5"):
+            fit(preserved=NormalEquations(5))
         with pytest.raises(ValueError, match="row 0 is negative"):
             fit(weight=-targets.weight)
         with pytest.raises(ValueError, match="^preserved: holds rows that move"):

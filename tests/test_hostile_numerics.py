@@ -254,8 +254,8 @@ class TestBookkeeping:
         assert back.rows == n
         for name in ("gram", "cross"):
             error = (getattr(back, name) - getattr(a, name)).abs()
-            # Two roundings, of numbers of the size of the sum.
-            assert (error <= 2 * EPS * getattr(both, name).abs()).all(), name
+            # A few roundings of numbers of the size of the sum.
+            assert error.max() <= 8 * EPS * getattr(both, name).abs().max(), name
         torch.testing.assert_close(
             solved(back, 0.5).map.to("cpu").matrix,
             solved(a, 0.5).map.to("cpu").matrix,

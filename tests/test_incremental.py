@@ -64,6 +64,7 @@ class TestAgainstAFreshSolve:
             solution = system.solve(rank_tolerance=0.0, dtype=F64)
             close(solution.map.matrix, fresh(start, list(parts.values())))
         assert system.concepts == ("concept 1", "concept 2")
+        assert solution.info.rows == start.rows + 2 * rows
 
     def test_few_rows_are_not_a_fresh_start(
         self, monkeypatch: pytest.MonkeyPatch, device: torch.device
@@ -97,7 +98,8 @@ class TestAgainstAFreshSolve:
         close(system.solve(rank_tolerance=0.0, dtype=F64).map.matrix, fresh(start, [new]))
 
     def test_weights_of_every_size(self, device: torch.device) -> None:
-        # Taking a heavy concept away must not leave its rounding behind.
+        # Taking a heavy concept away must not leave its rounding behind; what float64 can't keep
+        # beside squares 1e8 times as great is lost, hence the limit.
         start = prior(100, device)
         light, heavy = concept(2), concept(40, scale=1e4)
         system = IncrementalSystem(start, ridge=RIDGE)
@@ -180,11 +182,17 @@ class TestSaving:
             ("source.0", torch.full((3, WIDTH), float("nan"), dtype=F64)),
             ("source.0", torch.zeros(3, WIDTH - 1, dtype=F64)),
             ("other", torch.zeros(1)),
+            ("prior", tensors["prior"].triu()),
+            ("prior", tensors["prior"] * 2),
+            ("prior", tensors["prior"] * float("nan")),
         ):
             with pytest.raises(ValueError):
                 IncrementalSystem.from_tensors({**tensors, name: value}, state)
         with pytest.raises(ValueError):
             IncrementalSystem.from_tensors(tensors, {**state, "concepts": []})
+        for name, wrong in (("width", 64.0), ("prior_rows", -1), ("rows", ["3"]), ("width", True)):
+            with pytest.raises(ValueError):
+                IncrementalSystem.from_tensors(tensors, {**state, name: wrong})
 
 
 class TestMistakes:
@@ -201,6 +209,11 @@ class TestMistakes:
     def test_a_prior_that_moves(self) -> None:
         with pytest.raises(ValueError, match="^prior: holds rows that move"):
             IncrementalSystem(NormalEquations(WIDTH).update(concept(2)), ridge=RIDGE)
+
+    def test_rows_beyond_float64(self) -> None:
+        system = IncrementalSystem(NormalEquations(WIDTH), ridge=RIDGE)
+        with pytest.raises(ValueError, match="infinity"):
+            system.add("a", NormalEquations(WIDTH).update(concept(90, scale=1e200)))
 
     def test_singular(self) -> None:
         system = IncrementalSystem(NormalEquations(WIDTH), ridge=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -214,6 +215,8 @@ def test_wheel(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path,
          source],
         capture_output=True, text=True, check=False,
+        # The CUDA part was compiled when this environment was made.
+        env={**os.environ, "CMAKE_ARGS": "-DREALERA_FAST_CUDA=OFF"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -399,6 +399,15 @@ class TestLowRankUpdate:
         ops.low_rank_update_([weight], torch.zeros_like(identity), identity, [move])
         assert torch.equal(weight, move.to(dtype))
 
+    @pytest.mark.parametrize("k", [20, 180])
+    def test_a_factor_that_is_part_of_a_weight(self, k: int, device: torch.device) -> None:
+        weight = torch.randn(400, 400, device=device)
+        left, right = torch.randn(400, k, device=device) / 400, weight[100 : 100 + k]
+        expected = weight.double() + weight.double() @ left.double() @ right.double()
+        plain = weight + weight @ left @ right
+        ops.low_rank_update_([weight], left, right)
+        check("weight", weight, expected, plain)
+
     def test_a_dense_map_needs_no_product(self, device: torch.device) -> None:
         # Rank d > 40: by the product of both factors, which for the identity is the other one.
         left, eye = torch.randn(50, 50, device=device) / 50, torch.eye(50, device=device)

@@ -1,3 +1,5 @@
+#include <optional>
+
 #include "launch.h"
 
 #include "low_rank_update.cuh"
@@ -76,13 +78,13 @@ bool suits_kernel(ScalarType dtype, int64_t width, int64_t rank, const Device& d
   return update_bytes<__half, float, 1>(width, rank) <= limit;
 }
 
-// The same in torch's operations.
-void compose(Tensor weight, ScalarType accumulate, const Tensor& left, const Tensor& right,
+// The same in torch's operations. `right` is null where `left` is the product of both.
+void compose(Tensor weight, ScalarType accumulate, const Tensor& left, const Tensor* right,
              const Tensor* offset) {
   const Tensor wide = torch::stable::to(weight, accumulate);
-  Tensor thin = call("aten::mm", "", wide, left);
-  if (offset != nullptr) thin = torch::stable::subtract(thin, *offset, -1.0);
-  const Tensor update = call("aten::mm", "", thin, right);
+  Tensor update = call("aten::mm", "", wide, left);
+  if (offset != nullptr) update = torch::stable::subtract(update, *offset, -1.0);
+  if (right != nullptr) update = call("aten::mm", "", update, *right);
   torch::stable::copy_(weight, torch::stable::subtract(wide, update, -1.0));
 }
 
@@ -120,6 +122,8 @@ void low_rank_update_(std::vector<Tensor> weights, std::vector<Tensor> left,
                   "left, right, offset: wrong number; call it through realera_fast.ops");
   const Device device(weights[0]);
   Factors lefts(left), rights(right), offsets(offset);
+  std::array<std::vector<std::optional<Tensor>>, 2> products;
+  for (auto& kind : products) kind.resize(left.size());
   std::vector<Group> groups;
   for (std::size_t i = 0; i < count; ++i) {
     Tensor& weight = weights[i];
@@ -143,7 +147,15 @@ void low_rank_update_(std::vector<Tensor> weights, std::vector<Tensor> left,
     const Tensor& r = rights.get(i, accumulate);
     const Tensor* o = offset.empty() ? nullptr : &offsets.get(i, accumulate);
     if (!suits_kernel(dtype, width, rank, device)) {
-      compose(weight, accumulate, l, r, o);
+      if (2 * rank <= width || o != nullptr) {
+        compose(weight, accumulate, l, &r, o);
+        continue;
+      }
+      // One product of the factors costs less than a thin one for every weight.
+      const std::size_t own = left.size() == 1 ? 0 : i;
+      auto& product = products[accumulate == ScalarType::Double][own];
+      if (!product) product = call("aten::mm", "", l, r);
+      compose(weight, accumulate, *product, nullptr, nullptr);
       continue;
     }
     auto same = [&](const Group& group) {
