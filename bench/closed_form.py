@@ -11,6 +11,8 @@ the same weights (stricter than a copy). For n rows, all moved, d features, m ou
     primal system  n d^2 (one triangle) + 2 n d^2 (D) + d^3 / 3 + 2 d^3
     update         min(4 m d k, 2 m d^2)
 
+With k < d rows moved and others preserved, the primal system needs 2 k d^2 in place of D and 2 d^3.
+
 and the cheaper system counts. With rows of their own for each matrix, systems are counted as often.
 """
 
@@ -58,10 +60,13 @@ class Shape:
     heights: tuple[int, ...]
     own_rows: bool = False
     """Whether every matrix has rows, and so a system, of its own."""
+    preserved: int = 0
+    """Rows that keep their place, beside those of the concepts."""
 
 
 SD = Shape("SD 1.4", 768, (320,) * 10 + (640,) * 10 + (1280,) * 12)
 SDXL = Shape("SDXL", 2048, (640,) * 20 + (1280,) * 120)
+KEPT = replace(SD, name="SD 1.4, 2,000 rows preserved", preserved=2000)
 FLUX = Shape("FLUX-like", 3072, (3072,) * 57, own_rows=True)
 
 
@@ -81,7 +86,12 @@ class Point:
 
     @property
     def rows(self) -> int:
+        """Rows that move."""
         return self.concepts * self.tokens
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.shape.preserved
 
     @property
     def heights(self) -> list[int]:
@@ -105,6 +115,7 @@ POINTS = (
     *(Point(SD, concepts, MACE_TOKENS, ridge=1e3) for concepts in (1, 10)),
     *(Point(SDXL, concepts) for concepts in (1, 10, 100, 1000, 10_000)),
     Point(SDXL, 100, dtype=torch.bfloat16),
+    *(Point(KEPT, concepts) for concepts in (10, 50)),
     *(Point(FLUX, concepts) for concepts in (1, 10, 100)),
     Point(FLUX, 1000, matrices=4),
     Point(FLUX, 10_000, matrices=2),
@@ -124,11 +135,12 @@ class Rates:
 def floors(point: Point, rates: Rates, matrices: int | None = None) -> dict[str, float]:
     """Milliseconds that no code gets below, by stage, for the first ``matrices`` of the point."""
     heights = point.heights[:matrices]
-    n, d, m = point.rows, point.shape.width, sum(heights)
+    n, k, d, m = point.total, point.rows, point.shape.width, sum(heights)
     dual = n * n * d + n**3 / 3 + 2 * n * n * d
-    primal = n * d * d + 2 * n * d * d + d**3 / 3 + 2 * d**3
+    few = 2 * k * d * d
+    primal = n * d * d + d**3 / 3 + (few if k < d else few + 2 * d**3)
     systems = len(heights) if point.shape.own_rows else 1
-    flops = min(4 * m * d * min(n, d), 2 * m * d * d)
+    flops = min(4 * m * d * min(k, d), 2 * m * d * d)
     memory = 2 * m * d * point.dtype.itemsize
     solve = systems * min(dual, primal) / rates.float64
     update = max(flops / rates.float32, memory / rates.in_place)
@@ -187,17 +199,18 @@ def composition(point: Point, rows: Rows | list[Rows]) -> Candidate:
 
 
 def random_rows(point: Point, device: torch.device) -> Rows | list[Rows]:
-    generator = torch.Generator().manual_seed(point.rows)
+    generator = torch.Generator().manual_seed(point.total)
 
     def one() -> Rows:
         x, y = (
             torch.nn.functional.normalize(
-                torch.randn(point.rows, point.shape.width, generator=generator)
+                torch.randn(point.total, point.shape.width, generator=generator)
             )
             * NORM
             for _ in range(2)
         )
-        weight = torch.ones(point.rows, device=device)
+        y[point.rows :] = x[point.rows :]
+        weight = torch.ones(point.total, device=device)
         return Rows(x.to(device, point.dtype), y.to(device, point.dtype), weight)
 
     return [one() for _ in point.heights] if point.shape.own_rows else one()
@@ -346,11 +359,11 @@ def baseline(
 
     some = max(6, int(150 * (768 / point.shape.width) ** 2))
     few = some // 3
-    if point.rows > some and name != "batched":
+    if point.total > some and name != "batched":
         # The loops take time in proportion to the rows: two short runs tell what a long one takes.
         seconds(made(1, few))
         first, second = seconds(made(1, few)), seconds(made(1, some))
-        one = first + max(0.0, second - first) * (point.rows - few) / (some - few)
+        one = first + max(0.0, second - first) * (point.total - few) / (some - few)
         if one > effort.longest:
             return None, one
         if one > effort.seconds:
@@ -430,6 +443,7 @@ def measure(
                 "shape": point.shape.name,
                 "concepts": point.concepts,
                 "rows": point.rows,
+                "preserved": point.shape.preserved,
                 "candidate": name,
                 "dtype": str(point.dtype).removeprefix("torch."),
                 "stage": stage,
