@@ -33,7 +33,8 @@ def closed_form(rows: Path = ROWS, picture: Path = PICTURE) -> None:
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
     found = [
         row for row in found
-        if row["stage"] == "total" and row["dtype"] == "float32" and row["rows"] == row["concepts"]
+        if row["stage"] == "total" and row["dtype"] == "float32"
+        and row["rows"] == row["concepts"] and not row.get("preserved")
     ]  # fmt: skip
     if not found:
         raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py closed_form")
