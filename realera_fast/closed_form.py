@@ -253,8 +253,9 @@ class NormalEquations:
         if moving is None or count in (0, len(moving)):
             self._take(self._moving if count else self._staying, pairs)
         else:
-            for waiting, which in ((self._moving, moving), (self._staying, ~moving)):
-                self._take(waiting, Pairs(*(tensor[which] for tensor in pairs.tensors)))
+            self._take(self._moving, Pairs(*(tensor[moving] for tensor in pairs.tensors)))
+            stay = pairs.source[~moving]
+            self._take(self._staying, Pairs(stay, stay, pairs.weight[~moving]))
         self.rows += len(pairs.weight)
         return self
 
