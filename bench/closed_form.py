@@ -622,6 +622,8 @@ def main(arguments: argparse.Namespace) -> int:
         for note in notes:
             print(f"    {note}", flush=True)
     unfinished.replace(out)
-    failures = missed(rows) + late
+    for text in late:
+        print(text)
+    failures = missed(rows)
     print("targets missed: " + "; ".join(failures) if failures else "targets met")
     return 0

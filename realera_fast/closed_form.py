@@ -62,6 +62,11 @@ class Pairs:
     """`[n]` weights w, not negative."""
 
     def __post_init__(self) -> None:
+        for name in ("source", "destination", "weight"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(
+                    f"{name}: expected a torch.Tensor, got {type(getattr(self, name)).__name__}"
+                )
         if self.source.dim() != 2:
             raise ValueError(f"source: expected shape [n, d], got {list(self.source.shape)}")
         if self.destination.shape != self.source.shape:
@@ -140,7 +145,8 @@ class SolveInfo:
     refinement steps), "jitter" (factored with a slightly greater ridge, refined back), "eigenvalue
     cut-off". "identity" where no row moves and nothing was solved."""
     condition: float
-    """Estimated condition number of A (1 for "identity"; infinity if it can't be told)."""
+    """Estimated condition number of A: in the 2-norm for "dual" and "incremental", else in the
+    1-norm (1 for "identity"; infinity if it can't be told)."""
     residual_ratio: float
     """``|XA - D|_F / (|A|_2 |X|_F eps d)`` with X = T - I before its rank is cut; for "dual", the
     same of the `[n, n]` system if that is greater. Below 30 is as good as float64 gets. Norms are
@@ -244,7 +250,10 @@ class NormalEquations:
         source = pairs.source.detach().to(self.device)
         destination = source
         if pairs.destination is not pairs.source:
-            destination = pairs.destination.detach().to(self.device, source.dtype)
+            # The wider of both: a narrower one would round, or overflow after the check.
+            dtype = torch.promote_types(source.dtype, pairs.destination.dtype)
+            source = source.to(dtype)
+            destination = pairs.destination.detach().to(self.device, dtype)
         pairs = Pairs(source, destination, pairs.weight.detach().to(self.device))
         moving = None
         if pairs.destination is not pairs.source:
@@ -409,6 +418,9 @@ def _joined(waiting: Sequence[_Waiting]) -> _Rows:
     parts = [part for kept in waiting for part in kept.parts]
     if len(parts) == 1:
         return parts[0]
+    if not parts:
+        empty = torch.zeros(0, waiting[0].limit, dtype=torch.float64)
+        return _Rows(empty, empty)
     return _Rows(torch.cat([p.source for p in parts]), torch.cat([p.change for p in parts]))
 
 
@@ -436,7 +448,7 @@ def solve_layers(
         SingularSystemError: a system is not positive definite; with several, its number is named.
     """
     check_ridge(ridge)
-    check_rank_tolerance(rank_tolerance)
+    check_options(rank_tolerance, dtype)
     if len({(e.width, e.device) for e in equations}) > 1:
         raise ValueError("equations: expected systems of one width and on one device")
     found: list[Solution | None] = [None] * len(equations)
@@ -598,7 +610,16 @@ def finish(solved: Solved, rows: int, rank_tolerance: float, dtype: torch.dtype)
     return Solution(concept_map, info)
 
 
+def check_options(rank_tolerance: float, dtype: torch.dtype) -> None:
+    """Raises ValueError unless a solve can be cut and rounded so."""
+    check_rank_tolerance(rank_tolerance)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+
+
 def check_ridge(ridge: float) -> None:
-    """Raises ValueError unless it is a usable ridge."""
+    """Raises TypeError or ValueError unless it is a usable ridge."""
+    if not isinstance(ridge, int | float) or isinstance(ridge, bool):
+        raise TypeError(f"ridge: expected a number, got {type(ridge).__name__}")
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge: expected a finite number of at least 0, got {ridge}")

@@ -279,7 +279,7 @@ class Erasure:
         if self.system is None:
             raise ValueError(
                 "system: the equations of this erasure were not kept; erase with "
-                "closed_form.keep_system=True"
+                "EraseConfig(closed_form=ClosedFormConfig(keep_system=True))"
             )
         erased = [concept.target for concept in self.concepts]
         unknown = [target for target in targets if target not in erased]

@@ -24,6 +24,7 @@ from realera_fast.closed_form import (
     Pairs,
     Solution,
     SolveInfo,
+    check_options,
     check_ridge,
     finish,
 )
@@ -92,6 +93,11 @@ class IncrementalSystem:
         Raises:
             ValueError: the name is taken, or the sums are not those of rows.
         """
+        if not isinstance(equations, NormalEquations):
+            raise TypeError(
+                "equations: expected NormalEquations(width).update(pairs), "
+                f"got {type(equations).__name__}"
+            )
         if name in self._rows:
             raise ValueError(f"name: {name!r} is in the system already; remove it first")
         if equations.width != self.width:
@@ -131,6 +137,7 @@ class IncrementalSystem:
         Raises:
             SingularSystemError: A is not positive definite to working precision.
         """
+        check_options(rank_tolerance, dtype)
         count = self._prior_rows + sum(self._counts[name] for name in self._rows)
         if not any(bool((r.source != r.destination).any()) for r in self._rows.values()):
             nothing = ConceptMap.identity(self.width, device=self._device, dtype=dtype)

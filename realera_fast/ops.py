@@ -160,6 +160,8 @@ def low_rank_update_(
     """Replaces every weight ``W`` by ``W + (W left + offset) right``, in place.
 
     Computed in float32 (in float64 for float64 weights) and rounded once to the weight's dtype.
+    Values are not checked: NaN or infinity in the factors, or a result too great for the dtype,
+    end in the weights.
 
     Args:
         weights: `[o_i, d]` each: float32, bfloat16, float16 or float64, contiguous or not. No two
@@ -171,6 +173,9 @@ def low_rank_update_(
             per-layer: ``left = -X^T``, ``offset = V_l`` and ``right = R`` move the outputs for rows
             X towards the values V_l of each layer.
     """
+    for name, given in (("weights", weights), ("offset", offset)):
+        if isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a list of tensors, got one tensor; pass [tensor]")
     weights, offset = list(weights), list(offset)
     alone = isinstance(left, Tensor)
     if alone != isinstance(right, Tensor):
@@ -194,7 +199,7 @@ def low_rank_update_(
                 f"{names[1]}: expected {left[0].dtype} {list(a.shape[::-1])} to match {names[0]}, "
                 f"got {b.dtype} {list(b.shape)} beside {a.dtype}"
             )
-    seen: dict[int, int] = {}
+    seen: dict[int | None, list[tuple[int, int, int]]] = {}
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
         _check_matrix(name, weight)
@@ -210,9 +215,16 @@ def low_rank_update_(
         ):
             raise ValueError(f"{name}: is an expanded view and can't be changed in place; clone it")
         if weight.device.type != "meta" and weight.numel() > 0:
-            other = seen.setdefault(weight.data_ptr(), i)
-            if other != i:
-                raise ValueError(f"{name}: shares its memory with weights[{other}]; pass it once")
+            # What is not contiguous may lie between the elements of another, as two columns do.
+            size = weight.nbytes if weight.is_contiguous() else weight.element_size()
+            start = weight.data_ptr()
+            spans = seen.setdefault(_memory(weight), [])
+            for first, last, other in spans:
+                if start < last and first < start + size:
+                    raise ValueError(
+                        f"{name}: shares its memory with weights[{other}]; pass it once"
+                    )
+            spans.append((start, start + size, i))
         named[name] = weight
         if offset:
             expected = (weight.shape[0], thin.shape[1])

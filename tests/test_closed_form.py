@@ -157,6 +157,23 @@ class TestAccumulation:
         got = NormalEquations(8).update(rows).solve(ridge=1e-3, rank_tolerance=0.0, dtype=F64)
         assert (got.map.matrix - expected).norm() < 1e-6 * expected.norm()
 
+    @pytest.mark.parametrize("width", [4, WIDTH])
+    def test_destinations_of_a_wider_dtype_keep_their_value(self, width: int) -> None:
+        x, y = torch.randn(6, width).half(), 1e6 * torch.randn(6, width)
+        ones = torch.ones(6)
+        got = NormalEquations(width).update(Pairs(x, y, ones))
+        expected = NormalEquations(width).update(Pairs(x.double(), y.double(), ones))
+        assert torch.equal(got.cross, expected.cross) and bool(got.cross.isfinite().all())
+
+    def test_wrong_types_are_named(self) -> None:
+        targets, _ = example()
+        with pytest.raises(TypeError, match="^weight: expected a torch.Tensor, got float"):
+            Pairs(targets.source, targets.destination, 1.0)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="^ridge: expected a number, got NoneType"):
+            NormalEquations(WIDTH).update(targets).solve(ridge=None)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^dtype: expected torch\.float32 or"):
+            NormalEquations(WIDTH).update(targets).solve(ridge=1.0, dtype=torch.bfloat16)
+
     def test_whole_numbers_are_refused_and_nothing_is_added(self) -> None:
         targets, _ = example()
         equations = NormalEquations(WIDTH)

@@ -308,7 +308,7 @@ def test_keeping_the_system_does_not_change_the_edit(pipe):
         result.restore_(pipe.unet)
         maps.append(result.map.matrix)
     torch.testing.assert_close(maps[0], maps[1])
-    with pytest.raises(ValueError, match="^system: .*keep_system=True"):
+    with pytest.raises(ValueError, match=r"^system: .*keep_system=True"):
         dataclasses.replace(result, system=None).without("cat")
 
 

@@ -206,6 +206,17 @@ class TestMistakes:
         with pytest.raises(ValueError, match="^equations: expected a width of 64"):
             system.add("b", NormalEquations(3))
 
+    def test_options(self) -> None:
+        system = IncrementalSystem(NormalEquations(WIDTH), ridge=RIDGE)
+        system.add("empty", NormalEquations(WIDTH))
+        assert system.solve().map.rank == 0
+        system.add("a", NormalEquations(WIDTH).update(concept(90)))
+        for tolerance in (5, -1, float("nan")):
+            with pytest.raises(ValueError, match="^rank_tolerance: "):
+                system.solve(rank_tolerance=tolerance)
+        with pytest.raises(TypeError, match="^equations: expected NormalEquations"):
+            system.add("b", concept(2))  # type: ignore[arg-type]
+
     def test_a_prior_that_moves(self) -> None:
         with pytest.raises(ValueError, match="^prior: holds rows that move"):
             IncrementalSystem(NormalEquations(WIDTH).update(concept(2)), ridge=RIDGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -237,3 +238,20 @@ def test_wheel(tmp_path: Path) -> None:
 
 def test_torch_is_not_older_than_the_library_asks() -> None:
     assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+def test_the_environment_is_made_anew_when_native_code_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    assert spec is not None and spec.loader is not None
+    setup_env = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup_env)
+    for name in ("requirements.txt", "pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    before = setup_env.fingerprint(Path("python"))
+    (kernel,) = (tmp_path / "csrc" / "cuda").glob("solve_spd.cu")
+    kernel.write_text(kernel.read_text() + "// changed")
+    assert setup_env.fingerprint(Path("python")) != before

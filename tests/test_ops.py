@@ -487,6 +487,10 @@ class TestLowRankUpdate:
             ops.low_rank_update_([weight.to(torch.int8)], left, right)
         with pytest.raises(ValueError, match=r"^weights\[1\]: shares its memory with weights\[0\]"):
             ops.low_rank_update_([weight, weight], left, right)
+        with pytest.raises(ValueError, match=r"^weights\[1\]: shares its memory with weights\[0\]"):
+            ops.low_rank_update_([weight[:3], weight[2:]], left, right)
+        with pytest.raises(TypeError, match=r"^weights: expected a list of tensors, got one"):
+            ops.low_rank_update_(weight, left, right)
         with pytest.raises(ValueError, match=r"^weights\[0\]: is an expanded view"):
             ops.low_rank_update_([weight[:1].expand(5, 8)], left, right)
         with pytest.raises(ValueError, match="^right: expected"):

@@ -88,7 +88,10 @@ def fingerprint(python: Path) -> str:
     """Changes when the environment has to be brought up to date."""
     digest = hashlib.sha256(str(python).encode())
     files = ["requirements.txt", "pyproject.toml", "setup.py", "CMakeLists.txt"]
-    for path in [*(ROOT / name for name in files), *sorted((ROOT / "csrc").iterdir())]:
+    for path in [
+        *(ROOT / name for name in files),
+        *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()),
+    ]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
