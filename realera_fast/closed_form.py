@@ -310,8 +310,9 @@ class NormalEquations:
         cut = _EPS * self.width * float(values.abs().max())
         if float(values[0]) < -10 * cut:
             raise ValueError("these equations are not the sum of rows with positive weights")
-        # Directions that D uses are kept even where A hardly has them: within its rounding.
-        kept = (values > cut) | (cross @ vectors).any(0)
+        # Directions that D uses beyond its rounding are kept even where A hardly has them.
+        used = (cross @ vectors).norm(dim=0)
+        kept = (values > cut) | (used > _EPS * self.width * torch.linalg.matrix_norm(cross))
         root = values[kept].clamp_min(cut).sqrt()[:, None]
         basis = vectors[:, kept].mT
         # X = S^1/2 V^T has X^T X = A; (Y - X)^T X = D gives Y - X = S^-1/2 V^T D^T.

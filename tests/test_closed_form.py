@@ -174,6 +174,13 @@ class TestAccumulation:
         with pytest.raises(ValueError, match=r"^dtype: expected torch\.float32 or"):
             NormalEquations(WIDTH).update(targets).solve(ridge=1.0, dtype=torch.bfloat16)
 
+    def test_equivalent_rows_are_as_few_as_the_directions(self) -> None:
+        targets = Pairs(
+            *(torch.randn(200, 5, dtype=F64) @ torch.randn(5, WIDTH, dtype=F64) for _ in range(2)),
+            torch.ones(200),
+        )
+        assert len(NormalEquations(WIDTH).update(targets).equivalent_rows().weight) == 5
+
     def test_whole_numbers_are_refused_and_nothing_is_added(self) -> None:
         targets, _ = example()
         equations = NormalEquations(WIDTH)
