@@ -1,6 +1,7 @@
 // gram += sum_i w_i x_i x_i^T and cross += sum_i w_i (y_i - x_i) x_i^T, in float64, in one pass
 // over the rows. Two things a composition of PyTorch calls doesn't do: only one triangle of the
 // symmetric sum is computed, and only rows that move enter the product of the cross term.
+// `gram_` is the first sum alone.
 
 #include "dispatch.h"
 #include "tiles.h"
@@ -59,22 +60,23 @@ int64_t place_rows(const bool* moved, int64_t rows, int64_t* slots) {
 // A block of rows in the order of the products, and the memory for it.
 class Packer {
  public:
-  Packer(int64_t width, int64_t rows) : moved_(new bool[rows]), slots_(rows) {
-    for (Tensor& tensor : memory_) {
-      tensor = torch::stable::empty({sums_elements(width)}, ScalarType::Double);
-    }
+  Packer(int64_t width, int64_t rows, bool moving)
+      : moving_(moving), moved_(new bool[rows]()), slots_(rows) {
     sums_.width = width;
-    sums_.x = memory_[0].mutable_data_ptr<double>();
-    sums_.weighted = memory_[1].mutable_data_ptr<double>();
-    sums_.delta = memory_[2].mutable_data_ptr<double>();
+    sums_.x = allocate(memory_[0]);
+    sums_.weighted = allocate(memory_[1]);
+    if (moving) sums_.delta = allocate(memory_[2]);
   }
 
+  // `y` is read only if rows move.
   const Sums& pack(const Rows& x, const Rows& y, const double* weight) {
     const Kernels& kernel = kernels();
-    const int64_t width = sums_.width;
-    torch::stable::parallel_for(0, x.count, kGrain, [&](int64_t begin, int64_t end) {
-      kernel.find_moved(part(x, begin, end), part(y, begin, end), width, moved_.get() + begin);
-    });
+    if (moving_) {
+      torch::stable::parallel_for(0, x.count, kGrain, [&](int64_t begin, int64_t end) {
+        kernel.find_moved(part(x, begin, end), part(y, begin, end), sums_.width,
+                          moved_.get() + begin);
+      });
+    }
     sums_.depth = x.count;
     sums_.moved = place_rows(moved_.get(), x.count, slots_.data());
     torch::stable::parallel_for(0, x.count, kGrain, [&](int64_t begin, int64_t end) {
@@ -93,52 +95,71 @@ class Packer {
     return rows;
   }
 
+  double* allocate(Tensor& memory) const {
+    memory = torch::stable::empty({sums_elements(sums_.width)}, ScalarType::Double);
+    return memory.mutable_data_ptr<double>();
+  }
+
+  const bool moving_;
   std::unique_ptr<bool[]> moved_;
   std::vector<int64_t> slots_;
   std::array<Tensor, 3> memory_;
   Sums sums_{};
 };
 
-void normal_equations_(Tensor gram, Tensor cross, Tensor source, Tensor destination,
-                       Tensor weight) {
+void check(const Tensor& gram, const Tensor& source, const Tensor& weight) {
   check_matrix(source, "source", -1, -1);
+  check_matrix(gram, "gram", source.size(1), source.size(1));
+  check_double(gram, "gram");
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == source.size(0), "weight: wrong shape");
+  kind_of(source);
+}
+
+// Without `cross` no row moves, and `destination` is the source.
+void add_rows(Tensor gram, double* cross, const Tensor& source, const Tensor& destination,
+              const Tensor& weight) {
   const int64_t rows = source.size(0);
   const int64_t width = source.size(1);
-  check_matrix(gram, "gram", width, width);
-  check_matrix(cross, "cross", width, width);
-  check_double(gram, "gram");
-  check_double(cross, "cross");
-  check_matrix(destination, "destination", rows, width);
-  STD_TORCH_CHECK(destination.scalar_type() == source.scalar_type(),
-                  "destination: expected the dtype of source");
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == rows, "weight: wrong shape");
-  kind_of(source);
   if (rows == 0 || width == 0) return;
-
-  source = dense_columns(source);
-  destination = dense_columns(destination);
+  const Tensor x = dense_columns(source);
+  const Tensor y = cross == nullptr ? x : dense_columns(destination);
   Tensor w = torch::stable::empty({rows}, ScalarType::Double);
   torch::stable::copy_(w, weight);
   double* gram_data = gram.mutable_data_ptr<double>();
-  double* cross_data = cross.mutable_data_ptr<double>();
   const Kernels& kernel = kernels();
-  Packer packer(width, std::min(rows, kSumRows));
+  Packer packer(width, std::min(rows, kSumRows), cross != nullptr);
   for (int64_t start = 0; start < rows; start += kSumRows) {
     const int64_t count = std::min(kSumRows, rows - start);
-    const Sums& sums =
-        packer.pack(rows_of(source, start, count), rows_of(destination, start, count),
-                    w.const_data_ptr<double>() + start);
+    const Sums& sums = packer.pack(rows_of(x, start, count), rows_of(y, start, count),
+                                   w.const_data_ptr<double>() + start);
     torch::stable::parallel_for(0, kernel.units(width), 1, [&](int64_t begin, int64_t end) {
-      kernel.add_products(sums, gram_data, cross_data, begin, end);
+      kernel.add_products(sums, gram_data, cross, begin, end);
     });
   }
   mirror(gram_data, width);
+}
+
+void normal_equations_(Tensor gram, Tensor cross, Tensor source, Tensor destination,
+                       Tensor weight) {
+  check(gram, source, weight);
+  check_matrix(cross, "cross", source.size(1), source.size(1));
+  check_double(cross, "cross");
+  check_matrix(destination, "destination", source.size(0), source.size(1));
+  STD_TORCH_CHECK(destination.scalar_type() == source.scalar_type(),
+                  "destination: expected the dtype of source");
+  add_rows(gram, cross.mutable_data_ptr<double>(), source, destination, weight);
+}
+
+void gram_(Tensor gram, Tensor source, Tensor weight) {
+  check(gram, source, weight);
+  add_rows(gram, nullptr, source, source, weight);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(realera_fast, CPU, m) {
   m.impl("normal_equations_", TORCH_BOX(&normal_equations_));
+  m.impl("gram_", TORCH_BOX(&gram_));
 }
 
 }  // namespace realera_fast

@@ -1,16 +1,15 @@
-"""The op `perturb` in Triton: random points around prompt embeddings (`realera_fast.philox`).
+"""The ops `perturb` and `perturb_rows` in Triton, equal to `realera_fast.perturbation` to the bit.
 
-x = alpha E + beta v per concept and sample, v = rms(E) z, where beta is uniform over its accepted
-interval. That interval needs E.z and |z|^2 over the whole prompt, so there are two launches, and
-the noise z is drawn twice from its counters rather than stored:
+Scalars of all samples: `_norms` sums every prompt once, `_sums` draws the noise and adds E.z and
+|z|^2, `_scalars` solves for the accepted interval. Rows: `_rows` draws the same noise again from
+its counters and writes alpha E + scale z. The sums are of integers, so tiles and atomics leave
+their bits alone. A factor that shapes the noise is applied by a matrix product between drawing and
+use, block by block of samples.
 
-1. `_sums`: every program draws one tile of z and writes the tile's |E|^2, E.z, |z|^2.
-2. `_rows`: every program adds the partial sums of its sample, solves for the interval, draws its
-   tile of z again and writes its rows.
-
-Bytes moved: E is read twice per sample (from L2 when E fits there), rows are written once; the
-partial sums are 12 bytes per `4 * BLOCK` elements. Tiles depend on `[t, d]` alone and their sums
-are added in one order, without atomics: a sample's bits do not depend on batch or offset.
+Floor. A number costs about 22 float32 and 20 integer instructions (ten rounds of Philox serve four
+numbers, Box-Muller two), 0.4 cycles of a multiprocessor, and is drawn twice: on an H100 the
+arithmetic of 2.7e11 elements a second outweighs the 2 bytes of each that are written. Storing the
+noise between the two passes would move 8 bytes an element and take about as long.
 """
 
 from __future__ import annotations
@@ -20,50 +19,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from realera_fast.philox import GUARD, check_perturb, sine
+from realera_fast import perturbation, philox
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _BLOCK = 512
 """Groups of four columns per program, four per thread; fewer for a prompt smaller than that."""
+_NORM_BLOCK = 1024
+_PAIRS = 128
+_NOISE_BYTES = 16 << 20
+"""Shaped noise held at once, and as much again before it is shaped."""
 
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-"""Launch options; fusing is stated because Triton's default for it is about to change."""
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Launch options. Fused multiply-adds would round once where the definition rounds twice."""
+
+_LOG: tl.constexpr = tl.constexpr(philox.LOG)
+_SINE: tl.constexpr = tl.constexpr(philox.SINE)
+_COSINE: tl.constexpr = tl.constexpr(philox.COSINE)
+_SMALLEST: tl.constexpr = tl.constexpr(philox.SMALLEST_UNIFORM)
+_ROOT_HALF: tl.constexpr = tl.constexpr(philox.ROOT_HALF_BITS)
+_LN2_HIGH: tl.constexpr = tl.constexpr(philox.LN2_HIGH)
+_LN2_LOW: tl.constexpr = tl.constexpr(philox.LN2_LOW)
+_EXPONENT: tl.constexpr = tl.constexpr(perturbation.EXPONENT_BITS)
+_NORM_SCALE: tl.constexpr = tl.constexpr(perturbation.NORM_SCALE)
+_GUARD: tl.constexpr = tl.constexpr(perturbation.GUARD)
 
 
 @triton.jit
 def _normal_pair(u1, u2):
-    """Box-Muller, as `tl.pair_uniform_to_normal`, with one sine and cosine for angles in [0, 2 pi].
+    """`philox.box_muller`, operation by operation."""
+    u1 = tl.maximum(u1, _SMALLEST)
+    bits = u1.to(tl.int32, bitcast=True) - _ROOT_HALF
+    exponent = (bits >> 23).to(tl.float32)
+    f = ((bits & 0x7FFFFF) + _ROOT_HALF).to(tl.float32, bitcast=True) - 1.0
+    square = f * f
+    p = f * _LOG[7] + _LOG[6]
+    p = p * f + _LOG[5]
+    p = p * f + _LOG[4]
+    p = p * f + _LOG[3]
+    p = p * f + _LOG[2]
+    p = p * f + _LOG[1]
+    p = p * f + _LOG[0]
+    y = square * (f * p - 0.5)
+    logarithm = exponent * _LN2_HIGH + (f + (y + exponent * _LN2_LOW))
+    radius = tl.sqrt_rn(logarithm * -2.0)
 
-    The general `tl.cos` and `tl.sin` each carry a slow path for huge angles, which cost registers
-    (and spills). Here: reduction by multiples of pi / 2 in three parts, then Cephes' `sinf`,
-    `cosf`.
-    """
-    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u1, 1.0e-7)))
-    angle = 6.283185307179586 * u2
-    turns = tl.floor(angle * 0.6366197723675814 + 0.5)
-    x = tl.fma(turns, -1.5707960128784180, angle)
-    x = tl.fma(turns, -3.1391647326017846e-07, x)
-    x = tl.fma(turns, -5.3903025299577648e-15, x)
-    y = x * x
-    s = tl.fma(y, -1.9515295891e-4, 8.3321608736e-3)
-    s = tl.fma(s, y, -1.6666654611e-1)
-    s = tl.fma(s * y, x, x)
-    c = tl.fma(y, 2.443315711809948e-5, -1.388731625493765e-3)
-    c = tl.fma(c, y, 4.166664568298827e-2)
-    c = tl.fma(c * y, y, tl.fma(y, -0.5, 1.0))
-    quadrant = turns.to(tl.int32)
-    odd = (quadrant & 1) == 1
+    quadrant = tl.floor(u2 * 4.0 + 0.5)
+    r = u2 - quadrant * 0.25
+    square = r * r
+    s = square * _SINE[3] + _SINE[2]
+    s = s * square + _SINE[1]
+    s = s * square + _SINE[0]
+    s = r * s
+    c = square * _COSINE[3] + _COSINE[2]
+    c = c * square + _COSINE[1]
+    c = c * square + _COSINE[0]
+    c = square * c + 1.0
+    turn = quadrant.to(tl.int32)
+    odd = (turn & 1) == 1
     cosine = tl.where(odd, s, c)
-    sin_ = tl.where(odd, c, s)
-    cosine = tl.where(((quadrant + 1) & 2) == 2, -cosine, cosine)
-    sin_ = tl.where((quadrant & 2) == 2, -sin_, sin_)
-    return radius * cosine, radius * sin_
+    sine = tl.where(odd, c, s)
+    cosine = tl.where(((turn + 1) & 2) == 2, -cosine, cosine)
+    sine = tl.where((turn & 2) == 2, -sine, sine)
+    return radius * cosine, radius * sine
 
 
 @triton.jit
 def _tile_noise(seed, first, sample, concept, groups, BLOCK: tl.constexpr):
-    """Normals of `BLOCK` column groups from flat group `first` on, `[4 * BLOCK]`."""
+    """Normals of `BLOCK` column groups from flat group `first` of a prompt on, `[4 * BLOCK]`."""
     i = first + tl.arange(0, BLOCK)
-    token = (1 + i // groups).to(tl.uint32)
+    token = (i // groups).to(tl.uint32)
     group = (i % groups).to(tl.uint32)
     # Full blocks for every word: the rounds mix words, so all must have one shape and type.
     w0, w1, w2, w3 = tl.philox(
@@ -86,17 +111,91 @@ def _tile_noise(seed, first, sample, concept, groups, BLOCK: tl.constexpr):
 def _tile_places(first, tokens, width, groups, BLOCK: tl.constexpr):
     """Token, column and mask of the `4 * BLOCK` elements of a tile, in the order of its noise."""
     i = 4 * first + tl.arange(0, 4 * BLOCK)
-    token = 1 + i // (4 * groups)
+    token = i // (4 * groups)
     column = i % (4 * groups)
     return token, column, (token < tokens) & (column < width)
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])
-def _sums(
+@triton.jit
+def _norms(
     e_ptr,
-    partial_ptr,
+    root_ptr,
+    tokens,
+    width,
+    stride_c,
+    stride_t,
+    stride_d,
+    BLOCK: tl.constexpr,
+):
+    """`perturbation.rms`, a program for each prompt."""
+    concept = tl.program_id(0).to(tl.int64)
+    elements = (tokens - 1) * width
+    i = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float64)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, elements, BLOCK):
+        token = 1 + (start + i) // width
+        column = (start + i) % width
+        place = token.to(tl.int64) * stride_t + column.to(tl.int64) * stride_d
+        e = tl.load(e_ptr + concept * stride_c + place, mask=start + i < elements, other=0.0)
+        size = tl.abs(e.to(tl.float32) if e.dtype != tl.float64 else e).to(tl.float64)
+        finite = size < float("inf")
+        bad = tl.where(finite, bad, 1)
+        largest = tl.maximum(largest, tl.where(finite, size, 0.0))
+    bits = tl.max(largest, 0).to(tl.int64, bitcast=True) & _EXPONENT
+    unit = bits.to(tl.float64, bitcast=True)
+    total = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, elements, BLOCK):
+        token = 1 + (start + i) // width
+        column = (start + i) % width
+        place = token.to(tl.int64) * stride_t + column.to(tl.int64) * stride_d
+        e = tl.load(e_ptr + concept * stride_c + place, mask=start + i < elements, other=0.0)
+        scaled = (e.to(tl.float32) if e.dtype != tl.float64 else e).to(tl.float64) / unit
+        scaled = tl.where(bits > 0, tl.where(scaled == scaled, scaled, 0.0), 0.0)
+        total += (scaled * scaled * _NORM_SCALE + 0.5).to(tl.int64)
+    mean = tl.sum(total, 0).to(tl.float64) / _NORM_SCALE / elements.to(tl.float64)
+    root = unit * tl.sqrt(mean)
+    good = (bits > 0) & (tl.max(bad, 0) == 0)
+    tl.store(root_ptr + concept, tl.where(good, root, float("nan")))
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
+def _noise(
+    z_ptr,
     seed: tl.int64,
     offset: tl.int64,
+    concept_offset: tl.int64,
+    pair_start,
+    samples,
+    tokens,
+    width,
+    groups,
+    tiles,
+    BLOCK: tl.constexpr,
+):
+    """Noise of a block of samples, `[pairs, t - 1, d]`, to be shaped."""
+    program = tl.program_id(0).to(tl.int64)
+    local = program // tiles
+    pair = pair_start + local
+    first = ((program % tiles) * BLOCK).to(tl.int32)
+    sample = (offset + pair % samples).to(tl.uint32)
+    concept = (concept_offset + pair // samples).to(tl.uint32)
+    token, column, mask = _tile_places(first, tokens, width, groups, BLOCK)
+    z = _tile_noise(seed, first, sample, concept, groups, BLOCK)
+    place = local * (tokens - 1) * width + (token - 1).to(tl.int64) * width + column
+    tl.store(z_ptr + place, z, mask=mask & (token > 0))
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
+def _sums(
+    e_ptr,
+    z_ptr,
+    root_ptr,
+    sums_ptr,
+    seed: tl.int64,
+    offset: tl.int64,
+    concept_offset: tl.int64,
+    pair_start,
     samples,
     tokens,
     width,
@@ -105,198 +204,368 @@ def _sums(
     stride_d,
     groups,
     tiles,
+    product_scale: tl.float32,
+    square_scale: tl.float32,
     DOUBLE: tl.constexpr,
+    SHAPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Adds a tile to E.z / rms(E) and |z|^2 of a sample, in fixed point."""
     program = tl.program_id(0).to(tl.int64)
-    pair = program // tiles
+    local = program // tiles
+    pair = pair_start + local
     first = ((program % tiles) * BLOCK).to(tl.int32)
     concept = pair // samples
     sample = (offset + pair % samples).to(tl.uint32)
     token, column, mask = _tile_places(first, tokens, width, groups, BLOCK)
+    mask = mask & (token > 0)
     place = concept * stride_c + token.to(tl.int64) * stride_t + column.to(tl.int64) * stride_d
     e = tl.load(e_ptr + place, mask=mask, other=0.0)
-    z = _tile_noise(seed, first, sample, concept.to(tl.uint32), groups, BLOCK)
+    inverse = 1.0 / tl.load(root_ptr + concept)
     if DOUBLE:
-        e = e.to(tl.float64)
-        z = z.to(tl.float64)
+        e = (e * inverse).to(tl.float32)
     else:
-        e = e.to(tl.float32)
-    z = tl.where(mask, z, 0.0)
-    tl.store(partial_ptr + 3 * program, tl.sum(e * e, 0))
-    tl.store(partial_ptr + 3 * program + 1, tl.sum(e * z, 0))
-    tl.store(partial_ptr + 3 * program + 2, tl.sum(z * z, 0))
+        e = e.to(tl.float32) * inverse.to(tl.float32)
+    if SHAPED:
+        row = local * (tokens - 1) + (token - 1)
+        z = tl.load(z_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    else:
+        z = _tile_noise(
+            seed, first, sample, (concept_offset + concept).to(tl.uint32), groups, BLOCK
+        )
+    product = z * e * product_scale
+    square = z * z * square_scale
+    if SHAPED:
+        inner = product.to(tl.int64)
+        total = square.to(tl.int64)
+    else:
+        inner = product.to(tl.int32).to(tl.int64)
+        total = square.to(tl.int32).to(tl.int64)
+    tl.atomic_add(sums_ptr + 2 * pair, tl.sum(tl.where(mask, inner, 0), 0))
+    tl.atomic_add(sums_ptr + 2 * pair + 1, tl.sum(tl.where(mask, total, 0), 0))
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])
-def _rows(
-    e_ptr,
-    partial_ptr,
-    rows_ptr,
+@triton.jit
+def _reach(perpendicular, away, cosine, sine):
+    denominator = perpendicular * cosine + away * sine
+    return tl.where(denominator > 0, sine / denominator, float("inf"))
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
+def _scalars(
+    root_ptr,
+    sums_ptr,
     alpha_ptr,
     beta_ptr,
+    scale_ptr,
     seed: tl.int64,
     offset: tl.int64,
+    concept_offset: tl.int64,
+    pairs,
     samples,
-    tokens,
-    width,
-    stride_c,
-    stride_t,
-    stride_d,
-    groups,
-    tiles,
+    elements,
     min_cosine: tl.float64,
     min_sine: tl.float64,
     max_cosine: tl.float64,
     max_sine: tl.float64,
     max_distance: tl.float64,
-    guard: tl.float64,
-    DOUBLE: tl.constexpr,
+    product_scale: tl.float64,
+    square_scale: tl.float64,
     BLOCK: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    pair = program // tiles
-    tile = program % tiles
-    first = (tile * BLOCK).to(tl.int32)
+    """`perturbation.interval` and the draw from it, a thread for each sample."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = pair < pairs
     concept = pair // samples
-    sample = (offset + pair % samples).to(tl.uint32)
-
-    # The scalars are a handful of operations per program: float64 costs nothing and keeps the
-    # sample inside its region however close to the border the uniform falls.
-    i_tile = tl.arange(0, TILES)
-    partial = partial_ptr + 3 * (pair * tiles + i_tile)
-    square = tl.sum(tl.load(partial, mask=i_tile < tiles, other=0.0).to(tl.float64), 0)
-    inner = tl.sum(tl.load(partial + 1, mask=i_tile < tiles, other=0.0).to(tl.float64), 0)
-    total = tl.sum(tl.load(partial + 2, mask=i_tile < tiles, other=0.0).to(tl.float64), 0)
-    elements = ((tokens - 1).to(tl.int64) * width).to(tl.float64)
-    parallel = inner / tl.sqrt(square * elements)
-    perpendicular = tl.sqrt(tl.maximum(total / elements - parallel * parallel, 0.0))
+    root = tl.load(root_ptr + concept, mask=mask, other=1.0)
+    count = elements.to(tl.float64)
+    inner = tl.load(sums_ptr + 2 * pair, mask=mask, other=0).to(tl.float64)
+    total = tl.load(sums_ptr + 2 * pair + 1, mask=mask, other=0).to(tl.float64)
+    parallel = inner / product_scale / count
+    mean_square = total / square_scale / count
+    perpendicular = tl.sqrt(tl.maximum(mean_square - parallel * parallel, 0.0))
     away = 1.0 - parallel
     distance = tl.sqrt(perpendicular * perpendicular + away * away)
-    low_denominator = perpendicular * max_cosine + away * max_sine
-    low = tl.where(low_denominator > 0, max_sine / low_denominator, float("inf"))
-    low = tl.where(max_cosine >= 1.0, 0.0, low) * (1.0 + guard)
-    high_denominator = perpendicular * min_cosine + away * min_sine
-    high = tl.where(high_denominator > 0, min_sine / high_denominator, float("inf"))
-    high = tl.minimum(max_distance / distance, high) * (1.0 - guard)
-    zero = tl.full([4], 0, tl.uint32)
-    word, _, _, _ = tl.philox(seed, zero, zero, zero + sample, zero + concept.to(tl.uint32))
-    # All four lanes hold the same uniform; their maximum is the scalar.
-    uniform = tl.max(tl.uint_to_uniform_float(word), 0).to(tl.float64)
-    beta = low + uniform * (high - low)
-    # Written so that NaN sums (a zero or non-finite E) fall on the NaN side too.
-    beta = tl.where(low <= high, beta, float("nan"))
-    alpha = 1.0 - beta
-    alpha = alpha.to(alpha_ptr.dtype.element_ty)
-    beta = beta.to(beta_ptr.dtype.element_ty)
-    scale = beta.to(tl.float64) * tl.sqrt(square / elements)
+    low = tl.where(max_cosine >= 1.0, 0.0, _reach(perpendicular, away, max_cosine, max_sine)) * (
+        1.0 + _GUARD
+    )
+    high = tl.minimum(
+        max_distance / distance, _reach(perpendicular, away, min_cosine, min_sine)
+    ) * (1.0 - _GUARD)
+    zero = tl.zeros([BLOCK], tl.uint32)
+    word, _, _, _ = tl.philox(
+        seed,
+        zero,
+        zero,
+        (offset + pair % samples).to(tl.uint32),
+        (concept_offset + concept).to(tl.uint32),
+    )
+    uniform = tl.uint_to_uniform_float(word).to(tl.float64)
+    drawn = low + uniform * (high - low)
+    # NaN of a prompt that is zero or not finite makes the second comparison false.
+    inverse = (1.0 / root).to(alpha_ptr.dtype.element_ty)
+    drawn = tl.where((low <= high) & (inverse < float("inf")), drawn, float("nan"))
+    alpha = (1.0 - drawn).to(alpha_ptr.dtype.element_ty)
+    beta = drawn.to(beta_ptr.dtype.element_ty)
+    scale = beta.to(tl.float64) * root
+    tl.store(alpha_ptr + pair, alpha, mask=mask)
+    tl.store(beta_ptr + pair, beta, mask=mask)
+    tl.store(scale_ptr + pair, scale.to(scale_ptr.dtype.element_ty), mask=mask)
 
-    out_ptr = rows_ptr + pair * tokens * width
-    if tile == 0:
-        tl.store(alpha_ptr + pair, alpha)
-        tl.store(beta_ptr + pair, beta)
-        column = tl.arange(0, BLOCK_WIDTH)
-        start_ptr = e_ptr + concept * stride_c + column.to(tl.int64) * stride_d
-        start = tl.load(start_ptr, mask=column < width, other=0.0)
-        tl.store(out_ptr + column, start, mask=column < width)
 
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """`x` in the type it is stored in, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter cuts float32 off where a GPU rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
+def _rows(
+    e_ptr,
+    z_ptr,
+    alpha_ptr,
+    scale_ptr,
+    rows_ptr,
+    seed: tl.int64,
+    offset: tl.int64,
+    concept_offset: tl.int64,
+    pair_start,
+    samples,
+    tokens,
+    width,
+    stride_c,
+    stride_t,
+    stride_d,
+    stride_alpha,
+    stride_scale,
+    groups,
+    tiles,
+    DOUBLE: tl.constexpr,
+    SHAPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes a tile of alpha E + scale z; begin-of-text as it is."""
+    program = tl.program_id(0).to(tl.int64)
+    local = program // tiles
+    pair = pair_start + local
+    first = ((program % tiles) * BLOCK).to(tl.int32)
+    concept = pair // samples
+    number = pair % samples
     token, column, mask = _tile_places(first, tokens, width, groups, BLOCK)
     place = concept * stride_c + token.to(tl.int64) * stride_t + column.to(tl.int64) * stride_d
     e = tl.load(e_ptr + place, mask=mask, other=0.0)
-    z = _tile_noise(seed, first, sample, concept.to(tl.uint32), groups, BLOCK)
-    if DOUBLE:
-        x = alpha * e + scale * z.to(tl.float64)
+    if not DOUBLE:
+        e = e.to(tl.float32)
+    if SHAPED:
+        row = local * (tokens - 1) + (token - 1)
+        z = tl.load(z_ptr + row * width + column, mask=mask & (token > 0), other=0.0)
     else:
-        x = alpha * e.to(tl.float32) + scale.to(tl.float32) * z
-    tl.store(out_ptr + token.to(tl.int64) * width + column, x, mask=mask)
+        z = _tile_noise(
+            seed,
+            first,
+            (offset + number).to(tl.uint32),
+            (concept_offset + concept).to(tl.uint32),
+            groups,
+            BLOCK,
+        )
+    if DOUBLE:
+        z = z.to(tl.float64)
+    alpha = tl.load(alpha_ptr + concept * stride_alpha + number)
+    scale = tl.load(scale_ptr + concept * stride_scale + number)
+    x = alpha * e + scale * z
+    x = _rounded(tl.where(token > 0, x, e), rows_ptr.dtype.element_ty)
+    out = pair * tokens * width + token.to(tl.int64) * width + column
+    tl.store(rows_ptr + out, x, mask=mask)
+
+
+def _layout(embeddings: Tensor) -> tuple[int, int, int]:
+    """Groups a token, groups a program, programs a sample."""
+    _, tokens, width = embeddings.shape
+    groups = triton.cdiv(width, 4)
+    block = min(_BLOCK, triton.next_power_of_2(tokens * groups))
+    return groups, block, triton.cdiv(tokens * groups, block)
+
+
+def _shaped_blocks(embeddings: Tensor, pairs: int, factor: Tensor | None) -> list[tuple[int, int]]:
+    """Samples handled at once: all, or as many as the buffer of shaped noise holds."""
+    if factor is None:
+        return [(0, pairs)]
+    _, tokens, width = embeddings.shape
+    step = max(1, _NOISE_BYTES // ((tokens - 1) * width * factor.element_size()))
+    return [(start, min(step, pairs - start)) for start in range(0, pairs, step)]
+
+
+def _shaped(
+    embeddings: Tensor,
+    factor: Tensor,
+    samples: int,
+    pair_start: int,
+    count: int,
+    seed: int,
+    offset: int,
+    concept_offset: int,
+) -> Tensor:
+    """`[count (t - 1), d]` noise rows F z of some samples."""
+    _, tokens, width = embeddings.shape
+    groups, block, tiles = _layout(embeddings)
+    z = embeddings.new_empty((count * (tokens - 1), width), dtype=torch.float32)
+    _noise[(count * tiles,)](
+        z_ptr=z,
+        seed=seed,
+        offset=offset,
+        concept_offset=concept_offset,
+        pair_start=pair_start,
+        samples=samples,
+        tokens=tokens,
+        width=width,
+        groups=groups,
+        tiles=tiles,
+        BLOCK=block,
+        **_OPTIONS,
+    )
+    return torch.mm(z.to(factor.dtype), factor.mT)
 
 
 def perturb(
     embeddings: Tensor,
+    factor: Tensor | None,
     samples: int,
     min_cosine: float,
     max_cosine: float,
     max_distance: float,
     seed: int,
-    offset: int = 0,
+    offset: int,
+    concept_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`realera_fast.philox.perturb` by two launches.
-
-    Args:
-        embeddings: `[c, t, d]` prompt embeddings, any strides; row 0 is begin-of-text.
-        samples: s, samples per concept.
-        min_cosine, max_cosine: window of the cosine between the embedding and a sample.
-        max_distance: longest step in units of the embedding's norm.
-        seed: key of the random stream.
-        offset: counter of the first sample.
-
-    Returns:
-        rows `[c, s, t, d]` of the embeddings' type; alpha, beta `[c, s]`, float64 for float64
-        embeddings, else float32; NaN where no point is accepted. Float32 arithmetic, float64 for
-        float64 embeddings; the scalars in float64 always.
-    """
-    check_perturb(embeddings, samples, min_cosine, max_cosine, max_distance, seed, offset)
+    """`realera_fast.perturbation.perturb`, see there; any strides."""
     concepts, tokens, width = embeddings.shape
     double = embeddings.dtype == torch.float64
-    exact = torch.float64 if double else torch.float32
-    rows = embeddings.new_empty((concepts, samples, tokens, width))
+    exact = perturbation.exact_dtype(embeddings.dtype)
+    elements = (tokens - 1) * width
     pairs = concepts * samples
-    if rows.numel() == 0 or tokens == 1:
-        rows.copy_(embeddings[:, None])
+    if pairs == 0 or elements <= 0:
         alpha = embeddings.new_ones((concepts, samples), dtype=exact)
-        return rows, alpha, torch.zeros_like(alpha)
+        return alpha, torch.zeros_like(alpha), torch.zeros_like(alpha)
     alpha = embeddings.new_empty((concepts, samples), dtype=exact)
-    beta = torch.empty_like(alpha)
-    groups = triton.cdiv(width, 4)
-    block = min(_BLOCK, triton.next_power_of_2((tokens - 1) * groups))
-    tiles = triton.cdiv((tokens - 1) * groups, block)
-    partial = embeddings.new_empty((pairs, tiles, 3), dtype=exact)
+    beta, scale = torch.empty_like(alpha), torch.empty_like(alpha)
+    root = embeddings.new_empty((concepts,), dtype=torch.float64)
+    sums = embeddings.new_zeros((pairs, 2), dtype=torch.int64)
+    groups, block, tiles = _layout(embeddings)
+    shaped = perturbation.SHAPED_SCALE
+    product_scale = perturbation.inner_scale(elements) if factor is None else shaped
+    square_scale = perturbation.SQUARE_SCALE if factor is None else shaped
+    strides = {
+        "stride_c": embeddings.stride(0),
+        "stride_t": embeddings.stride(1),
+        "stride_d": embeddings.stride(2),
+    }
+    stream = {"seed": seed, "offset": offset, "concept_offset": concept_offset}
     with torch.cuda.device_of(embeddings):
-        _sums[(pairs * tiles,)](
+        _norms[(concepts,)](
             e_ptr=embeddings,
-            partial_ptr=partial,
-            seed=seed,
-            offset=offset,
-            samples=samples,
+            root_ptr=root,
             tokens=tokens,
             width=width,
-            stride_c=embeddings.stride(0),
-            stride_t=embeddings.stride(1),
-            stride_d=embeddings.stride(2),
-            groups=groups,
-            tiles=tiles,
-            DOUBLE=double,
-            BLOCK=block,
+            **strides,
+            BLOCK=_NORM_BLOCK,
             **_OPTIONS,
         )
-        _rows[(pairs * tiles,)](
-            e_ptr=embeddings,
-            partial_ptr=partial,
-            rows_ptr=rows,
+        for pair_start, count in _shaped_blocks(embeddings, pairs, factor):
+            z = embeddings if factor is None else _shaped(
+                embeddings, factor, samples, pair_start, count, **stream
+            )  # fmt: skip
+            _sums[(count * tiles,)](
+                e_ptr=embeddings,
+                z_ptr=z,
+                root_ptr=root,
+                sums_ptr=sums,
+                **stream,
+                pair_start=pair_start,
+                samples=samples,
+                tokens=tokens,
+                width=width,
+                **strides,
+                groups=groups,
+                tiles=tiles,
+                product_scale=product_scale,
+                square_scale=square_scale,
+                DOUBLE=double,
+                SHAPED=factor is not None,
+                BLOCK=block,
+                **_OPTIONS,
+            )
+        _scalars[(triton.cdiv(pairs, _PAIRS),)](
+            root_ptr=root,
+            sums_ptr=sums,
             alpha_ptr=alpha,
             beta_ptr=beta,
-            seed=seed,
-            offset=offset,
+            scale_ptr=scale,
+            **stream,
+            pairs=pairs,
             samples=samples,
-            tokens=tokens,
-            width=width,
-            stride_c=embeddings.stride(0),
-            stride_t=embeddings.stride(1),
-            stride_d=embeddings.stride(2),
-            groups=groups,
-            tiles=tiles,
+            elements=elements,
             min_cosine=min_cosine,
-            min_sine=sine(min_cosine),
+            min_sine=perturbation.sine(min_cosine),
             max_cosine=max_cosine,
-            max_sine=sine(max_cosine),
+            max_sine=perturbation.sine(max_cosine),
             max_distance=max_distance,
-            guard=GUARD,
-            DOUBLE=double,
-            BLOCK=block,
-            BLOCK_WIDTH=triton.next_power_of_2(width),
-            TILES=triton.next_power_of_2(tiles),
+            product_scale=product_scale,
+            square_scale=square_scale,
+            BLOCK=_PAIRS,
             **_OPTIONS,
         )
-    return rows, alpha, beta
+    return alpha, beta, scale
+
+
+def perturb_rows(
+    embeddings: Tensor,
+    factor: Tensor | None,
+    alpha: Tensor,
+    scale: Tensor,
+    seed: int,
+    offset: int,
+    concept_offset: int,
+) -> Tensor:
+    """`realera_fast.perturbation.perturb_rows`, see there; any strides."""
+    concepts, tokens, width = embeddings.shape
+    samples = alpha.shape[1]
+    rows = embeddings.new_empty((concepts, samples, tokens, width))
+    if rows.numel() == 0 or tokens == 1:
+        return rows.copy_(embeddings[:, None])
+    alpha, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (alpha, scale))
+    groups, block, tiles = _layout(embeddings)
+    stream = {"seed": seed, "offset": offset, "concept_offset": concept_offset}
+    with torch.cuda.device_of(embeddings):
+        for pair_start, count in _shaped_blocks(embeddings, concepts * samples, factor):
+            z = embeddings if factor is None else _shaped(
+                embeddings, factor, samples, pair_start, count, **stream
+            )  # fmt: skip
+            _rows[(count * tiles,)](
+                e_ptr=embeddings,
+                z_ptr=z,
+                alpha_ptr=alpha,
+                scale_ptr=scale,
+                rows_ptr=rows,
+                **stream,
+                pair_start=pair_start,
+                samples=samples,
+                tokens=tokens,
+                width=width,
+                stride_c=embeddings.stride(0),
+                stride_t=embeddings.stride(1),
+                stride_d=embeddings.stride(2),
+                stride_alpha=alpha.stride(0),
+                stride_scale=scale.stride(0),
+                groups=groups,
+                tiles=tiles,
+                DOUBLE=embeddings.dtype == torch.float64,
+                SHAPED=factor is not None,
+                BLOCK=block,
+                **_OPTIONS,
+            )
+    return rows

@@ -347,14 +347,14 @@ def align_noise(
                 if mining_config.mode in ("gaussian", "covariance", "offset"):
                     student_m = mining.sample(
                         source_m, mining_config.neighbor_region, samples=1, seed=noise_seed
-                    ).rows[:, 0]
+                    ).rows()[:, 0]
                 half = max(1, config.batch_size // 2)
                 beyond = mining.sample(
                     source_m[:half],
                     mining_config.beyond_region,
                     samples=1,
                     seed=philox.fold_seed(noise_seed, 1),
-                ).rows[:, 0]
+                ).rows()[:, 0]
                 z_p, t_p, index = preserve_points.draw(config.batch_size, generator)
                 kept = preserve[index]
                 latents = torch.cat([z_m, z_m[:half], z_p])

@@ -9,15 +9,15 @@ many samples at once (`moments`), which costs no samples and has no sampling noi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from realera_fast import ops, philox
-from realera_fast.closed_form import NormalEquations, Pairs
+from realera_fast import ops, perturbation
+from realera_fast.closed_form import NormalEquations
 
 MODES = ("vocabulary", "gaussian", "covariance", "offset", "none")
 """Where neighbors come from; see `MiningConfig.mode`."""
@@ -25,7 +25,6 @@ MODES = ("vocabulary", "gaussian", "covariance", "offset", "none")
 _BEYOND_OFFSET = 1 << 31
 """Sample counter of the first beyond sample: they never share noise with neighbors of one seed."""
 
-_ELEMENTS_PER_BLOCK = 1 << 22
 _NODES = 128
 _EMPTY_MASS = 1e-4
 
@@ -60,7 +59,7 @@ class Region:
                 f"Region.max_distance must be positive and finite, got {self.max_distance}"
             )
         # The nearest point at a given angle is the foot of the perpendicular from E, or the origin.
-        nearest = philox.sine(self.max_cosine) if self.max_cosine > 0 else 1.0
+        nearest = perturbation.sine(self.max_cosine) if self.max_cosine > 0 else 1.0
         if self.max_distance <= nearest:
             raise ValueError(
                 f"Region is empty: no point within {self.max_distance} |E| has a cosine of at most "
@@ -150,15 +149,49 @@ class MiningConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Sampled:
-    """Samples around prompt embeddings: `x = alpha E + beta v`."""
+class Samples:
+    """Points around prompt embeddings, as scalars and the place of their noise in the stream.
 
-    rows: Tensor
-    """`[c, s, t, d]` the samples, in the embeddings' type."""
+    `x = alpha E + beta v` with `v = rms(E) z`. The noise is not kept: it is drawn again by whoever
+    needs it.
+    """
+
+    embeddings: Tensor
+    """`[c, t, d]` what the points lie around."""
+    factor: Tensor | None
+    """`[d, d]` F: noise rows are F z instead of z."""
     alpha: Tensor
     """`[c, s]` how much of the embedding is left."""
     beta: Tensor
     """`[c, s]` how much noise is added, in units of its draw v."""
+    scale: Tensor
+    """`[c, s]` how much noise is added, in units of z."""
+    seed: int
+    """Key of the random stream."""
+    offset: int
+    """Counter of the first sample."""
+
+    def rows(self) -> Tensor:
+        """`[c, s, t, d]` the points themselves, in the embeddings' type."""
+        return ops.perturb_rows(
+            self.embeddings, self.alpha, self.scale, self.seed,
+            factor=self.factor, offset=self.offset,
+        )  # fmt: skip
+
+    def project(
+        self,
+        weight: Tensor,
+        *,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+        heights: Sequence[int] | None = None,
+        scaling: float = 1.0,
+    ) -> Tensor:
+        """`[c, s, t, m]`: `ops.project` of the points, which are not stored."""
+        return ops.perturb_project(
+            self.embeddings, self.alpha, self.scale, weight, self.seed, down=down, up=up,
+            heights=heights, scaling=scaling, factor=self.factor, offset=self.offset,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,7 +220,7 @@ def sample(
     seed: int,
     factor: Tensor | None = None,
     offset: int = 0,
-) -> Sampled:
+) -> Samples:
     """Draws points of a region around prompt embeddings (RealEra, arXiv 2410.09140, mining).
 
     The same seed draws the same points on every device; samples `o` to `o + s` of `offset=o` are
@@ -199,36 +232,21 @@ def sample(
         region: where the points lie.
         samples: points per prompt.
         seed: key of the random stream, in [0, 2^63); use `philox.fold_seed` to derive one per step.
-        factor: `[d, d]` F with trace(F F^T) = d: noise rows are F z instead of z.
+        factor: `[d, d]` F with trace(F F^T) = d: noise rows are F z instead of z. Of the
+            embeddings' type, float32 for 16-bit ones.
         offset: counter of the first sample.
 
     Returns:
-        the samples and their scalars.
+        the samples.
 
     Raises:
         ValueError: a direction was drawn along which no point of the region lies (possible for very
             small prompts and narrow regions), or an embedding is zero or not finite.
     """
-    philox.check_seed(seed)
-    arguments = (
-        embeddings,
-        samples,
-        region.min_cosine,
-        region.max_cosine,
-        region.max_distance,
-        seed,
-        offset,
-    )
-    if factor is None:
-        rows, alpha, beta = ops.perturb(*arguments)
-    else:
-        width = embeddings.shape[-1]
-        if factor.shape != (width, width):
-            raise ValueError(
-                f"factor must be [{width}, {width}] like the embeddings' width, "
-                f"got {list(factor.shape)}"
-            )
-        rows, alpha, beta = philox.perturb(*arguments, factor=factor)
+    alpha, beta, scale = ops.perturb(
+        embeddings, samples, region.min_cosine, region.max_cosine, region.max_distance, seed,
+        factor=factor, offset=offset,
+    )  # fmt: skip
     bad = beta.isnan()
     if bool(bad.any()):
         concept = int(bad.any(1).nonzero()[0])
@@ -243,7 +261,7 @@ def sample(
                 "widen the cosine window or raise max_distance"
             )
         raise ValueError(f"embeddings[{concept}] can't be mined: {why}")
-    return Sampled(rows, alpha, beta)
+    return Samples(embeddings, factor, alpha, beta, scale, seed, offset)
 
 
 @lru_cache(maxsize=256)
@@ -251,8 +269,8 @@ def moments(elements: int, region: Region) -> Moments:
     """The limit of infinitely many samples, by quadrature over the noise.
 
     In units |E| = 1 the noise is v = g E + v_perp with g ~ N(0, 1/N) and N |v_perp|^2 ~ chi^2 with
-    N - 1 degrees of freedom; the step is uniform in `philox.interval(g, |v_perp|)`, over which
-    the integrals are polynomials.
+    N - 1 degrees of freedom; the step is uniform in `perturbation.interval(g, |v_perp|)`, over
+    which the integrals are polynomials.
 
     Args:
         elements: N = (t - 1) d, the elements that move.
@@ -291,7 +309,7 @@ def _moments(elements: int, degrees: float, variance: float, region: Region) -> 
     parallel = g[:, None].expand_as(mass)
     # |v_perp|^2 has mean (elements - 1) / elements, whatever its degrees of freedom.
     perpendicular = chi.expand_as(mass) * math.sqrt((elements - 1) / (elements * degrees))
-    low, high = philox.interval(
+    low, high = perturbation.interval(
         parallel, perpendicular, region.min_cosine, region.max_cosine, region.max_distance
     )
     accepted = low <= high
@@ -438,29 +456,25 @@ def _add_samples(
     seed: int,
 ) -> int:
     assert config.samples is not None
-    prompts, tokens, width = source.shape
-    factor = None if covariance is None else _square_root(covariance)
-    used = weight.reshape(-1) != 0
-    block = max(1, _ELEMENTS_PER_BLOCK // source.numel())
+    factor = None if covariance is None else _square_root(covariance).to(source.dtype)
+    width = equations.width
+    gram = torch.zeros((width, width), dtype=torch.float64, device=equations.device)
+    cross = torch.zeros_like(gram)
     drawn = 0
     for anchored, region, scale in _terms(config):
-        first = 0 if anchored else _BEYOND_OFFSET
-        for start in range(0, config.samples, block):
-            count = min(block, config.samples - start)
-            rows = sample(
-                source, region, samples=count, seed=seed, factor=factor, offset=first + start
-            ).rows
-            # [p, s, t, d] -> [s, p t, d], where rows without weight can be dropped at once.
-            x = rows.transpose(0, 1).reshape(count, prompts * tokens, width)[:, used]
-            if not anchored:
-                y = x
-            elif config.mode == "offset":
-                y = x + (destination - source).reshape(-1, width)[used]
-            else:
-                y = destination.reshape(-1, width)[used].expand_as(x)
-            w = (weight.reshape(-1)[used] * (scale / config.samples)).expand(count, -1)
-            equations.update(Pairs(x.reshape(-1, width), y.reshape(-1, width), w.reshape(-1)))
-            drawn += prompts * count
+        points = sample(
+            source, region, samples=config.samples, seed=seed, factor=factor,
+            offset=0 if anchored else _BEYOND_OFFSET,
+        )  # fmt: skip
+        relative = config.mode == "offset"
+        target = destination - source if relative else destination
+        ops.perturb_accumulate_(
+            gram, cross, source, points.alpha, points.scale, weight * (scale / config.samples),
+            seed, destination=target if anchored else None, relative=relative, factor=factor,
+            offset=points.offset,
+        )  # fmt: skip
+        drawn += source.shape[0] * config.samples
+    equations.update_moments(gram, cross)
     return drawn
 
 

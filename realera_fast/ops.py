@@ -12,48 +12,156 @@ This is the only module that names the native library or ``realera_fast.kernels`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from realera_fast import philox, reference
+from realera_fast import perturbation, philox, reference, streamed
 
-_NAMES = ("low_rank_update_", "normal_equations_", "perturb", "solve_spd")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NATIVE = Path(__file__).with_name("_C.abi3.so")
 
-_library = torch.library.Library("realera_fast", "DEF")
-for _schema in (
-    "normal_equations_(Tensor(a!) gram, Tensor(b!) cross, Tensor source, Tensor destination, "
+_STREAM = "int seed, int offset, int concept_offset"
+_SCHEMAS = {
+    "normal_equations_": "(Tensor(a!) gram, Tensor(b!) cross, Tensor source, Tensor destination, "
     "Tensor weight) -> ()",
-    "solve_spd(Tensor gram, Tensor rhs) -> (Tensor, Tensor, Tensor)",
-    "low_rank_update_(Tensor(a!)[] weights, Tensor[] left, Tensor[] right, Tensor[] offset) -> ()",
-    "perturb(Tensor embeddings, int samples, float min_cosine, float max_cosine, "
-    "float max_distance, int seed, int offset) -> (Tensor, Tensor, Tensor)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _name in _NAMES:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    "gram_": "(Tensor(a!) gram, Tensor source, Tensor weight) -> ()",
+    "solve_spd": "(Tensor gram, Tensor rhs) -> (Tensor, Tensor, Tensor)",
+    "low_rank_update_": "(Tensor(a!)[] weights, Tensor[] left, Tensor[] right, Tensor[] offset) "
+    "-> ()",
+    "perturb": "(Tensor embeddings, Tensor? factor, int samples, float min_cosine, "
+    f"float max_cosine, float max_distance, {_STREAM}) -> (Tensor, Tensor, Tensor)",
+    "perturb_rows": "(Tensor embeddings, Tensor? factor, Tensor alpha, Tensor scale, "
+    f"{_STREAM}) -> Tensor",
+    "perturb_project": "(Tensor embeddings, Tensor? factor, Tensor alpha, Tensor scale, "
+    "Tensor weight, Tensor? down, Tensor? up, int[] heights, float scaling, "
+    f"{_STREAM}) -> Tensor",
+    "perturb_project_backward": "(Tensor grad, Tensor embeddings, Tensor? factor, Tensor alpha, "
+    "Tensor scale, Tensor down, Tensor up, int[] heights, float scaling, "
+    f"{_STREAM}) -> (Tensor, Tensor)",
+    "perturb_accumulate_": "(Tensor(a!) gram, Tensor(b!) cross, Tensor embeddings, "
+    "Tensor? factor, Tensor alpha, Tensor scale, Tensor weight, Tensor? destination, "
+    f"bool relative, {_STREAM}) -> ()",
+    "project": "(Tensor x, Tensor weight, Tensor? down, Tensor? up, int[] heights, float scaling) "
+    "-> Tensor",
+    "project_into": "(Tensor(a!) y, Tensor x, Tensor weight, Tensor? down, Tensor? up, "
+    "int[] heights, float scaling) -> ()",
+    "project_backward": "(Tensor grad, Tensor x, Tensor down, Tensor up, int[] heights, "
+    "float scaling) -> (Tensor, Tensor)",
+}
+_library = torch.library.Library("realera_fast", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # What is written of other operations and serves every device comes before the reference.
+    _plain = getattr(streamed, _name, None) or getattr(reference, _name)
+    _library.impl(_name, _plain, "CompositeExplicitAutograd")
 
 
-def _perturb_cuda(
-    embeddings: Tensor,
-    samples: int,
-    min_cosine: float,
-    max_cosine: float,
-    max_distance: float,
-    seed: int,
-    offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Imported at the first call: `import realera_fast` must not need Triton.
-    from realera_fast.kernels import perturb as kernel
-
-    return kernel.perturb(embeddings, samples, min_cosine, max_cosine, max_distance, seed, offset)
+# Shapes alone: the references would draw all blocks of random numbers of a graph that is traced.
+def _perturb_meta(embeddings: Tensor, factor: Tensor | None, samples: int, *_: object) -> Any:
+    exact = perturbation.exact_dtype(embeddings.dtype)
+    return tuple(
+        embeddings.new_empty((embeddings.shape[0], samples), dtype=exact) for _ in range(3)
+    )
 
 
-_library.impl("perturb", _perturb_cuda, "CUDA")
+def _perturb_rows_meta(
+    embeddings: Tensor, factor: Tensor | None, alpha: Tensor, *_: object
+) -> Tensor:
+    return embeddings.new_empty((*alpha.shape, *embeddings.shape[1:]))
+
+
+def _perturb_project_meta(
+    embeddings: Tensor, factor: Tensor | None, alpha: Tensor, scale: Tensor, weight: Tensor,
+    *_: object,
+) -> Tensor:  # fmt: skip
+    return embeddings.new_empty((*alpha.shape, embeddings.shape[1], len(weight)))
+
+
+def _perturb_project_backward_meta(
+    grad: Tensor, embeddings: Tensor, factor: Tensor | None, alpha: Tensor, scale: Tensor,
+    down: Tensor, up: Tensor, *_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    exact = perturbation.exact_dtype(embeddings.dtype)
+    return down.new_empty(down.shape, dtype=exact), up.new_empty(up.shape, dtype=exact)
+
+
+def _nothing_meta(*_: object) -> None:
+    return None
+
+
+_library.impl("perturb", _perturb_meta, "Meta")
+_library.impl("perturb_rows", _perturb_rows_meta, "Meta")
+_library.impl("perturb_project", _perturb_project_meta, "Meta")
+_library.impl("perturb_project_backward", _perturb_project_backward_meta, "Meta")
+_library.impl("perturb_accumulate_", _nothing_meta, "Meta")
+
+
+def _triton(module: str, name: str) -> Callable[..., Any]:
+    """A kernel, imported at its first call: `import realera_fast` must not need Triton."""
+
+    def call(*arguments: Any) -> Any:
+        kernels = importlib.import_module(f"realera_fast.kernels.{module}")
+        return getattr(kernels, name)(*arguments)
+
+    return call
+
+
+def _gram_cuda(gram: Tensor, source: Tensor, weight: Tensor) -> None:
+    # Tensor cores serve float64 rows through cuBLAS.
+    kernel = reference.gram_ if source.dtype == torch.float64 else _triton("gram", "gram_")
+    kernel(gram, source, weight)
+
+
+_TRITON = {
+    "perturb": "perturb",
+    "perturb_rows": "perturb",
+    "gram_": "gram",
+    "project_into": "project",
+    "project_backward": "project",
+}
+for _name, _module in _TRITON.items():
+    _library.impl(_name, _gram_cuda if _name == "gram_" else _triton(_module, _name), "CUDA")
+
+
+def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, down, up, ctx.heights, ctx.scaling = inputs
+    ctx.save_for_backward(x, down, up)
+
+
+def _project_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, down, up = ctx.saved_tensors
+    if down is None:
+        return (None,) * 6
+    parts = torch.ops.realera_fast.project_backward(grad, x, down, up, ctx.heights, ctx.scaling)
+    return None, None, parts[0].to(down.dtype), parts[1].to(up.dtype), None, None
+
+
+def _save_perturbed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    embeddings, factor, alpha, scale, _, down, up, *ctx.rest = inputs
+    ctx.save_for_backward(embeddings, factor, alpha, scale, down, up)
+
+
+def _perturbed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *drawn, down, up = ctx.saved_tensors
+    if down is None:
+        return (None,) * 12
+    parts = torch.ops.realera_fast.perturb_project_backward(grad, *drawn, down, up, *ctx.rest)
+    return (*(None,) * 5, parts[0].to(down.dtype), parts[1].to(up.dtype), *(None,) * 5)
+
+
+torch.library.register_autograd(
+    "realera_fast::project", _project_gradients, setup_context=_save_projection, lib=_library
+)
+torch.library.register_autograd(
+    "realera_fast::perturb_project", _perturbed_gradients, setup_context=_save_perturbed,
+    lib=_library,
+)  # fmt: skip
 
 if _NATIVE.exists():
     torch.ops.load_library(_NATIVE)
@@ -64,15 +172,16 @@ def implementations() -> dict[str, dict[str, str]]:
 
     Returns:
         For each operation, ``{"cpu": ..., "cuda": ...}`` with the values "native" (C++ or CUDA),
-        "triton" and "reference" (plain PyTorch).
+        "triton", "streamed" (written of other operations, block by block) and "reference" (plain
+        PyTorch).
     """
 
     def kind(name: str, key: str) -> str:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{name}", key):
-            return "reference"
-        return "triton" if (name, key) == ("perturb", "CUDA") else "native"
+            return "streamed" if hasattr(streamed, name) else "reference"
+        return "triton" if key == "CUDA" and name in _TRITON else "native"
 
-    return {name: {"cpu": kind(name, "CPU"), "cuda": kind(name, "CUDA")} for name in _NAMES}
+    return {name: {"cpu": kind(name, "CPU"), "cuda": kind(name, "CUDA")} for name in _SCHEMAS}
 
 
 def normal_equations_(
@@ -90,27 +199,13 @@ def normal_equations_(
         destination: `[n, d]` rows y, of the same dtype.
         weight: `[n]` weights w, of any floating dtype.
     """
-    _check_matrix("source", source)
-    width = source.shape[1]
-    for name, total in (("gram", gram), ("cross", cross)):
-        if total.shape != (width, width) or total.dtype != torch.float64:
-            raise ValueError(
-                f"{name}: expected a float64 tensor of shape [{width}, {width}] (the width of "
-                f"source), got {total.dtype} {list(total.shape)}"
-            )
-        if not total.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, as it is changed in place")
+    _check_sums(source, weight, gram=gram, cross=cross)
     if destination.shape != source.shape or destination.dtype != source.dtype:
         raise ValueError(
             f"destination: expected {source.dtype} {list(source.shape)} like source, "
             f"got {destination.dtype} {list(destination.shape)}"
         )
-    if weight.shape != source.shape[:1] or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected floating point numbers of shape [{source.shape[0]}] (one for each "
-            f"row of source), got {weight.dtype} {list(weight.shape)}"
-        )
-    _check_devices(gram=gram, cross=cross, source=source, destination=destination, weight=weight)
+    _check_devices(source=source, destination=destination)
     with torch.no_grad():
         torch.ops.realera_fast.normal_equations_(gram, cross, source, destination, weight)
     _changed(gram, cross)
@@ -248,6 +343,22 @@ def low_rank_update_(
     _changed(*weights)
 
 
+def gram_(gram: Tensor, source: Tensor, weight: Tensor) -> None:
+    """Adds ``sum_i w_i x_i x_i^T`` to ``gram``, in place: the normal equations of rows that stay.
+
+    On the CPU in float64; on CUDA float32 sums of up to some thousand rows are added in float64.
+
+    Args:
+        gram: `[d, d]` float64, contiguous and symmetric: one triangle is summed and copied.
+        source: `[n, d]` rows x: float32, bfloat16, float16 or float64.
+        weight: `[n]` weights w, of any floating dtype.
+    """
+    _check_sums(source, weight, gram=gram)
+    with torch.no_grad():
+        torch.ops.realera_fast.gram_(gram, source, weight)
+    _changed(gram)
+
+
 def perturb(
     embeddings: Tensor,
     samples: int,
@@ -255,31 +366,315 @@ def perturb(
     max_cosine: float,
     max_distance: float,
     seed: int,
+    *,
+    factor: Tensor | None = None,
     offset: int = 0,
+    concept_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws random neighbors of prompt embeddings inside a region of cosine and distance.
+    """Draws the scalars of random neighbors of prompt embeddings inside a region.
 
-    A sample is ``x = alpha E + beta v`` with Gaussian ``v`` (RealEra, arXiv 2410.09140, neighbor-
-    concept mining). The numbers come from a counter-based generator, so equal seeds and offsets
-    give equal samples on every device. Row 0, the begin-of-text token, never moves.
+    A sample is ``x = alpha E + beta v`` with Gaussian ``v = rms(E) z`` (RealEra, arXiv 2410.09140,
+    neighbor-concept mining). Each is accepted: the steps inside the region form one interval. The
+    numbers come from a counter-based generator, so equal seeds and counters give equal bits on
+    every device (without a factor). The samples themselves: `perturb_rows`, and without storing
+    them `perturb_project`, `perturb_accumulate_`.
 
     Args:
-        embeddings: `[c, t, d]` prompt embeddings E.
+        embeddings: `[c, t, d]` prompt embeddings E; row 0, begin-of-text, never moves.
         samples: number of samples `s` of each prompt.
         min_cosine: least cosine between E and a sample.
         max_cosine: greatest cosine between E and a sample.
         max_distance: greatest distance between E and a sample, in units of ``|E|``.
-        seed: key of the generator.
+        seed: key of the generator, in [0, 2^63).
+        factor: `[d, d]` F of the embeddings' dtype, float32 for 16-bit ones, with
+            ``trace(F F^T) = d``: the noise of a token is ``F z``, of covariance ``F F^T``.
         offset: first sample number, so that later calls go on where earlier ones ended.
+        concept_offset: first prompt number, likewise.
 
     Returns:
-        `[c, s, t, d]` samples; `[c, s]` alpha; `[c, s]` beta.
+        alpha, beta and ``scale = beta rms(E)``, `[c, s]`, float64 for float64 embeddings, else
+        float32; NaN where a prompt's direction meets no point of the region.
     """
-    philox.check_perturb(embeddings, samples, min_cosine, max_cosine, max_distance, seed, offset)
+    _check_embeddings(embeddings, factor, samples, seed, offset, concept_offset)
+    if not -1.0 <= min_cosine < max_cosine <= 1.0:
+        name = "min_cosine" if not -1.0 <= min_cosine < 1.0 else "max_cosine"
+        raise ValueError(
+            f"{name}: expected -1 <= min_cosine < max_cosine <= 1, "
+            f"got {min_cosine} and {max_cosine}"
+        )
+    if not 0.0 < max_distance < math.inf:
+        raise ValueError(f"max_distance: expected a positive number, got {max_distance}")
     with torch.no_grad():
         return torch.ops.realera_fast.perturb(
-            embeddings, samples, min_cosine, max_cosine, max_distance, seed, offset
+            embeddings, factor, samples, min_cosine, max_cosine, max_distance,
+            seed, offset, concept_offset,
+        )  # fmt: skip
+
+
+def perturb_rows(
+    embeddings: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    seed: int,
+    *,
+    factor: Tensor | None = None,
+    offset: int = 0,
+    concept_offset: int = 0,
+) -> Tensor:
+    """The samples whose scalars `perturb` has drawn: ``alpha E + scale z``.
+
+    Args:
+        embeddings, seed, factor, offset, concept_offset: as given to `perturb`.
+        alpha, scale: `[c, s]` as returned by it.
+
+    Returns:
+        `[c, s, t, d]` of the embeddings' dtype.
+    """
+    _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    with torch.no_grad():
+        return torch.ops.realera_fast.perturb_rows(
+            embeddings, factor, alpha, scale, seed, offset, concept_offset
         )
+
+
+def perturb_project(
+    embeddings: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    seed: int,
+    *,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    heights: Sequence[int] | None = None,
+    scaling: float = 1.0,
+    factor: Tensor | None = None,
+    offset: int = 0,
+    concept_offset: int = 0,
+) -> Tensor:
+    """`project` of the samples of `perturb`, which are drawn block by block and not stored.
+
+    Memory beside arguments and result is at most 64 MiB. Gradients go to ``down`` and ``up`` alone.
+
+    Args:
+        embeddings, seed, factor, offset, concept_offset: as given to `perturb`.
+        alpha, scale: `[c, s]` as returned by it.
+        weight, down, up, heights, scaling: as for `project`; ``weight`` has the embeddings' dtype.
+
+    Returns:
+        `[c, s, t, m]` of the embeddings' dtype.
+    """
+    _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    heights = _check_projection("embeddings", embeddings, weight, down, up, heights)
+    embeddings, alpha, scale, weight = _constants(embeddings, alpha, scale, weight)
+    return torch.ops.realera_fast.perturb_project(
+        embeddings, factor, alpha, scale, weight, down, up, heights, scaling,
+        seed, offset, concept_offset,
+    )  # fmt: skip
+
+
+def perturb_accumulate_(
+    gram: Tensor,
+    cross: Tensor,
+    embeddings: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    seed: int,
+    *,
+    destination: Tensor | None = None,
+    relative: bool = False,
+    factor: Tensor | None = None,
+    offset: int = 0,
+    concept_offset: int = 0,
+) -> None:
+    """Adds the samples of `perturb` to the normal equations (`normal_equations_`), in place.
+
+    The samples are drawn block by block, in float32 for 16-bit embeddings, and not stored: memory
+    beside the arguments is O(d^2).
+
+    Args:
+        gram, cross: `[d, d]` float64, contiguous; ``gram`` is symmetric.
+        embeddings, seed, factor, offset, concept_offset: as given to `perturb`.
+        alpha, scale: `[c, s]` as returned by it.
+        weight: `[c, t]` weight of each sample of a token, of any floating dtype.
+        destination: `[c, t, d]` where the samples of a token go; None: they stay, and ``cross`` is
+            not changed.
+        relative: whether a sample x goes to ``x + destination`` instead.
+    """
+    _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    flat = embeddings.flatten(0, 1)
+    if weight.shape != embeddings.shape[:2]:
+        raise ValueError(
+            f"weight: expected {list(embeddings.shape[:2])}, one for each token, "
+            f"got {list(weight.shape)}"
+        )
+    _check_sums(flat, weight.flatten(), "embeddings", gram=gram, cross=cross)
+    if destination is not None:
+        if destination.shape != embeddings.shape or not destination.is_floating_point():
+            raise ValueError(
+                f"destination: expected floating point numbers of shape {list(embeddings.shape)} "
+                f"like embeddings, got {destination.dtype} {list(destination.shape)}"
+            )
+        _check_devices(embeddings=embeddings, destination=destination)
+    with torch.no_grad():
+        torch.ops.realera_fast.perturb_accumulate_(
+            gram, cross, embeddings, factor, alpha, scale, weight, destination, relative,
+            seed, offset, concept_offset,
+        )  # fmt: skip
+    _changed(gram, cross)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    heights: Sequence[int] | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """Rows times the weights of many layers at once, each with its LoRA part.
+
+    ``y_l = x W_l^T + scaling (x A_l^T) B_l^T``. Gradients go to ``down`` and ``up`` alone: ``x``
+    and ``weight`` are constants, whatever their ``requires_grad``.
+
+    Args:
+        x: `[n, d]` rows: float32, bfloat16, float16 or float64.
+        weight: `[m, d]` the weights W_l one below the other, of the same dtype.
+        down: `[l, r, d]` LoRA factors A_l, of the same dtype or, as master factors are, float32;
+            or None.
+        up: `[m, r]` LoRA factors B_l one below the other, likewise.
+        heights: the number of rows of each of the l weights; None for one weight alone.
+        scaling: factor of the LoRA part.
+
+    Returns:
+        `[n, m]` of the dtype of ``x``.
+    """
+    _check_matrix("x", x)
+    heights = _check_projection("x", x, weight, down, up, heights)
+    x, weight = _constants(x, weight)
+    return torch.ops.realera_fast.project(x, weight, down, up, heights, scaling)
+
+
+def _constants(*tensors: Tensor) -> list[Tensor]:
+    # Autograd would otherwise record the operation for gradients that it does not have.
+    return [tensor.detach() for tensor in tensors]
+
+
+def _check_sums(source: Tensor, weight: Tensor, name: str = "source", **sums: Tensor) -> None:
+    _check_matrix(name, source)
+    width = source.shape[1]
+    for sum_name, total in sums.items():
+        if total.shape != (width, width) or total.dtype != torch.float64:
+            raise ValueError(
+                f"{sum_name}: expected a float64 tensor of shape [{width}, {width}] (the width of "
+                f"{name}), got {total.dtype} {list(total.shape)}"
+            )
+        if not total.is_contiguous():
+            raise ValueError(f"{sum_name}: expected a contiguous tensor, as it is changed in place")
+    if weight.shape != source.shape[:1] or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: expected floating point numbers of shape [{source.shape[0]}] (one for each "
+            f"row of {name}), got {weight.dtype} {list(weight.shape)}"
+        )
+    _check_devices(**sums, **{name: source}, weight=weight)
+
+
+def _check_embeddings(
+    embeddings: Tensor,
+    factor: Tensor | None,
+    samples: int,
+    seed: int,
+    offset: int,
+    concept_offset: int,
+) -> None:
+    if embeddings.dim() != 3 or embeddings.dtype not in perturbation.FLOATS:
+        raise ValueError(
+            "embeddings: expected [c, t, d] of float32, bfloat16, float16 or float64, "
+            f"got {embeddings.dtype} {list(embeddings.shape)}"
+        )
+    concepts, tokens, width = embeddings.shape
+    if (tokens - 1) * width > perturbation.MOST_ELEMENTS:
+        raise ValueError(
+            f"embeddings: expected at most {perturbation.MOST_ELEMENTS} elements that move, "
+            f"got {tokens - 1} tokens of {width}"
+        )
+    philox.check_seed(seed)
+    for name, first, count in (
+        ("offset", offset, samples), ("concept_offset", concept_offset, concepts),
+    ):  # fmt: skip
+        if first < 0 or count < 0 or first + count > 1 << 32:
+            raise ValueError(
+                f"{name}: counters are in [0, 2^32], got {first} and {count} more from there"
+            )
+    if factor is not None:
+        exact = perturbation.exact_dtype(embeddings.dtype)
+        if factor.shape != (width, width) or factor.dtype != exact:
+            raise ValueError(
+                f"factor: expected {exact} [{width}, {width}] (the width of embeddings), "
+                f"got {factor.dtype} {list(factor.shape)}"
+            )
+        _check_devices(embeddings=embeddings, factor=factor)
+
+
+def _check_drawn(
+    embeddings: Tensor,
+    factor: Tensor | None,
+    alpha: Tensor,
+    scale: Tensor,
+    seed: int,
+    offset: int,
+    concept_offset: int,
+) -> None:
+    samples = alpha.shape[-1] if alpha.dim() else 0
+    _check_embeddings(embeddings, factor, samples, seed, offset, concept_offset)
+    exact = perturbation.exact_dtype(embeddings.dtype)
+    for name, given in (("alpha", alpha), ("scale", scale)):
+        expected = (embeddings.shape[0], samples)
+        if given.shape != expected or given.dtype != exact:
+            raise ValueError(
+                f"{name}: expected {exact} {list(expected)} as `perturb` returns it, "
+                f"got {given.dtype} {list(given.shape)}"
+            )
+    _check_devices(embeddings=embeddings, alpha=alpha, scale=scale)
+
+
+def _check_projection(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    heights: Sequence[int] | None,
+) -> list[int]:
+    width = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight: expected {x.dtype} [m, {width}] like {name}, "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    rows = [len(weight)] if heights is None else [int(height) for height in heights]
+    if sum(rows) != len(weight) or any(height < 0 for height in rows):
+        raise ValueError(
+            f"heights: expected numbers that sum to the {len(weight)} rows of weight, got {rows}"
+        )
+    if (down is None) != (up is None):
+        raise ValueError("down, up: expected both LoRA factors or none, got one")
+    given = {name: x, "weight": weight}
+    if down is not None and up is not None:
+        rank = down.shape[1] if down.dim() == 3 else "r"
+        for factor_name, factor, expected in (
+            ("down", down, [len(rows), rank, width]), ("up", up, [len(weight), rank]),
+        ):  # fmt: skip
+            if list(factor.shape) != expected or factor.dtype not in (x.dtype, torch.float32):
+                raise ValueError(
+                    f"{factor_name}: expected {x.dtype} or float32 "
+                    f"[{', '.join(map(str, expected))}], got {factor.dtype} {list(factor.shape)}"
+                )
+        given |= {"down": down, "up": up}
+    _check_devices(**given)
+    return rows
 
 
 def _check_matrix(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = _FLOATING) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from realera_fast import philox
+from realera_fast import perturbation
 
 _CONDITION_STEPS = 5
 """Power steps of the condition estimate. LAPACK's ``lacn2`` stops after at most five as well."""
@@ -118,14 +118,182 @@ def low_rank_update_(
         weight.copy_(wide + thin @ right[shared].to(dtype))
 
 
-def perturb(
+def gram_(gram: Tensor, source: Tensor, weight: Tensor) -> None:
+    """Adds ``sum_i w_i x_i x_i^T`` to ``gram``: the normal equations of rows that stay.
+
+    Args:
+        gram: `[d, d]` float64, symmetric, changed in place.
+        source: `[n, d]` rows x.
+        weight: `[n]` weights w.
+    """
+    rows, width = source.shape
+    block = max(width, 256)
+    for start in range(0, rows, block):
+        x = source[start : start + block].to(torch.float64)
+        w = weight[start : start + block].to(torch.float64)[:, None]
+        product = x.mT @ (w * x)
+        gram += (product + product.mT) / 2
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    heights: Sequence[int],
+    scaling: float,
+) -> Tensor:
+    """Rows times the stacked weights of many layers, with the LoRA part of each layer.
+
+    ``y_l = x W_l^T + scaling ((x A_l^T) B_l^T)``, where both products of the LoRA part are rounded
+    to the dtype of ``x``, as LoRA layers do.
+
+    Args:
+        x: `[n, d]` rows.
+        weight: `[m, d]` the weights W_l one below the other, of the same dtype.
+        down: `[l, r, d]` LoRA factors A_l, or None; rounded to the dtype of ``x`` if they are
+            wider.
+        up: `[m, r]` LoRA factors B_l one below the other, likewise, or None.
+        heights: the number of rows of each W_l; their sum is m.
+        scaling: factor of the LoRA part.
+
+    Returns:
+        `[n, m]`, of the same dtype.
+    """
+    outputs = []
+    start = 0
+    for layer, height in enumerate(heights):
+        y = x @ weight[start : start + height].mT
+        if down is not None and up is not None:
+            hidden = x @ down[layer].to(x.dtype).mT
+            y = y + scaling * (hidden @ up[start : start + height].to(x.dtype).mT)
+        outputs.append(y)
+        start += height
+    return torch.cat(outputs, dim=1) if outputs else x.new_empty(len(x), 0)
+
+
+def project_backward(
+    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, heights: Sequence[int], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`project` for the LoRA factors.
+
+    ``dA_l = scaling (g_l B_l)^T x`` and ``dB_l = scaling g_l^T (x A_l^T)``.
+
+    Args:
+        grad: `[n, m]` gradient of the result.
+        x, down, up, heights, scaling: as for :func:`project`.
+
+    Returns:
+        `[l, r, d]` and `[m, r]` gradients of ``down`` and ``up``, in float32 (float64 for float64
+        ``x``): they are sums over all rows, and master factors are float32.
+    """
+    exact = perturbation.exact_dtype(x.dtype)
+    grad_down = torch.empty(down.shape, dtype=exact, device=x.device)
+    grad_up = torch.empty(up.shape, dtype=exact, device=x.device)
+    start = 0
+    for layer, height in enumerate(heights):
+        part = slice(start, start + height)
+        g = grad[:, part]
+        grad_up[part] = scaling * (g.mT @ (x @ down[layer].to(x.dtype).mT)).to(exact)
+        grad_down[layer] = scaling * ((g @ up[part].to(x.dtype)).mT @ x).to(exact)
+        start += height
+    return grad_down, grad_up
+
+
+perturb = perturbation.perturb
+perturb_rows = perturbation.perturb_rows
+
+
+def perturb_project(
     embeddings: Tensor,
-    samples: int,
-    min_cosine: float,
-    max_cosine: float,
-    max_distance: float,
+    factor: Tensor | None,
+    alpha: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    heights: Sequence[int],
+    scaling: float,
     seed: int,
     offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws neighbors of prompt embeddings: see :func:`realera_fast.philox.perturb`."""
-    return philox.perturb(embeddings, samples, min_cosine, max_cosine, max_distance, seed, offset)
+    concept_offset: int,
+) -> Tensor:
+    """:func:`project` of :func:`perturb_rows`.
+
+    Args:
+        embeddings, factor, alpha, scale, seed, offset, concept_offset: as for
+            :func:`perturb_rows`.
+        weight, down, up, heights, scaling: as for :func:`project`.
+
+    Returns:
+        `[c, s, t, m]`, of the dtype of ``embeddings``.
+    """
+    rows = perturb_rows(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    y = project(rows.view(-1, rows.shape[-1]), weight, down, up, heights, scaling)
+    return y.view(*rows.shape[:3], len(weight))
+
+
+def perturb_project_backward(
+    grad: Tensor,
+    embeddings: Tensor,
+    factor: Tensor | None,
+    alpha: Tensor,
+    scale: Tensor,
+    down: Tensor,
+    up: Tensor,
+    heights: Sequence[int],
+    scaling: float,
+    seed: int,
+    offset: int,
+    concept_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`project_backward` of :func:`perturb_rows`.
+
+    Args:
+        grad: `[c, s, t, m]` gradient of the result of :func:`perturb_project`.
+        embeddings, factor, alpha, scale, seed, offset, concept_offset: as for
+            :func:`perturb_rows`.
+        down, up, heights, scaling: as for :func:`project`.
+
+    Returns:
+        `[l, r, d]` and `[m, r]`, as :func:`project_backward`.
+    """
+    rows = perturb_rows(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    flat = grad.reshape(-1, grad.shape[-1]), rows.view(-1, rows.shape[-1])
+    return project_backward(*flat, down, up, heights, scaling)
+
+
+def perturb_accumulate_(
+    gram: Tensor,
+    cross: Tensor,
+    embeddings: Tensor,
+    factor: Tensor | None,
+    alpha: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    destination: Tensor | None,
+    relative: bool,
+    seed: int,
+    offset: int,
+    concept_offset: int,
+) -> None:
+    """:func:`normal_equations_` of :func:`perturb_rows`.
+
+    Args:
+        gram, cross: `[d, d]` float64, changed in place.
+        embeddings, factor, alpha, scale, seed, offset, concept_offset: as for
+            :func:`perturb_rows`; the rows of 16-bit embeddings are taken in float32.
+        weight: `[c, t]` weight of every sample of a token.
+        destination: `[c, t, d]` where the samples of a token go; None: they stay.
+        relative: whether they go to ``x + destination`` instead.
+    """
+    wide = embeddings.to(perturbation.exact_dtype(embeddings.dtype))
+    x = perturb_rows(wide, factor, alpha, scale, seed, offset, concept_offset)
+    if destination is None:
+        y = x
+    else:
+        y = destination[:, None].to(x.dtype).expand_as(x)
+        y = x + y if relative else y
+    width = x.shape[-1]
+    rows_weight = weight[:, None].expand(x.shape[:3]).reshape(-1)
+    normal_equations_(gram, cross, x.view(-1, width), y.reshape(-1, width), rows_weight)
