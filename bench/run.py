@@ -3,6 +3,8 @@
 python bench/run.py closed_form            # full: bench/results/closed_form.jsonl, minutes
 python bench/run.py closed_form --quick    # under a minute; says last which targets were met
 python bench/run.py closed_form --plot     # docs/closed_form.png from the committed rows
+
+The same for `perturb`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-CASES = ("closed_form",)
+CASES = ("closed_form", "perturb")
 """Modules beside this file, each with `main(arguments) -> int`."""
 
 
