@@ -11,6 +11,10 @@ python3 -m pytest -q --benchmark-disable tests > "$out/tests.log" 2>&1
 tail -n 1 "$out/tests.log"
 python3 bench/run.py closed_form --quick --out "$out/closed_form_quick.jsonl" | tee "$out/closed_form.log"
 python3 bench/run.py closed_form --out "$out/closed_form.jsonl" >> "$out/closed_form.log" 2>&1
+python3 bench/run.py perturb --quick --out "$out/perturb_quick.jsonl" | tee "$out/perturb.log"
+python3 bench/run.py perturb --out "$out/perturb.jsonl" >> "$out/perturb.log" 2>&1
+env -u TRITON_INTERPRET python3 -m pytest -q tests/aot > "$out/aot.log" 2>&1
+tail -n 1 "$out/aot.log"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
     # Without torch's pool an overrun leaves its own allocation and shows.
@@ -19,13 +23,16 @@ if command -v compute-sanitizer > /dev/null; then
       -k "cuda and (SolveSpd or LowRankUpdate)" > "$out/$tool.log" 2>&1
     echo "$tool: exit status $?"
   done
-  compute-sanitizer --tool memcheck python3 -m pytest -q tests/test_kernels.py \
+  compute-sanitizer --tool memcheck python3 -m pytest -q tests/test_perturb_kernel.py tests/test_gram.py tests/test_project.py \
     > "$out/memcheck_triton.log" 2>&1
   tail -n 3 "$out/memcheck_triton.log"
 fi
 if command -v ncu > /dev/null; then
   ncu --set full -k "regex:update_kernel|solve_kernel" -c 8 -o "$out/closed_form" \
     python3 bench/run.py closed_form --quick --out "$out/profiled.jsonl" > "$out/ncu.log" 2>&1
+  ncu --set full -k "regex:_sums|_rows|_project|_backward|_products|_add" -c 24 \
+    -o "$out/perturb" python3 bench/run.py perturb --quick --out "$out/profiled.jsonl" \
+    >> "$out/ncu.log" 2>&1
 fi
 python3 -m realera_fast demo --out "$out/demo"
 python3 bench/variants.py --things rabbit house --styles sepia --out "$out/variants.jsonl"

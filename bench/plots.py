@@ -73,6 +73,73 @@ def closed_form(rows: Path = ROWS, picture: Path = PICTURE) -> None:
     plt.close(figure)
 
 
+PERTURB_ROWS = ROOT / "bench" / "results" / "perturb.jsonl"
+PERTURB_PICTURE = ROOT / "docs" / "perturb.png"
+PERTURB_MARKS = {
+    "eager": ("as published codes do, eager", "#D55E00", "s"),
+    "compiled": ("torch.compile of the definition", "#E69F00", "^"),
+    "ceiling": ("bare write, product or sum alone", "#56B4E9", "v"),
+}
+PERTURB_NAMES = {
+    "rows": "draw rows", "project": "project", "lora": "project + LoRA",
+    "backward": "LoRA gradients", "accumulate": "normal equations",
+}  # fmt: skip
+
+
+def perturb(rows: Path = PERTURB_ROWS, picture: Path = PERTURB_PICTURE) -> None:
+    """Time of the others over the library's, a line for each problem."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
+    if not found:
+        raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py perturb")
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in found:
+        name = (
+            f"{PERTURB_NAMES[row['operation']]}, {row['shape']}, "
+            f"{row['concepts']:,} x {row['samples']:,}, {row['dtype']}"
+        )
+        points.setdefault(name, {})[row["candidate"]] = row
+    figure, panel = plt.subplots(figsize=(8.4, 0.32 * len(points) + 1.7))
+    for y, point in enumerate(points.values()):
+        own = point["library"]["p50_ms"]
+        panel.text(
+            1.01, y, f"{own:,.3g} ms", transform=panel.get_yaxis_transform(), va="center",
+            fontsize=8,
+        )  # fmt: skip
+        for name, (_, color, marker) in PERTURB_MARKS.items():
+            if name in point:
+                low, middle, high = (point[name][f"{q}_ms"] / own for q in ("p20", "p50", "p80"))
+                panel.errorbar(
+                    middle, y, xerr=[[middle - low], [high - middle]], color=color, marker=marker,
+                    markersize=5, elinewidth=1,
+                )  # fmt: skip
+    panel.axvline(1.0, color="#000000", linewidth=1.2)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    panel.minorticks_off()
+    panel.set_yticks(range(len(points)), list(points), fontsize=8)
+    panel.set_ylim(len(points) - 0.4, -0.6)
+    panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("time over realera_fast's (its milliseconds on the right); right of 1: slower")
+    handles = [
+        Line2D([], [], color=color, marker=marker, linestyle="", label=label)
+        for name, (label, color, marker) in PERTURB_MARKS.items()
+        if any(name in point for point in points.values())
+    ]
+    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=8.5)
+    first = found[0]
+    where = first["cpu"] if first["device"] == "cpu" else first["device"]
+    panel.set_title(
+        f"{where}, {first['threads']} thread(s), torch {first['torch']}; medians, p20 to p80",
+        fontsize=8.5, color="#444444",
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
+
+
 def matrices(found: list[dict[str, Any]], shape: str) -> int:
     return next(row["matrices"] for row in found if row["shape"] == shape)
 

@@ -178,6 +178,61 @@ def closed_form_lines() -> list[str]:
     ]  # fmt: skip
 
 
+PERTURB = {
+    "rows": "draw rows", "project": "project", "lora": "project, LoRA rank 4",
+    "backward": "the same with LoRA gradients", "accumulate": "normal equations",
+}  # fmt: skip
+
+
+def perturb_lines() -> list[str]:
+    """Time of drawing, projecting and summing neighbors beside the published way."""
+    found = rows("perturb.jsonl")
+    if not found:
+        return []
+    made = {
+        (r["commit"], r["dirty"], r["device"], r["cpu"], r["threads"], r["torch"], r["date"])
+        for r in found
+    }
+    points: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in found:
+        key = tuple(row[n] for n in ("operation", "shape", "concepts", "samples", "dtype"))
+        points.setdefault(key, {})[row["candidate"]] = row
+    repeated = sum(len(point) for point in points.values()) != len(found)
+    if len(made) > 1 or repeated or any("library" not in point for point in points.values()):
+        raise SystemExit(
+            "perturb.jsonl mixes runs, repeats rows or misses some: run bench/run.py perturb anew"
+        )
+
+    def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
+        if name not in point:
+            return "–"
+        return f"{point[name]['p50_ms'] / point['library']['p50_ms']:.2f}x"
+
+    body = [
+        [
+            PERTURB[operation], shape if dtype == "float32" else f"{shape}, {dtype}",
+            f"{concepts:,} x {samples:,}", f"{point['library']['p50_ms']:,.2f}",
+            times(point, "eager"), times(point, "compiled"), times(point, "ceiling"),
+        ]
+        for (operation, shape, concepts, samples, dtype), point in points.items()
+    ]  # fmt: skip
+    first = found[0]
+    where = first["cpu"] if first["device"] == "cpu" else first["device"]
+    return [
+        f"Neighbors of 77-token prompts, medians on {where}, {first['threads']} thread(s), torch "
+        f"{first['torch']}, commit {first['commit']}. The last columns say how many times as long "
+        "as the library the others take: what published codes do in eager PyTorch (randn, scale, "
+        "add, then a product for each layer; without a test whether samples lie in the region), "
+        "torch.compile of the definition, and the write, product or sum alone, which nothing gets "
+        "below. –: not measured (on this CPU the compiler did not finish the definition in 200 s).",
+        "",
+        *table(
+            ("operation", "model", "concepts x samples", "ms", "eager", "compiled", "ceiling"), body
+        ),
+        "",
+    ]
+
+
 def generated() -> str:
     lines = [*model_lines()]
     for kind, title in (("object", "Objects"), ("style", "Styles")):
@@ -187,6 +242,9 @@ def generated() -> str:
     closed_form = closed_form_lines()
     if closed_form:
         lines += ["### Closed form", "", *closed_form]
+    perturb = perturb_lines()
+    if perturb:
+        lines += ["### Neighbors", "", *perturb]
     return "\n".join(lines).strip()
 
 

@@ -328,7 +328,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
     (library,) = build.rglob(NATIVE.name)
     shutil.copy(library, package)
     (folder / "tests").mkdir()
-    for name in ("conftest.py", "test_ops.py", "test_hostile_numerics.py"):
+    for name in ("conftest.py", "test_ops.py", "test_hostile_numerics.py", "test_perturbation.py"):
         shutil.copy(Path(__file__).with_name(name), folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder)
     commands = json.loads((build / "compile_commands.json").read_text())
@@ -387,7 +387,7 @@ class TestSanitizers:
     @pytest.mark.parametrize("threads", [1, 2])
     def test_the_operations_are_clean(self, threads: int, sanitized: Sanitized) -> None:
         # One thread runs everything; with two only what divides the work differently.
-        chosen = ["tests/test_ops.py", "tests/test_hostile_numerics.py"]
+        chosen = [f"tests/test_{n}.py" for n in ("ops", "hostile_numerics", "perturbation")]
         if threads > 1:
             chosen = ["tests/test_ops.py", "-k", "sums or update or batch"]
         code = (

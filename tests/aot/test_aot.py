@@ -44,6 +44,8 @@ def compiled(kernel: Any, dtype: str, capability: int, constants: dict[str, Any]
             signature[name] = "constexpr"
         elif name in ("e_ptr", "rows_ptr"):
             signature[name] = f"*{dtype}"
+        elif name in ("root_ptr", "sums_ptr"):
+            signature[name] = "*fp64" if name == "root_ptr" else "*i64"
         elif name.endswith("_ptr"):
             signature[name] = f"*{exact}"
         else:
@@ -79,20 +81,38 @@ def resources(binary: bytes, folder: Any) -> dict[str, int]:
     return found
 
 
+KERNELS = {
+    "norms": perturb._norms,
+    "noise": perturb._noise,
+    "sums": perturb._sums,
+    "scalars": perturb._scalars,
+    "rows": perturb._rows,
+}
+BLOCKS = {"norms": perturb._NORM_BLOCK, "scalars": perturb._PAIRS}
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
-@pytest.mark.parametrize("kernel", [perturb._sums, perturb._rows], ids=["sums", "rows"])
-def test_perturb_compiles_without_spills(kernel, dtype, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shaped", [False, True])
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_perturb_compiles_without_spills(name, shaped, dtype, capability, tmp_path, monkeypatch):
+    if shaped and name not in ("sums", "rows"):
+        pytest.skip("the same whether or not noise is shaped")
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     constants = {
         "DOUBLE": dtype == "fp64",
-        "BLOCK": perturb._BLOCK,
-        "BLOCK_WIDTH": 1024,
-        "TILES": 32,
+        "SHAPED": shaped,
+        "BLOCK": BLOCKS.get(name, perturb._BLOCK),
     }
-    result = compiled(kernel, dtype, capability, constants)
+    result = compiled(KERNELS[name], dtype, capability, constants)
     used = resources(result.asm["cubin"], tmp_path)
     # A spilled register lives on the stack, and nothing else here does.
     assert used["STACK"] == 0 and used["LOCAL"] == 0
     assert used["REG"] <= 128  # at least four blocks of 128 threads share a multiprocessor
     assert result.metadata.shared <= SHARED_LIMIT[capability]
+    # Every product and sum is rounded by itself, roots and quotients correctly: the definition.
+    # (`floor` flushes subnormal numbers, which it never gets here.)
+    ptx = result.asm["ptx"].replace("cvt.rmi.ftz.f32.f32", "")
+    assert not re.search(r"\bfma\.rn\.f(32|64)|\bmad\.f|\.approx|\.ftz|div\.full", ptx)
+    if name == "rows" and not shaped:
+        assert "sqrt.rn.f32" in ptx and re.search(r"mul\.(wide|hi)\.u32", ptx)
