@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,3 +173,75 @@ def test_plot(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     load("plots").closed_form(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def perturb_row(candidate, milliseconds, operation="rows", **change):
+    return {
+        "operation": operation, "shape": "SD 1.4", "concepts": 1, "samples": 16, "dtype": "float32",
+        "candidate": candidate, "p20_ms": milliseconds, "p50_ms": milliseconds,
+        "p80_ms": milliseconds, "error": 0.0, "cpu": "x", "threads": 2, "torch": "2",
+        "device": "cpu", "commit": "abc", "dirty": False, "date": "today",
+    } | change  # fmt: skip
+
+
+def perturb_case(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("perturb")
+
+
+@pytest.mark.parametrize(
+    ("rows", "missed"),
+    [
+        ([("eager", 1.31)], []),
+        ([("eager", 1.29)], ["1.29x eager"]),
+        ([("eager", 2.0), ("compiled", 0.99)], ["0.99x compiled"]),
+        ([("eager", 2.0), ("compiled", 1.01)], []),
+    ],
+)
+def test_targets_of_neighbors(rows, missed, monkeypatch):
+    case = perturb_case(monkeypatch)
+    found = case.missed([perturb_row("library", 1.0), *(perturb_row(*row) for row in rows)])
+    assert len(found) == len(missed)
+    for text, part in zip(found, missed, strict=True):
+        assert part in text and text.startswith("rows SD 1.4 1 x 16 float32")
+
+
+def test_targets_of_rates_and_bits(monkeypatch):
+    case = perturb_case(monkeypatch)
+    own = perturb_row("library", 1.0, "project")
+    assert case.missed([own, perturb_row("ceiling", 0.81, "project")]) == []
+    assert "79% of the bare" in case.missed([own, perturb_row("ceiling", 0.79, "project")])[0]
+    assert "same bits" in case.missed([perturb_row("library", 1.0, error=1e-9)])[0]
+
+
+@pytest.mark.parametrize("operation", ["rows", "project", "lora", "backward", "accumulate"])
+def test_candidates_of_neighbors_solve_the_same_problem(operation, monkeypatch):
+    case = perturb_case(monkeypatch)
+    shape = case.Shape("tiny", 24, (3, 8))
+    point = case.Point(operation, shape, 2, 3)
+    problem = case.Problem(point, torch.device("cpu"))
+    ours, defined = problem.library(), problem.defined()
+    assert case.greatest_error(ours, defined) < 1e-5
+    # The published way draws other numbers; its results have the same shapes.
+    eager = problem.eager()
+    if operation in ("project", "lora"):
+        assert torch.cat(eager, 1).shape == ours.flatten(0, 2).shape
+    else:
+        shapes = [t.shape for t in (eager if isinstance(eager, tuple) else [eager])]
+        assert shapes == [t.shape for t in (ours if isinstance(ours, tuple) else [ours])]
+    found = case.measure(point, torch.device("cpu"), 0.0)
+    assert [row["candidate"] for row in found] == ["library", "eager", "ceiling"]
+    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in found)
+    assert case.line(*next(iter(case.by_point(found).items()))).startswith(operation)
+
+
+def test_table_of_neighbors(tmp_path, monkeypatch):
+    report = load("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [perturb_row("library", 2.0), perturb_row("eager", 5.0), perturb_row("ceiling", 1.0)]
+    path = tmp_path / "perturb.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert "| draw rows | SD 1.4 | 1 x 16 | 2.00 | 2.50x | – | 0.50x |" in report.generated()
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, rows[0]]))
+    with pytest.raises(SystemExit, match="repeats rows"):
+        report.generated()

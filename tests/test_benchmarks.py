@@ -82,3 +82,23 @@ def test_closed_form(benchmark: Any, edit: str, count: int) -> None:
     expected = low_rank.edit([w.clone() for w in wide], rows, RIDGE)
     for after, reference, before in zip(edited, expected, wide, strict=True):
         assert (after - reference).abs().max() <= 1e-4 * (reference - before).abs().max()
+
+
+@pytest.mark.benchmark(group="perturb")
+def test_perturb(benchmark: Any) -> None:
+    embeddings = torch.randn(2, 9, WIDTH)
+
+    def drawn() -> Tensor:
+        alpha, _, scale = ops.perturb(embeddings, 4, 0.5, 0.9, 1.6, 7)
+        return ops.perturb_rows(embeddings, alpha, scale, 7)
+
+    assert benchmark(drawn).shape == (2, 4, 9, WIDTH)
+
+
+@pytest.mark.benchmark(group="perturb")
+def test_perturb_project(benchmark: Any) -> None:
+    embeddings = torch.randn(2, 9, WIDTH)
+    alpha, _, scale = ops.perturb(embeddings, 4, 0.5, 0.9, 1.6, 7)
+    weight = torch.cat(random_weights())
+    y = benchmark(ops.perturb_project, embeddings, alpha, scale, weight, 7)
+    assert y.shape == (2, 4, 9, len(weight))

@@ -389,3 +389,28 @@ def test_one_graph():
         results.append(torch.autograd.grad(f(*factors), factors))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_capture_all_of_it():
+    device = torch.device("cuda")
+    values = problem((32, 64), 4, torch.bfloat16, device, width=64)
+    e = normal(2, 5, 64).to(device, torch.bfloat16)
+    sums = [torch.zeros(64, 64, dtype=torch.float64, device=device) for _ in range(2)]
+    weight = torch.ones(2, 5, device=device)
+
+    def run() -> tuple[Tensor, ...]:
+        alpha, _, scale = ops.perturb(e, 3, *NEIGHBOR, 5)
+        for s in sums:
+            s.zero_()
+        ops.perturb_accumulate_(*sums, e, alpha, scale, weight, 5, destination=e)
+        return ops.perturb_project(e, alpha, scale, seed=5, **values), *sums
+
+    expected = [t.clone() for t in run()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
