@@ -18,8 +18,7 @@ w x in shared memory as it was loaded.
 
 Sums. Tensor cores truncate where they add: a bias that grows with the rows. So each step of `DEPTH`
 rows starts a sum from zero, small products first, which is then rounded to nearest as it is added.
-Simulated for 10,000 positive terms, one sum a slice errs three times as much as a float32 loop, and
-these sums a thirtieth as much.
+
 
 Work: 6, 5 or 3 times `d (d + BLOCK) / 2 * n` multiply-adds. Bytes: x is read about
 `d (1 / BLOCK + 1 / HEIGHT) / 2` times, from the L2 cache where its rows fit there. The sums between
