@@ -19,7 +19,6 @@ w x in shared memory as it was loaded.
 Sums. Tensor cores truncate where they add: a bias that grows with the rows. So each step of `DEPTH`
 rows starts a sum from zero, small products first, which is then rounded to nearest as it is added.
 
-
 Work: 6, 5 or 3 times `d (d + BLOCK) / 2 * n` multiply-adds. Bytes: x is read about
 `d (1 / BLOCK + 1 / HEIGHT) / 2` times, from the L2 cache where its rows fit there. The sums between
 the launches take at most `_PARTIAL` bytes, or a quarter of gram's where that is more.
