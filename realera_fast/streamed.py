@@ -135,7 +135,9 @@ def perturb_accumulate_(
         torch.ops.realera_fast.gram_(own, x, w_rows)
         if destination is not None:
             total = rows.sum(1, dtype=torch.float64) * weight[c, :, None]
-            moved = destination[c].to(torch.float64).reshape(-1, width)
+            moved = destination[c].to(torch.float64)
+            # What has no weight has no part, even if it is not finite.
+            moved = torch.where(weight[c, :, None] != 0, moved, 0.0).view(-1, width)
             cross.addmm_(moved.mT, total.view(-1, width))
     gram += own
     if destination is not None and not relative:
@@ -170,7 +172,7 @@ def project_into(
     if down is None or up is None or down.shape[1] == 0:
         return
     rank = down.shape[1]
-    hidden = x @ down.to(x.dtype).view(-1, x.shape[1]).mT
+    hidden = x @ down.to(x.dtype).reshape(-1, x.shape[1]).mT
     up = up.to(x.dtype)
     start = 0
     for layer, height in enumerate(heights):
@@ -185,7 +187,7 @@ def project_backward(
     """`reference.project_backward`, of library calls: the factors of all layers in two products."""
     exact = exact_dtype(x.dtype)
     layers, rank, width = down.shape
-    hidden = x @ down.to(x.dtype).view(-1, width).mT
+    hidden = x @ down.to(x.dtype).reshape(-1, width).mT
     grad_hidden = torch.empty_like(hidden)
     grad_up = torch.empty(up.shape, dtype=exact, device=x.device)
     up = up.to(x.dtype)

@@ -112,6 +112,31 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(perturbed, factors)
 
 
+def test_factors_with_any_strides(device):
+    values = problem((3, 5), 4, torch.float32, device)
+    x = normal(7, 13).float().to(device)
+    strided = {n: values[n].mT.contiguous().mT for n in ("down", "up")}
+    assert not strided["down"].is_contiguous() and not strided["up"].is_contiguous()
+    results = []
+    for factors in ({n: values[n] for n in strided}, strided):
+        for factor in factors.values():
+            factor.requires_grad_()
+        y = ops.project(x, **(values | factors))
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(factors.values()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_has_no_weight_has_no_part(device):
+    e, destination = (normal(2, 3, 4, seed=i).to(device) for i in range(2))
+    weight = torch.ones(2, 3, device=device)
+    weight[1, 2] = 0
+    destination[1, 2] = torch.nan
+    sums = [torch.zeros(4, 4, dtype=torch.float64, device=device) for _ in range(2)]
+    ops.perturb_accumulate_(*sums, e, *drawn(e, 2), weight, 5, destination=destination)
+    assert not any(s.isnan().any() for s in sums) and bool(sums[1].any())
+
+
 def test_no_other_gradients(device):
     values = problem((3, 5), 2, torch.float32, device)
     x = normal(4, 13).float().to(device).requires_grad_()
