@@ -153,7 +153,7 @@ def _norms(
         scaled = (e.to(tl.float32) if e.dtype != tl.float64 else e).to(tl.float64) / unit
         scaled = tl.where(bits > 0, tl.where(scaled == scaled, scaled, 0.0), 0.0)
         total += (scaled * scaled * _NORM_SCALE + 0.5).to(tl.int64)
-    mean = tl.sum(total, 0).to(tl.float64) / _NORM_SCALE / elements.to(tl.float64)
+    mean = tl.sum(total, 0).to(tl.float64) / _NORM_SCALE / tl.cast(elements, tl.float64)
     root = unit * tl.sqrt(mean)
     good = (bits > 0) & (tl.max(bad, 0) == 0)
     tl.store(root_ptr + concept, tl.where(good, root, float("nan")))
@@ -278,7 +278,7 @@ def _scalars(
     mask = pair < pairs
     concept = pair // samples
     root = tl.load(root_ptr + concept, mask=mask, other=1.0)
-    count = elements.to(tl.float64)
+    count = tl.cast(elements, tl.float64)
     inner = tl.load(sums_ptr + 2 * pair, mask=mask, other=0).to(tl.float64)
     total = tl.load(sums_ptr + 2 * pair + 1, mask=mask, other=0).to(tl.float64)
     parallel = inner / product_scale / count

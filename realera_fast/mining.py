@@ -25,6 +25,7 @@ MODES = ("vocabulary", "gaussian", "covariance", "offset", "none")
 _BEYOND_OFFSET = 1 << 31
 """Sample counter of the first beyond sample: they never share noise with neighbors of one seed."""
 
+_SCALARS_PER_BLOCK = 1 << 16
 _NODES = 128
 _EMPTY_MASS = 1e-4
 
@@ -461,18 +462,21 @@ def _add_samples(
     gram = torch.zeros((width, width), dtype=torch.float64, device=equations.device)
     cross = torch.zeros_like(gram)
     drawn = 0
+    step = max(1, _SCALARS_PER_BLOCK // source.shape[0])
     for anchored, region, scale in _terms(config):
-        points = sample(
-            source, region, samples=config.samples, seed=seed, factor=factor,
-            offset=0 if anchored else _BEYOND_OFFSET,
-        )  # fmt: skip
         relative = config.mode == "offset"
         target = destination - source if relative else destination
-        ops.perturb_accumulate_(
-            gram, cross, source, points.alpha, points.scale, weight * (scale / config.samples),
-            seed, destination=target if anchored else None, relative=relative, factor=factor,
-            offset=points.offset,
-        )  # fmt: skip
+        for start in range(0, config.samples, step):
+            points = sample(
+                source, region, samples=min(step, config.samples - start), seed=seed,
+                factor=factor, offset=start + (0 if anchored else _BEYOND_OFFSET),
+            )  # fmt: skip
+            ops.perturb_accumulate_(
+                gram, cross, source, points.alpha, points.scale,
+                weight * (scale / config.samples), seed,
+                destination=target if anchored else None, relative=relative, factor=factor,
+                offset=points.offset,
+            )  # fmt: skip
         drawn += source.shape[0] * config.samples
     equations.update_moments(gram, cross)
     return drawn

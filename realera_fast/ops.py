@@ -467,6 +467,7 @@ def perturb_project(
     _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
     heights = _check_projection("embeddings", embeddings, weight, down, up, heights)
     embeddings, alpha, scale, weight = _constants(embeddings, alpha, scale, weight)
+    factor = None if factor is None else factor.detach()
     return torch.ops.realera_fast.perturb_project(
         embeddings, factor, alpha, scale, weight, down, up, heights, scaling,
         seed, offset, concept_offset,

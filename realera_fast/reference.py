@@ -229,7 +229,7 @@ def perturb_project(
         `[c, s, t, m]`, of the dtype of ``embeddings``.
     """
     rows = perturb_rows(embeddings, factor, alpha, scale, seed, offset, concept_offset)
-    y = project(rows.view(-1, rows.shape[-1]), weight, down, up, heights, scaling)
+    y = project(rows.flatten(0, 2), weight, down, up, heights, scaling)
     return y.view(*rows.shape[:3], len(weight))
 
 
@@ -259,7 +259,7 @@ def perturb_project_backward(
         `[l, r, d]` and `[m, r]`, as :func:`project_backward`.
     """
     rows = perturb_rows(embeddings, factor, alpha, scale, seed, offset, concept_offset)
-    flat = grad.reshape(-1, grad.shape[-1]), rows.view(-1, rows.shape[-1])
+    flat = grad.flatten(0, 2), rows.flatten(0, 2)
     return project_backward(*flat, down, up, heights, scaling)
 
 
@@ -294,6 +294,7 @@ def perturb_accumulate_(
     else:
         y = destination[:, None].to(x.dtype).expand_as(x)
         y = x + y if relative else y
-    width = x.shape[-1]
-    rows_weight = weight[:, None].expand(x.shape[:3]).reshape(-1)
-    normal_equations_(gram, cross, x.view(-1, width), y.reshape(-1, width), rows_weight)
+        # What has no weight has no part, even if it is not finite.
+        y = torch.where(weight[:, None, :, None] != 0, y, x)
+    rows_weight = weight[:, None].expand(x.shape[:3]).flatten()
+    normal_equations_(gram, cross, x.flatten(0, 2), y.flatten(0, 2), rows_weight)

@@ -53,17 +53,16 @@ def perturb_project(
     concept_offset: int,
 ) -> Tensor:
     """`reference.perturb_project`, block by block."""
-    concepts, tokens, width = embeddings.shape
+    concepts, tokens, _ = embeddings.shape
     samples = alpha.shape[1]
-    outputs = len(weight)
-    y = embeddings.new_empty((concepts, samples, tokens, outputs))
+    y = embeddings.new_empty((concepts, samples, tokens, len(weight)))
     for c, s in _blocks(embeddings, samples, embeddings.element_size()):
         rows = torch.ops.realera_fast.perturb_rows(
             embeddings[c], factor, alpha[c, s], scale[c, s],
             seed, offset + s.start, concept_offset + c.start,
         )  # fmt: skip
         torch.ops.realera_fast.project_into(
-            y[c, s].view(-1, outputs), rows.view(-1, width), weight, down, up, heights, scaling
+            y[c, s].flatten(0, 2), rows.flatten(0, 2), weight, down, up, heights, scaling
         )
     return y
 
@@ -83,7 +82,6 @@ def perturb_project_backward(
     concept_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """`reference.perturb_project_backward`, block by block: rows are drawn again, not kept."""
-    width = embeddings.shape[2]
     exact = exact_dtype(embeddings.dtype)
     grad_down = torch.zeros(down.shape, dtype=exact, device=down.device)
     grad_up = torch.zeros(up.shape, dtype=exact, device=up.device)
@@ -93,7 +91,7 @@ def perturb_project_backward(
             seed, offset + s.start, concept_offset + c.start,
         )  # fmt: skip
         part = torch.ops.realera_fast.project_backward(
-            grad[c, s].reshape(-1, grad.shape[-1]), rows.view(-1, width), down, up, heights, scaling
+            grad[c, s].flatten(0, 2), rows.flatten(0, 2), down, up, heights, scaling
         )
         grad_down += part[0]
         grad_up += part[1]
@@ -119,7 +117,6 @@ def perturb_accumulate_(
     All samples of a token share its destination a, so sum_s (a - x_s) x_s^T is a (sum_s x_s)^T
     minus what enters the Gram matrix: beside that, one row for each token.
     """
-    width = embeddings.shape[2]
     exact = exact_dtype(embeddings.dtype)
     own = torch.zeros_like(gram)
     for c, s in _blocks(embeddings, alpha.shape[1], exact.itemsize):
@@ -128,7 +125,7 @@ def perturb_accumulate_(
             seed, offset + s.start, concept_offset + c.start,
         )  # fmt: skip
         w = weight[c, None].expand(rows.shape[:3])
-        x, w_rows = rows.view(-1, width), w.reshape(-1)
+        x, w_rows = rows.flatten(0, 2), w.flatten()
         if x.device.type == "cpu" and not bool((weight[c] != 0).all()):
             used = w_rows != 0
             x, w_rows = x[used], w_rows[used]
@@ -137,8 +134,8 @@ def perturb_accumulate_(
             total = rows.sum(1, dtype=torch.float64) * weight[c, :, None]
             moved = destination[c].to(torch.float64)
             # What has no weight has no part, even if it is not finite.
-            moved = torch.where(weight[c, :, None] != 0, moved, 0.0).view(-1, width)
-            cross.addmm_(moved.mT, total.view(-1, width))
+            moved = torch.where(weight[c, :, None] != 0, moved, 0.0).flatten(0, 1)
+            cross.addmm_(moved.mT, total.flatten(0, 1))
     gram += own
     if destination is not None and not relative:
         cross -= own
@@ -172,7 +169,7 @@ def project_into(
     if down is None or up is None or down.shape[1] == 0:
         return
     rank = down.shape[1]
-    hidden = x @ down.to(x.dtype).reshape(-1, x.shape[1]).mT
+    hidden = x @ down.to(x.dtype).flatten(0, 1).mT
     up = up.to(x.dtype)
     start = 0
     for layer, height in enumerate(heights):
@@ -187,7 +184,7 @@ def project_backward(
     """`reference.project_backward`, of library calls: the factors of all layers in two products."""
     exact = exact_dtype(x.dtype)
     layers, rank, width = down.shape
-    hidden = x @ down.to(x.dtype).reshape(-1, width).mT
+    hidden = x @ down.to(x.dtype).flatten(0, 1).mT
     grad_hidden = torch.empty_like(hidden)
     grad_up = torch.empty(up.shape, dtype=exact, device=x.device)
     up = up.to(x.dtype)

@@ -244,7 +244,13 @@ def test_no_noise_is_used_twice(monkeypatch):
         return sample(source, region, samples=samples, offset=offset, **kwargs)
 
     monkeypatch.setattr(mining, "sample", recorded)
-    accumulate("gaussian", 20)
+    whole = accumulate("gaussian", 20)
+    assert len(counters) == len(set(counters)) == 40
+    counters.clear()
+    # Blocks of a few samples draw the same ones.
+    monkeypatch.setattr(mining, "_SCALARS_PER_BLOCK", 7)
+    blocks = accumulate("gaussian", 20)
+    assert torch.allclose(whole.gram, blocks.gram) and torch.allclose(whole.cross, blocks.cross)
     assert len(counters) == len(set(counters)) == 40
 
 

@@ -314,6 +314,14 @@ def test_empty(shape, samples, device):
     assert y.shape == (shape[0], samples, shape[1], 8)
     sums = [torch.zeros(4, 4, dtype=torch.float64, device=device) for _ in range(2)]
     ops.perturb_accumulate_(*sums, e, alpha, scale, torch.ones(shape[:2], device=device), 5)
+    for weight, rows in ((values["weight"][:0], e), (values["weight"][:, :0], e[..., :0])):
+        drawn_rows = ops.perturb_project(rows, alpha, scale, weight, 5)
+        assert drawn_rows.shape == (shape[0], samples, shape[1], len(weight))
+        assert not drawn_rows.any()
+    none = [torch.zeros(0, 0, dtype=torch.float64, device=device) for _ in range(2)]
+    ops.perturb_accumulate_(
+        *none, e[..., :0], alpha, scale, torch.ones(shape[:2], device=device), 5
+    )  # fmt: skip
     if 0 in (shape[0], samples):
         assert not sums[0].any()
     assert ops.project(torch.zeros(0, 4, device=device), **values).shape == (0, 8)

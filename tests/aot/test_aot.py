@@ -116,3 +116,16 @@ def test_perturb_compiles_without_spills(name, shaped, dtype, capability, tmp_pa
     assert not re.search(r"\bfma\.rn\.f(32|64)|\bmad\.f|\.approx|\.ftz|div\.full", ptx)
     if name == "rows" and not shaped:
         assert "sqrt.rn.f32" in ptx and re.search(r"mul\.(wide|hi)\.u32", ptx)
+
+
+def test_one_element_compiles(tmp_path, monkeypatch):
+    """Triton makes a constant of an argument that is 1."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    constants = {"BLOCK": perturb._PAIRS, "elements": 1, "samples": 1, "pairs": 1}
+    assert compiled(perturb._scalars, "fp32", 90, constants).asm["cubin"]
+    constants = {"BLOCK": perturb._NORM_BLOCK, "width": 1, "stride_t": 1}
+    assert compiled(perturb._norms, "fp32", 90, constants).asm["cubin"]
+    constants = {n: 1 for n in ("samples", "width", "groups", "tiles", "stride_t")}
+    constants |= {"DOUBLE": False, "SHAPED": False, "BLOCK": 4}
+    for kernel in (perturb._sums, perturb._rows):
+        assert compiled(kernel, "fp32", 90, constants).asm["cubin"]
