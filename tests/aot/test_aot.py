@@ -53,7 +53,8 @@ def compiled(kernel: Any, dtype: str, capability: int, constants: dict[str, Any]
     aligned = [
         i
         for i, name in enumerate(signature)
-        if name.endswith("_ptr") or name in ("width", "stride_c", "stride_t")
+        if name not in constants
+        and (name.endswith("_ptr") or name in ("width", "stride_c", "stride_t"))
     ]
     source = ASTSource(
         fn=kernel,
