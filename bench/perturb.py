@@ -5,7 +5,7 @@ Candidates of an operation:
     library     `realera_fast.ops`
     eager       randn, scale and add, then one product (and LoRA pair) for each layer
     compiled    torch.compile of the plain definition; CUDA only: on a CPU it was not through
-                compiling after 200 s
+                compiling after minutes
     ceiling     what no code gets below: the write of the rows; the bare product, of the same shape
                 and type, with no rows drawn; the float64 product of the rows
 

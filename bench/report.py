@@ -111,25 +111,29 @@ def model_lines() -> list[str]:
     ]
 
 
+def by_point(
+    found: Sequence[Mapping[str, Any]], fields: Sequence[str], case: str
+) -> dict[tuple[Any, ...], dict[str, Mapping[str, Any]]]:
+    """Rows of one run by the fields that tell its points apart, then by candidate."""
+    about = ("commit", "dirty", "device", "cpu", "threads", "torch", "date")
+    made = {tuple(row[name] for name in about) for row in found}
+    points: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in found:
+        points.setdefault(tuple(row[name] for name in fields), {})[row["candidate"]] = row
+    repeated = sum(len(point) for point in points.values()) != len(found)
+    if len(made) > 1 or repeated or any("library" not in point for point in points.values()):
+        raise SystemExit(
+            f"{case}.jsonl mixes runs, repeats rows or misses some: run bench/run.py {case} anew"
+        )
+    return points
+
+
 def closed_form_lines() -> list[str]:
     """Time of the closed form beside its floor and the baselines."""
     found = [row for row in rows("closed_form.jsonl") if row["stage"] == "total"]
     if not found:
         return []
-    made = {
-        (r["commit"], r["dirty"], r["device"], r["cpu"], r["threads"], r["torch"], r["date"])
-        for r in found
-    }
-    points: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
-    for row in found:
-        key = row["shape"], row["dtype"], row["rows"], row["concepts"]
-        points.setdefault(key, {})[row["candidate"]] = row
-    repeated = sum(len(point) for point in points.values()) != len(found)
-    if len(made) > 1 or repeated or any("library" not in point for point in points.values()):
-        raise SystemExit(
-            "closed_form.jsonl mixes runs, repeats rows or misses some: "
-            "run bench/run.py closed_form anew"
-        )
+    points = by_point(found, ("shape", "dtype", "rows", "concepts"), "closed_form")
 
     def measured(row: Mapping[str, Any]) -> str:
         if row["matrices_measured"] == row["matrices"]:
@@ -189,19 +193,8 @@ def perturb_lines() -> list[str]:
     found = rows("perturb.jsonl")
     if not found:
         return []
-    made = {
-        (r["commit"], r["dirty"], r["device"], r["cpu"], r["threads"], r["torch"], r["date"])
-        for r in found
-    }
-    points: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
-    for row in found:
-        key = tuple(row[n] for n in ("operation", "shape", "concepts", "samples", "dtype"))
-        points.setdefault(key, {})[row["candidate"]] = row
-    repeated = sum(len(point) for point in points.values()) != len(found)
-    if len(made) > 1 or repeated or any("library" not in point for point in points.values()):
-        raise SystemExit(
-            "perturb.jsonl mixes runs, repeats rows or misses some: run bench/run.py perturb anew"
-        )
+    fields = ("operation", "shape", "concepts", "samples", "dtype")
+    points = by_point(found, fields, "perturb")
 
     def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
         if name not in point:
@@ -224,7 +217,7 @@ def perturb_lines() -> list[str]:
         "as the library the others take: what published codes do in eager PyTorch (randn, scale, "
         "add, then a product for each layer; without a test whether samples lie in the region), "
         "torch.compile of the definition, and the write, product or sum alone, which nothing gets "
-        "below. –: not measured (on this CPU the compiler did not finish the definition in 200 s).",
+        "below. –: not measured; the compiled definition is measured on CUDA only.",
         "",
         *table(
             ("operation", "model", "concepts x samples", "ms", "eager", "compiled", "ceiling"), body
