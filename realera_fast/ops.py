@@ -2,11 +2,10 @@
 
 Each schema is defined here, once. The plain PyTorch reference, or what `streamed` writes of other
 operations, is registered for every device (the meta device included, but for operations that draw
-numbers, whose shapes are given here) and a kernel made for a device
-overrides it there: the library ``_C``, C++ on the CPU and CUDA where it was built with
-nvcc, and Triton. The dispatcher is the only registry. A library that was never built leaves the reference in
-place; one that was built and does not load raises, and so does a missing Triton: nothing falls
-back silently.
+numbers, whose shapes are given here) and a kernel made for a device overrides it there: the library
+``_C``, C++ on the CPU and CUDA where it was built with nvcc, and Triton. The dispatcher is the only
+registry. A library that was never built leaves the reference in place; one that was built and does
+not load raises, and so does a missing Triton: nothing falls back silently.
 
 This is the only module that names the native library or ``realera_fast.kernels``.
 """
