@@ -340,8 +340,9 @@ def verify(
           -p "Starry night by Van Gogh" --seeds 1,2,3 --device cuda -o out/check
     """
     from realera_fast import embedded
+    from realera_fast.files import write_atomically
     from realera_fast.page import write_html
-    from realera_fast.verification import before_after_grid, write_file
+    from realera_fast.verification import before_after_grid
     from realera_fast.verification import verify as verify_pictures
 
     _check_dtype(dtype)
@@ -382,7 +383,7 @@ def verify(
             provenance={**erasure.provenance, "sampling": found.settings},
         )
         outcome = found.to_dict() | {"provenance": dict(erasure.provenance)}
-        write_file(folder / "report.json", _json(outcome).encode())
+        write_atomically(folder / "report.json", _json(outcome).encode())
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
     lines = [("change of pixels", "group", "prompt")]
@@ -762,8 +763,8 @@ def _json(values: Mapping[str, Any]) -> str:
 
 
 def _write_report(erasure: Erasure, folder: Path, model: str) -> None:
+    from realera_fast.files import write_atomically
     from realera_fast.page import write_html
-    from realera_fast.verification import write_file
 
     write_html(
         folder / "report.html",
@@ -781,7 +782,7 @@ def _write_report(erasure: Erasure, folder: Path, model: str) -> None:
         "provenance": dict(erasure.provenance),
         "erase_config": dict(erasure.config),
     }
-    write_file(folder / "report.json", _json(report).encode())
+    write_atomically(folder / "report.json", _json(report).encode())
 
 
 def _summary(erasure: Erasure) -> str:

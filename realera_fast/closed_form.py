@@ -117,6 +117,9 @@ class Pairs:
 class ClosedFormConfig:
     """Options of the closed form."""
 
+    enabled: bool = True
+    """Edit the weights in closed form (default: yes; without it noise alignment works alone, which
+    is there to measure what each stage does)."""
     ridge: float = 1e-3
     """Weight of ``|W' - W|_F^2`` in the objective, as a fraction of the mean squared entry of a
     preserved row, so that it means the same for every text encoder. Greater is gentler. Default

@@ -26,6 +26,7 @@ from realera_fast.concepts import Concept
 from realera_fast.config import EraseConfig
 from realera_fast.erase import erase
 from realera_fast.erasure import Erasure
+from realera_fast.files import write_atomically
 from realera_fast.metrics import Scores, accuracy
 from realera_fast.page import ScoreLine, Table, write_html
 from realera_fast.verification import (
@@ -36,7 +37,6 @@ from realera_fast.verification import (
     generate,
     picture_warnings,
     sampling_settings,
-    write_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -300,7 +300,7 @@ def run_demo(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     # An unwritable folder shows now, not after minutes of work.
-    write_file(folder / FILES[2], b"{}\n")
+    write_atomically(folder / FILES[2], b"{}\n")
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
 
@@ -436,7 +436,7 @@ def run_demo(
         "erasure": dict(erasure.report),
         "provenance": provenance,
     }
-    write_file(folder / FILES[2], (json.dumps(report, indent=1, default=str) + "\n").encode())
+    write_atomically(folder / FILES[2], (json.dumps(report, indent=1, default=str) + "\n").encode())
     return DemoResult(
         folder=folder,
         scores=scores,

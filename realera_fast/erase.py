@@ -23,7 +23,7 @@ from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure
 from realera_fast.incremental import IncrementalSystem
-from realera_fast.pairs import AlignedPrompts, AnchorMemo, align_concept, fill
+from realera_fast.pairs import AlignedPrompts, ConceptPrompts, fill
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import (
     Vocabulary,
@@ -103,39 +103,35 @@ def prior_equations(
     return equations
 
 
-def add_concept(
+def add_word(
     equations: NormalEquations,
-    named: Sequence[tuple[int, AlignedPrompts]],
-    neighbors: Sequence[AlignedPrompts],
+    prompts: AlignedPrompts,
     prior: Tensor,
     config: EraseConfig,
+    *,
+    number: int | None,
 ) -> NormalEquations:
-    """Adds a concept's target, neighbor and beyond rows. Returns the equations.
+    """Adds a word's rows, and if it was named its neighbor and beyond rows. Returns the equations.
 
     Args:
-        named: prompts of the target and its synonyms, each with the number of its noise.
-        neighbors: prompts of mined words.
         prior: `[d, d]` mean second moments of the preserve prior.
+        number: of the named word's noise; None for a mined word.
     """
-    for prompts, scale in (
-        *((p, config.erase_scale) for _, p in named),
-        *((p, config.mining.neighbor_scale) for p in neighbors),
-    ):
-        rows = prompts.weight > 0
-        equations.update(
-            Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
+    rows = prompts.weight > 0
+    scale = config.mining.neighbor_scale if number is None else config.erase_scale
+    equations.update(
+        Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
+    )
+    if number is not None and config.mining.mode in ("gaussian", "covariance", "offset"):
+        mining.add_neighbors(
+            equations,
+            prompts.source,
+            prompts.destination,
+            prompts.weight,
+            config.mining,
+            seed=philox.fold_seed(config.seed, number),
+            covariance=prior if config.mining.mode == "covariance" else None,
         )
-    if config.mining.mode in ("gaussian", "covariance", "offset"):
-        for number, prompts in named:
-            mining.add_neighbors(
-                equations,
-                prompts.source,
-                prompts.destination,
-                prompts.weight,
-                config.mining,
-                seed=philox.fold_seed(config.seed, number),
-                covariance=prior if config.mining.mode == "covariance" else None,
-            )
     return equations
 
 
@@ -154,6 +150,8 @@ def solve(
             diagonal.
     """
     options = config.closed_form
+    if not options.enabled:
+        return NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0), None
     scale = float(prior.diagonal().mean())
     if not scale:
         rows = (equations, *parts.values())
@@ -251,49 +249,36 @@ def erase(
             if not vocabulary.words:
                 logger.warning("the tokenizer offers no whole words: no neighbors are mined")
     with clock.stage("pairs"):
-        named: list[tuple[Concept, str, AlignedPrompts]] = []
-        neighbors: list[tuple[Concept, str, AlignedPrompts]] = []
-        for concept in parsed:
-            memo: AnchorMemo = {}
-            for word in (*concept.words, *mined[concept.target]):
-                prompts = align_concept(
-                    text, concept, config.pairs, word=word, avoid=gone, memo=memo
-                )
-                group = named if word in concept.words else neighbors
-                group.append((concept, word, prompts))
+        prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone)
         kind_of = {c.destination: c.kind for c in parsed}
         kept = [_kept(text, word, kind_of.get(word, "object"), config) for word in kept_words]
     with clock.stage("equations"):
         prior, _ = preserve_gram(text, vocabulary, gone)
         equations, parts = prior_equations(kept, prior, config), {}
-        for concept in parsed:
+        for place, concept in enumerate(parsed):
             into = equations
             if config.closed_form.keep_system:
                 into = parts[concept.target] = NormalEquations(text.width, device=prior.device)
-            add_concept(
-                into,
-                [(i, p) for i, (c, _, p) in enumerate(named) if c is concept],
-                [p for c, _, p in neighbors if c is concept],
-                prior,
-                config,
-            )
+            for number in prompts.numbers(place):
+                named = number if number < prompts.named else None
+                add_word(into, prompts[number], prior, config, number=named)
     with clock.stage("closed form"):
         solution, system = solve(equations, parts, prior, config)
         # The result is small and outlives the model: it rests on the CPU.
         concept_map = solution.map.to("cpu")
 
     stayers = _stayers(vocabulary, gone, kept_words)
-    aligned = Alignment({}, False, None, None, (), 0.0)
+    aligned = alignment.NOT_ALIGNED
     before = {name: module.weight.detach().clone() for name, module in layers.items()}
     with unets.transaction(unet):
-        if config.alignment.enabled and solution.map.rank:
+        moves = solution.map.rank or not config.closed_form.enabled
+        if config.alignment.enabled and moves:
             with clock.stage("alignment"):
                 aligned = align_noise(
                     unet,
                     scheduler or alignment.find_scheduler(unet),
                     solution.map,
-                    named=[p for *_, p in named],
-                    neighbors=[p for *_, p in neighbors],
+                    prompts=prompts,
                     preserve=text.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
                     empty=text.encode([""]),
                     config=config.alignment,
@@ -301,14 +286,16 @@ def erase(
                     seed=config.seed,
                     progress=progress,
                 )
+        hidden = {n: m for n, m in unets.queries_and_outputs(unet).items() if n in aligned.lora}
+        before |= {name: module.weight.detach().clone() for name, module in hidden.items()}
         draft = Erasure(concept_map, aligned.lora, parsed, config.to_dict(), provenance, {})
         edited = draft.edited_weights(before)
         with clock.stage("report"):
             found = _report(
                 before,
                 edited,
-                named,
-                neighbors,
+                list(layers),
+                prompts,
                 kept_words,
                 stayers,
                 text,
@@ -349,8 +336,8 @@ def _stayers(
 def _report(
     before: Mapping[str, Tensor],
     edited: Mapping[str, Tensor],
-    named: Sequence[tuple[Concept, str, AlignedPrompts]],
-    neighbors: Sequence[tuple[Concept, str, AlignedPrompts]],
+    projections: Sequence[str],
+    prompts: ConceptPrompts,
     kept_words: Sequence[str],
     stayers: Sequence[str],
     text: TextModel,
@@ -358,24 +345,25 @@ def _report(
     aligned: Alignment,
     mined: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Any]:
-    old, new = list(before.values()), [edited[name] for name in before]
-    words = []
-    for group, is_neighbor in ((named, False), (neighbors, True)):
-        for concept, word, prompts in group:
-            role = "target" if word == concept.target else "synonym"
-            words.append(
-                report.WordReport(
-                    word,
-                    "neighbor" if is_neighbor else role,
-                    concept.anchor_name,
-                    report.moved(old, new, prompts),
-                    None,
-                )
+    movement = report.Movement(*([w[name] for name in projections] for w in (before, edited)))
+    found: dict[int, report.WordReport] = {}
+    for place, concept in enumerate(prompts.concepts):
+        # Encoded a second time: to keep all words' prompts would take gigabytes.
+        for number in prompts.numbers(place):
+            word = prompts[number]
+            role = "target" if word.word == concept.target else "synonym"
+            found[number] = report.WordReport(
+                word.word,
+                role if number < prompts.named else "neighbor",
+                concept.anchor_name,
+                movement.moved(word),
+                None,
             )
+    words = [found[number] for number in range(len(prompts))]
     hidden = text.encode([fill("a photo of a {}", word) for word in stayers])
-    for word, drift in zip(stayers, report.drifts(old, new, hidden), strict=True):
-        role = "preserved" if word in kept_words else "vocabulary"
-        words.append(report.WordReport(word, role, None, None, drift))
+    for stayer, drift in zip(stayers, movement.drifts(hidden), strict=True):
+        role = "preserved" if stayer in kept_words else "vocabulary"
+        words.append(report.WordReport(stayer, role, None, None, drift))
     outcome = aligned.to_dict()
     return {
         "words": tuple(words),

@@ -2,20 +2,19 @@
 
     W' = W + (W L) R + up @ down
 
-L and R are the closed form's map, shared by all projections; up and down the alignment's LoRA
-factors of each. The sum is made in float32 (float64 for float64 weights) and rounded once.
+L and R are the closed form's map, shared by all text projections; up and down the alignment's LoRA
+factors of each, and of queries and outputs where these were trained. The sum is made in float32
+(float64 for float64 weights) and rounded once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,9 +28,17 @@ from torch import Tensor, nn
 from realera_fast import ops
 from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
+from realera_fast.files import write_atomically
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.lora import LoraFactors
-from realera_fast.unet import base_hashes, projections, transaction, unwrapped, weights_hash
+from realera_fast.unet import (
+    base_hashes,
+    projections,
+    queries_and_outputs,
+    transaction,
+    unwrapped,
+    weights_hash,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +73,12 @@ class _Application:
     erasure: Erasure
     originals: Mapping[str, Tensor]
     """Weights of the edited projections before, on the CPU."""
+    layers: frozenset[str]
+    """The layers that the hashes are over."""
     before: str
-    """Hash of all projections before."""
+    """Hash of these layers before."""
     after: str
-    """Hash of all projections after."""
+    """Hash of these layers after."""
 
 
 _history: WeakKeyDictionary[nn.Module, list[_Application]] = WeakKeyDictionary()
@@ -83,7 +92,7 @@ class Erasure:
     map: ConceptMap
     """The closed form, T = I + L R, for every projection."""
     lora: Mapping[str, LoraFactors]
-    """Alignment factors by projection name; empty without that stage."""
+    """Alignment factors by layer name; empty without that stage."""
     concepts: tuple[Concept, ...]
     """What was erased."""
     config: Mapping[str, Any]
@@ -109,7 +118,7 @@ class Erasure:
         if not all(isinstance(concept, Concept) for concept in self.concepts):
             raise TypeError("concepts: expected Concept objects")
         for name, factors in self.lora.items():
-            if factors.down.shape[1] != self.map.width:
+            if _takes_text(name) and factors.down.shape[1] != self.map.width:
                 raise ValueError(
                     f"lora[{name!r}]: expected down of shape [r, {self.map.width}] like the map, "
                     f"got {list(factors.down.shape)}"
@@ -134,7 +143,7 @@ class Erasure:
         """The edited weights, without a model and without changing the given ones.
 
         Args:
-            weights: `[o, d]` un-edited weight of each projection name; any may be left out.
+            weights: `[o, d]` un-edited weight of each layer name; any may be left out.
 
         Returns:
             New tensors of the same dtype; where nothing changes, the given tensor itself.
@@ -147,10 +156,11 @@ class Erasure:
             # The dtype that the sum is made in: with LoRA to come it must not be rounded between.
             dtype = wide if name in self.lora else weight.dtype
             edited[name] = weight.detach().to(dtype, copy=True)
-        if self.map.rank and changed:
-            device = edited[changed[0]].device
+        mapped = [name for name in changed if _takes_text(name)]
+        if self.map.rank and mapped:
+            device = edited[mapped[0]].device
             left, right = self.map.left.to(device), self.map.right.to(device)
-            ops.low_rank_update_([edited[name] for name in changed], left, right)
+            ops.low_rank_update_([edited[name] for name in mapped], left, right)
         for name in changed:
             if name in self.lora:
                 wide_weight, factors = edited[name], self.lora[name]
@@ -180,11 +190,12 @@ class Erasure:
         """
         layers = self._layers(unet)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        before = _state(weights)
         history = _history.setdefault(unwrapped(unet), [])
-        _forget_undone(history, before)
+        now = _States(unet)
+        _forget_undone(history, now)
+        before = now.of(layers)
         top = history[-1] if history else None
-        if top and top.after == before != top.before and self._is_same(top.erasure):
+        if top and now.led_to(top) and top.after != top.before and self._is_same(top.erasure):
             raise BaseModelMismatchError("unet: this erasure is already applied to it")
         self._check_base(unet)
         edited = self.edited_weights(weights)
@@ -193,18 +204,18 @@ class Erasure:
         }
         record: _Application | None = None
         try:
-            with transaction(unet):
+            with transaction(unet, layers):
                 with torch.no_grad():
                     for name in originals:
                         layers[name].weight.copy_(edited[name])
-                after = _state({name: layer.weight.detach() for name, layer in layers.items()})
-                record = _Application(self, originals, before, after)
+                after = _States(unet).of(layers)
+                record = _Application(self, originals, frozenset(layers), before, after)
                 history.append(record)
         except BaseException:
             if record in history:
                 history.remove(record)
             raise
-        logger.info("applied %r to %d projections", self, len(originals))
+        logger.info("applied %r to %d layers", self, len(originals))
         return unet
 
     def restore_(self, unet: nn.Module) -> nn.Module:
@@ -218,10 +229,9 @@ class Erasure:
                 to this model object in this process.
         """
         layers = self._layers(unet)
-        now = _state({name: layer.weight.detach() for name, layer in layers.items()})
         history = _history.get(unwrapped(unet), [])
         known = any(self._is_same(entry.erasure) for entry in history)
-        place = _last(history, now)
+        place = _last(history, _States(unet))
         if not known:
             raise ValueError(
                 "unet: this erasure was not applied to this model in this process, so its original "
@@ -235,7 +245,7 @@ class Erasure:
         entry = history[place]
         if not self._is_same(entry.erasure):
             raise ValueError(f"unet: {entry.erasure!r} was applied last; restore that one first")
-        with transaction(unet), torch.no_grad():
+        with transaction(unet, layers), torch.no_grad():
             for name, original in entry.originals.items():
                 layers[name].weight.copy_(original)
         del history[place:]
@@ -253,7 +263,7 @@ class Erasure:
         layers = self._layers(unet)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         history = _history.get(unwrapped(unet), [])
-        place = _last(history, _state(weights))
+        place = _last(history, _States(unet))
         if place is None or not self._is_same(history[place].erasure):
             self._check_base(unet)
             weights = self.edited_weights(weights)
@@ -420,7 +430,7 @@ class Erasure:
     # Inside
 
     def _changes(self, name: str) -> bool:
-        return self.map.rank > 0 or name in self.lora
+        return name in self.lora or (self.map.rank > 0 and _takes_text(name))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"map.left": self.map.left, "map.right": self.map.right}
@@ -441,20 +451,25 @@ class Erasure:
         return digest.hexdigest()
 
     def _layers(self, unet: nn.Module) -> dict[str, nn.Linear]:
-        """The projections of a model that this erasure fits in shape."""
+        """The layers of a model that this erasure is about, if it fits them in shape."""
         layers = projections(unet)
         width = next(iter(layers.values())).in_features
         if width != self.map.width:
             raise BaseModelMismatchError(
                 f"unet: it takes text of width {width}, the erasure is for {self.map.width}"
             )
+        if not all(_takes_text(name) for name in self.lora):
+            layers |= queries_and_outputs(unet)
         for name, factors in self.lora.items():
             if name not in layers:
                 raise BaseModelMismatchError(f"unet: it has no projection {name!r}")
-            if layers[name].out_features != factors.up.shape[0]:
+            layer = layers[name]
+            got = (layer.out_features, layer.in_features)
+            wanted = (factors.up.shape[0], factors.down.shape[1])
+            if got != wanted:
                 raise BaseModelMismatchError(
-                    f"unet: {name} has {layers[name].out_features} output features, the erasure "
-                    f"expects {factors.up.shape[0]}"
+                    f"unet: {name} has {got[0]} output and {got[1]} input features, the erasure "
+                    f"expects {wanted[0]} and {wanted[1]}"
                 )
         return layers
 
@@ -503,7 +518,7 @@ class Erasure:
         found = {}
         for name in weights or self.lora:
             ups, downs = [], []
-            if self.map.rank:
+            if self.map.rank and _takes_text(name):
                 weight = weights[name].to("cpu", torch.float64)
                 ups.append(weight @ self.map.left.to(weight))
                 downs.append(self.map.right.to(weight))
@@ -524,24 +539,47 @@ class Erasure:
         return found
 
 
-def _state(weights: Mapping[str, Tensor]) -> str:
-    """Identifies weights as they are stored."""
-    return weights_hash(weights, next(iter(weights.values())).dtype)
+def _takes_text(name: str) -> bool:
+    """Whether a layer's input is text, so that the closed form is about it."""
+    return name.endswith((".to_k", ".to_v"))
 
 
-def _last(history: list[_Application], state: str) -> int | None:
-    """Number of the latest application that led to `state`."""
-    return next((i for i in reversed(range(len(history))) if history[i].after == state), None)
+class _States:
+    """Hashes of a model's weights as they are stored now, each made when first asked for."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._unet = unet
+        self._found: dict[frozenset[str], str] = {}
+
+    def of(self, names: Iterable[str]) -> str:
+        """Of these layers."""
+        key = frozenset(names)
+        if key not in self._found:
+            layers = dict(projections(self._unet))
+            if not all(map(_takes_text, key)):
+                layers |= queries_and_outputs(self._unet)
+            weights = {n: layer.weight.detach() for n, layer in layers.items() if n in key}
+            self._found[key] = weights_hash(weights, next(iter(layers.values())).weight.dtype)
+        return self._found[key]
+
+    def led_to(self, entry: _Application) -> bool:
+        """Whether the weights are as that application left them."""
+        return self.of(entry.layers) == entry.after
 
 
-def _forget_undone(history: list[_Application], state: str) -> None:
+def _last(history: list[_Application], now: _States) -> int | None:
+    """Number of the latest application that led to the weights of now."""
+    return next((i for i in reversed(range(len(history))) if now.led_to(history[i])), None)
+
+
+def _forget_undone(history: list[_Application], now: _States) -> None:
     """Drops applications that were undone behind our back, as by an outer transaction."""
-    place = _last(history, state)
-    if place is None:
-        place = next((i for i, entry in enumerate(history) if entry.before == state), len(history))
-        del history[place:]
-    else:
+    place = _last(history, now)
+    if place is not None:
         del history[place + 1 :]
+        return
+    undone = (i for i, entry in enumerate(history) if now.of(entry.layers) == entry.before)
+    del history[next(undone, len(history)) :]
 
 
 def _json(value: Any) -> str:
@@ -590,36 +628,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         raise ValueError(f"path: {path} is a folder; name a file in it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, (len(encoded).to_bytes(8, "little"), encoded, *chunks))
+        write_atomically(target, len(encoded).to_bytes(8, "little"), encoded, *chunks)
     except OSError as error:
         raise OSError(
             error.errno, f"could not save, no file was changed: {error.strerror}", str(path)
         ) from error
     return path
-
-
-def _replace(target: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
-    # Exclusive, and with the permissions of an ordinary new file.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    # The new name outlives a power cut too, where folders can be synchronized.
-    with contextlib.suppress(OSError):
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 # Reading: nothing in a file is trusted
@@ -708,9 +722,11 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         )
     for name in names:
         down, up = shapes[f"lora.{name}.down"][1], shapes[f"lora.{name}.up"][1]
-        if down[1] != width or up[1] != down[0] or not 1 <= down[0] <= max(width, up[0]):
+        features = width if _takes_text(name) else down[1]
+        if down[1] != features or up[1] != down[0] or not 1 <= down[0] <= max(features, up[0]):
             raise ErasureFileError(
-                f"lora.{name}: down {list(down)}, up {list(up)} don't make an update [o, {width}]"
+                f"lora.{name}: down {list(down)}, up {list(up)} don't make an update "
+                f"[o, {features}]"
             )
 
 

@@ -1,24 +1,22 @@
-"""LoRA factors on the text projections, injected and taken out through peft.
+"""LoRA factors: what they are, and the float32 masters that alignment trains.
 
-The base may be bfloat16 or float16; the factors are float32 masters, so small optimiser steps are
-not rounded away. peft is imported when an adapter is attached, not before.
+Names and semantics are peft's (`r`, `lora_alpha`, `use_rslora`, `target_modules`), so that the
+result is an ordinary adapter. Nothing is injected into the model: the factors of all keys and
+values are two tensors, which `ops.project` takes as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from realera_fast.unet import Structure, projections, unwrapped
-
-_ADAPTER = "realera_fast"
+TARGET_MODULES = ("to_k", "to_v", "to_q", "to_out.0")
+"""Parts of a cross-attention layer that can have factors; text enters through the first two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,133 +50,89 @@ class LoraFactors:
         return self.up @ self.down
 
 
-@dataclass(frozen=True)
-class _Attached:
-    structure: Structure
-    layers: dict[str, Any]
-    """Name to peft's wrapper around the original linear layer."""
+class LoraParameters:
+    """Trainable factors of many layers, the same for each seed on every device.
 
-
-# The values refer to the model, so entries don't go by themselves: detach drops them.
-_attached: WeakKeyDictionary[nn.Module, _Attached] = WeakKeyDictionary()
-
-
-def attach(
-    unet: nn.Module, names: Sequence[str], rank: int, *, alpha: float | None = None, seed: int
-) -> list[nn.Parameter]:
-    """Injects trainable float32 LoRA factors through peft and freezes everything else.
-
-    The factors start as peft's do (``down`` uniform in +-1/sqrt(d), ``up`` zero), so the model's
-    output does not change, but from a generator of their own: the global random state is untouched
-    and equal seeds give equal factors on every device.
-
-    Args:
-        unet: The model, without adapters.
-        names: Projections to adapt, as :func:`realera_fast.unet.projections` names them.
-        rank: LoRA rank r.
-        alpha: peft's ``lora_alpha``, the factors are scaled by ``alpha / rank``; default `rank`.
-        seed: Seed of the initial ``down``.
-
-    Returns:
-        The trainable parameters, in the order of `names`.
+    They start as peft's do: `down` uniform in +-1/sqrt(features), `up` zero, so that nothing
+    changes yet. The global random state is not touched.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError(
-            "noise alignment needs peft: pip install peft, or switch the stage off"
-        ) from error
-    model = unwrapped(unet)
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    alpha = float(rank) if alpha is None else alpha
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha: expected a positive finite number, got {alpha}")
-    layers = projections(unet)
-    unknown = [name for name in names if name not in layers]
-    if unknown or not names or len(set(names)) != len(names):
-        raise ValueError(
-            "names: expected some of the model's text projections, each once, "
-            f"got {unknown or list(names)}"
-        )
-    structure = Structure(model)
-    # peft says int, and divides: a fraction is as good.
-    scaled: Any = alpha
-    config = LoraConfig(
-        r=rank, lora_alpha=scaled, target_modules=list(names), lora_dropout=0.0, bias="none"
-    )
-    try:
-        # peft draws its own initial factors from the global generator before ours replace them.
-        with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-        wrappers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-        # peft matches names by their end too.
-        assert set(wrappers) == set(names), f"peft adapted {sorted(wrappers)}"
+
+    def __init__(
+        self,
+        text: Mapping[str, nn.Linear],
+        hidden: Mapping[str, nn.Linear],
+        *,
+        r: int,
+        lora_alpha: float,
+        use_rslora: bool = False,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """
+        Args:
+            text: layers whose input is text, all of one width d; their factors are stacked.
+            hidden: layers whose input is the layer's own hidden states (queries, outputs).
+            r: rank.
+            lora_alpha: the factors count `lora_alpha / r` times, with `use_rslora` / sqrt(r).
+            dtype: of the masters; float64 is for tests.
+        """
+        if r < 1:
+            raise ValueError(f"r: expected at least 1, got {r}")
+        if not (math.isfinite(lora_alpha) and lora_alpha > 0):
+            raise ValueError(f"lora_alpha: expected a positive finite number, got {lora_alpha}")
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.names = list(text)
+        self.heights = [layer.out_features for layer in text.values()]
         generator = torch.Generator().manual_seed(seed)
-        parameters: list[nn.Parameter] = []
-        for name in names:
-            wrapper = wrappers[name]
-            down = wrapper.lora_A[_ADAPTER].to(torch.float32).weight
-            up = wrapper.lora_B[_ADAPTER].to(torch.float32).weight
-            bound = 1 / math.sqrt(down.shape[1])
-            noise = torch.rand(down.shape, generator=generator) * (2 * bound) - bound
-            with torch.no_grad():
-                down.copy_(noise)
-                up.zero_()
-            parameters += [down, up]
-        _attached[model] = _Attached(structure, {name: wrappers[name] for name in names})
-    except BaseException:
-        _attached.pop(model, None)
-        structure.restore()
-        raise
-    return parameters
 
+        def uniform(features: int) -> Tensor:
+            drawn = torch.rand((r, features), generator=generator)
+            return (drawn * 2.0 - 1.0) / math.sqrt(features)
 
-def _layers(unet: nn.Module) -> dict[str, Any]:
-    model = unwrapped(unet)
-    attached = _attached.get(model)
-    # A transaction that was rolled back takes adapters out without asking here.
-    if attached is None or _ADAPTER not in (getattr(model, "peft_config", None) or {}):
-        raise ValueError("unet: no adapter is attached; call attach first")
-    return attached.layers
+        def trained(values: Tensor) -> nn.Parameter:
+            return nn.Parameter(values.to(device, dtype))
 
+        width = next(iter(text.values())).in_features if text else 1
+        downs = [uniform(layer.in_features) for layer in text.values()]
+        self.down = trained(torch.stack(downs) if downs else torch.zeros(0, r, width))
+        """`[l, r, d]` factors A of the text layers."""
+        self.up = trained(torch.zeros(sum(self.heights), r))
+        """`[m, r]` their factors B, one below the other."""
+        self.hidden = {
+            name: (
+                trained(uniform(layer.in_features)),
+                trained(torch.zeros(layer.out_features, r)),
+            )
+            for name, layer in hidden.items()
+        }
+        """`[r, i]` and `[o, r]` of the layers whose input is not text."""
 
-def extract(unet: nn.Module) -> dict[str, LoraFactors]:
-    """The attached factors as they are now, on the CPU, with the scaling folded into ``up``."""
-    return {
-        name: LoraFactors(
-            down=layer.lora_A[_ADAPTER].weight.detach().to("cpu", torch.float32, copy=True),
-            up=layer.lora_B[_ADAPTER].weight.detach().cpu().float() * layer.scaling[_ADAPTER],
-        )
-        for name, layer in _layers(unet).items()
-    }
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor by a name of its own."""
+        found = {"down": self.down, "up": self.up} if self.names else {}
+        for name, (down, up) in self.hidden.items():
+            found |= {f"{name}.down": down, f"{name}.up": up}
+        return found
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained tensor."""
+        return list(self.named_tensors().values())
 
-def detach(unet: nn.Module) -> None:
-    """Takes the factors out: the same ``nn.Linear`` objects, flags and modes as before `attach`.
+    def add_hidden(self, name: str, hidden: Tensor, output: Tensor) -> Tensor:
+        """A layer's `output` `[..., o]` for `hidden` `[..., i]`, with the factors it may have."""
+        if name not in self.hidden:
+            return output
+        down, up = (factor.to(hidden.dtype) for factor in self.hidden[name])
+        return output + functional.linear(functional.linear(hidden, down), up) * self.scaling
 
-    Does nothing where none are attached, so that it fits a ``finally``.
-    """
-    attached = _attached.pop(unwrapped(unet), None)
-    if attached is not None:
-        attached.structure.restore()
+    def factors(self) -> dict[str, LoraFactors]:
+        """The factors as they are now, on the CPU, with the scaling folded into ``up``."""
 
+        def result(down: Tensor, up: Tensor) -> LoraFactors:
+            down, up = (x.detach().to("cpu", torch.float32, copy=True) for x in (down, up))
+            return LoraFactors(down, up * self.scaling)
 
-@contextmanager
-def disabled(unet: nn.Module) -> Iterator[None]:
-    """Runs the base alone inside: the teacher's pass needs no second copy of the model."""
-    layers = list(_layers(unet).values())
-    before = [
-        (layer, layer.disable_adapters, [(p, p.requires_grad) for p in layer.parameters()])
-        for layer in layers
-    ]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer, was_disabled, gradients in before:
-            layer.enable_adapters(not was_disabled)
-            # peft switches gradients together with adapters.
-            for parameter, requires_grad in gradients:
-                parameter.requires_grad_(requires_grad)
+        parts = zip(self.names, self.down, self.up.split(self.heights), strict=True)
+        found = {name: result(down, up) for name, down, up in parts}
+        return found | {name: result(*pair) for name, pair in self.hidden.items()}

@@ -171,12 +171,14 @@ class Samples:
     """Key of the random stream."""
     offset: int
     """Counter of the first sample."""
+    concept_offset: int = 0
+    """Counter of the first embedding."""
 
     def rows(self) -> Tensor:
         """`[c, s, t, d]` the points themselves, in the embeddings' type."""
         return ops.perturb_rows(
             self.embeddings, self.alpha, self.scale, self.seed,
-            factor=self.factor, offset=self.offset,
+            factor=self.factor, offset=self.offset, concept_offset=self.concept_offset,
         )  # fmt: skip
 
     def project(
@@ -192,6 +194,7 @@ class Samples:
         return ops.perturb_project(
             self.embeddings, self.alpha, self.scale, weight, self.seed, down=down, up=up,
             heights=heights, scaling=scaling, factor=self.factor, offset=self.offset,
+            concept_offset=self.concept_offset,
         )  # fmt: skip
 
 
@@ -221,6 +224,7 @@ def sample(
     seed: int,
     factor: Tensor | None = None,
     offset: int = 0,
+    concept_offset: int = 0,
 ) -> Samples:
     """Draws points of a region around prompt embeddings (RealEra, arXiv 2410.09140, mining).
 
@@ -236,6 +240,7 @@ def sample(
         factor: `[d, d]` F with trace(F F^T) = d: noise rows are F z instead of z. Of the
             embeddings' type, float32 for 16-bit ones.
         offset: counter of the first sample.
+        concept_offset: counter of the first embedding: parts of a batch draw what the whole does.
 
     Returns:
         the samples.
@@ -246,7 +251,7 @@ def sample(
     """
     alpha, beta, scale = ops.perturb(
         embeddings, samples, region.min_cosine, region.max_cosine, region.max_distance, seed,
-        factor=factor, offset=offset,
+        factor=factor, offset=offset, concept_offset=concept_offset,
     )  # fmt: skip
     bad = beta.isnan()
     if bool(bad.any()):
@@ -262,7 +267,7 @@ def sample(
                 "widen the cosine window or raise max_distance"
             )
         raise ValueError(f"embeddings[{concept}] can't be mined: {why}")
-    return Samples(embeddings, factor, alpha, beta, scale, seed, offset)
+    return Samples(embeddings, factor, alpha, beta, scale, seed, offset, concept_offset)
 
 
 @lru_cache(maxsize=256)

@@ -18,8 +18,9 @@ from typing import Any
 
 from PIL import Image
 
+from realera_fast.files import write_atomically
 from realera_fast.metrics import Scores
-from realera_fast.verification import GROUPS, Row, encoded, write_file
+from realera_fast.verification import GROUPS, Row, encoded
 
 LARGEST = 256
 """Longest side, in pixels, of a picture inside a page; larger ones are scaled down."""
@@ -137,7 +138,7 @@ def write_html(
         parts.append("<h2>How to get the same again</h2>")
         parts += [_value(key, value) for key, value in _scalars_first(provenance)]
     page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(parts))
-    write_file(path, page.encode())
+    write_atomically(path, page.encode())
 
 
 _PAGE = """<!doctype html>

@@ -15,7 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -260,33 +260,72 @@ def align(
     return AlignedPrompts(word, prompts, names, source, destination, hidden, weight, plain)
 
 
-def align_concept(
-    text: TextModel,
-    concept: Concept,
-    config: PairsConfig,
-    *,
-    word: str | None = None,
-    avoid: Sequence[str] = (),
-    memo: AnchorMemo | None = None,
-) -> AlignedPrompts:
-    """`align` for a concept's target (or another `word` that follows the same anchor).
+_ANCHORS = 4
+"""Anchors kept at a time."""
 
-    Args:
-        avoid: words that stand neither in `{word}` templates nor in the mean word, such as the
-            concept's own neighbors.
-        memo: keeps encoded anchors between the words of one concept.
+
+class ConceptPrompts(Sequence[AlignedPrompts]):
+    """Prompts of all words of all concepts, encoded when asked for and then forgotten.
+
+    The named words come first, concept by concept, then the mined neighbor words. Memory is that of
+    one word's prompts and of a few anchors, however many concepts there are; words of one concept
+    are best asked for one after the other, as they share its anchor.
     """
-    left_out = {w.casefold() for w in (*concept.words, *avoid)}
-    usable = [w for w in text.words(1000) if w.casefold() not in left_out]
-    return align(
-        text,
-        concept.target if word is None else word,
-        concept.destination,
-        config.of(concept.kind),
-        context=_spread(usable, config.context_words),
-        neutral=_spread(usable, config.neutral_words),
-        memo=memo,
-    )
+
+    def __init__(
+        self,
+        text: TextModel,
+        concepts: Sequence[Concept],
+        neighbors: Mapping[str, Sequence[str]],
+        config: PairsConfig,
+        *,
+        avoid: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            neighbors: mined words by target.
+            avoid: words that stand neither in `{word}` templates nor in the mean word, such as the
+                concepts' own neighbors.
+        """
+        self._text, self._config, self.concepts = text, config, tuple(concepts)
+        left_out = {w.casefold() for w in avoid} | {
+            w.casefold() for concept in concepts for w in concept.words
+        }
+        usable = [w for w in text.words(1000) if w.casefold() not in left_out]
+        self._context = _spread(usable, config.context_words)
+        self._neutral = _spread(usable, config.neutral_words)
+        named = [(i, word) for i, concept in enumerate(concepts) for word in concept.words]
+        self.named = len(named)
+        """How many of the words were named."""
+        self._words = named + [
+            (i, word)
+            for i, concept in enumerate(concepts)
+            for word in neighbors.get(concept.target, ())
+        ]
+        self._numbers: list[list[int]] = [[] for _ in concepts]
+        for number, (owner, _) in enumerate(self._words):
+            self._numbers[owner].append(number)
+        self._memo: AnchorMemo = {}
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __getitem__(self, number: Any) -> Any:
+        concept, word = self.concept(number), self._words[number][1]
+        if len(self._memo) > _ANCHORS:
+            self._memo.clear()
+        return align(
+            self._text, word, concept.destination, self._config.of(concept.kind),
+            context=self._context, neutral=self._neutral, memo=self._memo,
+        )  # fmt: skip
+
+    def concept(self, number: int) -> Concept:
+        """Whose word an item is of."""
+        return self.concepts[self._words[number][0]]
+
+    def numbers(self, concept: int) -> list[int]:
+        """Items of the concept of that place, named words first; they share an anchor."""
+        return self._numbers[concept]
 
 
 def _spread(words: Sequence[str], count: int) -> tuple[str, ...]:

@@ -20,6 +20,11 @@ def enabled(progress: bool | None) -> bool:
     return diffusers_logging is None or diffusers_logging.is_progress_bar_enabled()
 
 
-def bar(*, total: int, desc: str, progress: bool | None, unit: str = "it") -> tqdm:
-    """A bar of `total` steps; a disabled one counts without drawing."""
-    return tqdm(total=total, desc=desc, unit=unit, disable=not enabled(progress), leave=False)
+def bar(
+    *, total: int, desc: str, progress: bool | None, unit: str = "it", initial: int = 0
+) -> tqdm:
+    """A bar of `total` steps, `initial` of them done; a disabled one counts without drawing."""
+    return tqdm(
+        total=total, initial=initial, desc=desc, unit=unit, disable=not enabled(progress),
+        leave=False,
+    )  # fmt: skip

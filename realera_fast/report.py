@@ -9,6 +9,7 @@ Movement is measured where the text enters the denoiser, at the outputs of all p
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,34 +62,59 @@ class Report:
         return asdict(self)
 
 
-def _outputs(weights: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """`[n, m]` float32: rows through all projections, side by side."""
-    return torch.cat([rows @ weight.float().T for weight in weights], dim=1)
+class Movement:
+    """Distances at the outputs of all projections, from three `[d, d]` sums made once.
+
+    |W' x - W y|^2 = |(W' - W) x + W (x - y)|^2, summed over projections, needs no product with the
+    weights themselves. In float64, as a word that met its anchor leaves a small difference of large
+    numbers.
+    """
+
+    def __init__(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """
+        Args:
+            before, after: `[o_l, d]` weights of the projections.
+        """
+        width, device = before[0].shape[1], before[0].device
+        self._original = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._mixed, self._change = (torch.zeros_like(self._original) for _ in range(2))
+        for old, new in zip(before, after, strict=True):
+            weight = old.double()
+            change = new.double() - weight
+            self._original.addmm_(weight.mT, weight)
+            self._mixed.addmm_(change.mT, weight)
+            self._change.addmm_(change.mT, change)
+
+    def moved(self, prompts: AlignedPrompts) -> float | None:
+        """Fraction of the way that a word went to its anchor; None if the two were never apart."""
+        rows = prompts.weight > 0
+        x, y = (
+            states[rows].to(self._change.device, torch.float64)
+            for states in (prompts.source, prompts.destination)
+        )
+        z = x - y
+        way = _sum(z, self._original, z)
+        if way <= 0.0:
+            return None
+        left = _sum(x, self._change, x) + 2 * _sum(x, self._mixed, z) + way
+        return 1.0 - math.sqrt(max(0.0, left) / way)
+
+    def drifts(self, hidden: Tensor) -> list[float]:
+        """How far each of `[w, t, d]` prompts went, in their mean distances from their mean."""
+        x = hidden[:, 1:].to(self._change.device, torch.float64)
+        # One word alone is not apart from anything: its own length is the measure then.
+        center = x.mean(dim=0) if len(x) > 1 else torch.zeros_like(x[0])
+        apart = (x - center).flatten(0, 1)
+        spread = math.sqrt(max(0.0, _sum(apart, self._original, apart)) / max(1, len(x)))
+        return [
+            math.sqrt(max(0.0, _sum(prompt, self._change, prompt))) / max(spread, 1e-12)
+            for prompt in x
+        ]
 
 
-def moved(
-    before: Sequence[Tensor], after: Sequence[Tensor], prompts: AlignedPrompts
-) -> float | None:
-    """Fraction of the way that a word went to its anchor; `None` if the two were never apart."""
-    rows = prompts.weight > 0
-    device = before[0].device
-    source, destination = prompts.source[rows].to(device), prompts.destination[rows].to(device)
-    goal = _outputs(before, destination)
-    way = float((_outputs(before, source) - goal).norm())
-    if way == 0.0:
-        return None
-    return 1.0 - float((_outputs(after, source) - goal).norm()) / way
-
-
-def drifts(before: Sequence[Tensor], after: Sequence[Tensor], hidden: Tensor) -> list[float]:
-    """How far each of `[w, t, d]` prompts went, in units of their mean distance from their mean."""
-    hidden = hidden[:, 1:].to(before[0].device)
-    # One word alone is not apart from anything: its own length is the measure then.
-    center = hidden.mean(dim=0) if len(hidden) > 1 else torch.zeros_like(hidden[:1])
-    spread = _outputs(before, (hidden - center).flatten(0, 1)).norm()
-    spread = float(spread) / max(1, len(hidden)) ** 0.5
-    change = [a.float() - b.float() for a, b in zip(after, before, strict=True)]
-    return [float(_outputs(change, prompt).norm()) / max(spread, 1e-12) for prompt in hidden]
+def _sum(left: Tensor, matrix: Tensor, right: Tensor) -> float:
+    """The sum over rows of l^T M r."""
+    return float(((left @ matrix) * right).sum())
 
 
 def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tuple[str, ...]:

@@ -90,6 +90,22 @@ def projections(unet: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
+def queries_and_outputs(unet: nn.Module) -> dict[str, nn.Linear]:
+    """``to_q`` and ``to_out.0`` of each cross-attention layer, which never see the text itself.
+
+    No closed form reaches them; adapters may. Checked like `projections`, which `unet` must pass.
+
+    Raises:
+        ValueError: a layer that an edit would not (or not correctly) reach.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, module in unwrapped(unet).named_modules():
+        if getattr(module, "is_cross_attention", False):
+            found[f"{name}.to_q"] = _checked(f"{name}.to_q", module.to_q)
+            found[f"{name}.to_out.0"] = _checked(f"{name}.to_out.0", module.to_out[0])
+    return found
+
+
 def _refuse_adapters(unet: nn.Module) -> None:
     advice = "merge it (pipe.fuse_lora()) and unload it (pipe.unload_lora_weights()) first"
     attached: Any = getattr(unet, "peft_config", None)
@@ -231,14 +247,17 @@ _PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 
 
 @contextmanager
-def transaction(unet: nn.Module) -> Iterator[None]:
-    """Any exception inside, Ctrl-C included, leaves the projections as they were, bit for bit.
+def transaction(unet: nn.Module, layers: Mapping[str, nn.Linear] | None = None) -> Iterator[None]:
+    """Any exception inside, Ctrl-C included, leaves the weights as they were, bit for bit.
 
     They stay the same ``Parameter`` objects in the same storage, so optimizers, views and compiled
     graphs of the caller stay valid. Adapters that were injected inside are taken out, and
     ``requires_grad`` and training mode come back too. On success nothing is done.
+
+    Args:
+        layers: those whose weights are guarded; None is all text projections.
     """
-    layers = projections(unet)
+    layers = projections(unet) if layers is None else layers
     structure = Structure(unwrapped(unet))
     # Copies rest on the CPU: on a GPU, memory is what an erasure is short of.
     saved = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
 from realera_fast.concepts import Concept
 from realera_fast.erasure import Erasure
+from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
 from realera_fast.progress import bar
 from realera_fast.unet import base_hashes
@@ -464,28 +464,8 @@ def before_after_grid(
                         draw.text(name_at, seen[i], _FAINT, small, anchor="mm")
             y += row_height
     if path is not None:
-        write_file(path, encoded(page, "PNG"))
+        write_atomically(path, encoded(page, "PNG"))
     return page
-
-
-def write_file(path: str | Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the whole new one, never a part.
-
-    Args:
-        path: The file; its folder must exist.
-        data: The whole contents.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:

@@ -1,21 +1,40 @@
 """The LoRA stage: it learns, it leaves the model alone, and it is kept only where it helps."""
 
+from __future__ import annotations
+
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline
 
-from realera_fast import alignment
-from realera_fast.alignment import AlignmentConfig, AlignmentScore, align_noise, find_scheduler
+from realera_fast import alignment, checkpoint
+from realera_fast.alignment import AlignmentScore, align_noise, find_scheduler
+from realera_fast.checkpoint import CheckpointError
 from realera_fast.concept_map import ConceptMap
 from realera_fast.mining import MiningConfig
 from realera_fast.pairs import align
 from realera_fast.text import TextModel
+from realera_fast.training import AlignmentConfig, Trainer
+from realera_fast.trajectories import WindowFiller
 
 CONFIG = AlignmentConfig(
     steps=12, batch_size=4, trajectories=4, sampling_steps=4, check_seeds=2, learning_rate=2e-2
 )
+UNCHECKED = dataclasses.replace(CONFIG, check_seeds=0)
+
+
+class Words(list):
+    """Aligned prompts, the first of them named."""
+
+    named = 1
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +44,29 @@ def parts():
     return pipe, text
 
 
-def run(parts, config=CONFIG, seed=0, mode="vocabulary"):
+def run(parts, config=CONFIG, seed=0, mode="vocabulary", words=("cat",), **options):
     pipe, text = parts
+    templates = ["a photo of a {}", "{}", "a {}", "the {}"]
     return align_noise(
         pipe.unet,
         pipe.scheduler,
         ConceptMap.identity(text.width),
-        named=[align(text, "cat", "dog", ["a photo of a {}", "{}"])],
-        neighbors=[],
+        prompts=Words(align(text, word, "dog", templates) for word in words),
         preserve=text.encode(["a ship", "a tree", "a horse"]),
         empty=text.encode([""]),
         config=config,
         mining_config=MiningConfig(mode=mode),
         seed=seed,
         progress=False,
+        **options,
+    )
+
+
+def same(first, second) -> bool:
+    return list(first.lora) == list(second.lora) and all(
+        torch.equal(factors.down, second.lora[name].down)
+        and torch.equal(factors.up, second.lora[name].up)
+        for name, factors in first.lora.items()
     )
 
 
@@ -46,30 +74,58 @@ def test_training_reduces_the_loss_and_leaves_the_model_alone(parts):
     pipe, _ = parts
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     modules = [id(m) for m in pipe.unet.modules()]
-    config = dataclasses.replace(CONFIG, steps=60, check_seeds=0)
+    processors = dict(pipe.unet.attn_processors)
+    pipe.unet.conv_in.requires_grad_(False)
+    pipe.unet.train()
+    config = dataclasses.replace(UNCHECKED, steps=60, gradient_checkpointing=True)
     result = run(parts, config)
     # Every loss is of other noise and other starts: compare means, not single steps.
     assert sum(result.losses[-10:]) < 0.8 * sum(result.losses[:10])
+    assert min(result.held_back) < 0.8 * result.held_back[0]
     after = pipe.unet.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert [id(m) for m in pipe.unet.modules()] == modules
-    assert all(p.requires_grad for p in pipe.unet.parameters())
+    assert pipe.unet.attn_processors == processors
+    assert {n for n, p in pipe.unet.named_parameters() if not p.requires_grad} == {
+        "conv_in.weight",
+        "conv_in.bias",
+    }
+    assert pipe.unet.training and not pipe.unet.is_gradient_checkpointing
+    pipe.unet.requires_grad_(True).eval()
 
 
 def test_same_seed_same_factors_and_another_seed_others(parts):
-    config = dataclasses.replace(CONFIG, check_seeds=0)
-    first, second, third = run(parts, config), run(parts, config), run(parts, config, seed=1)
+    first, second, third = run(parts, UNCHECKED), run(parts, UNCHECKED), run(parts, UNCHECKED, 1)
     assert first.losses == second.losses and first.losses != third.losses
-    for name, factors in first.lora.items():
-        assert torch.equal(factors.down, second.lora[name].down)
-        assert torch.equal(factors.up, second.lora[name].up)
+    assert same(first, second) and not same(first, third)
 
 
-@pytest.mark.parametrize("mode", ["gaussian", "offset", "none"])
+def test_the_global_random_state_is_left_alone(parts):
+    state = torch.get_rng_state()
+    run(parts, dataclasses.replace(UNCHECKED, steps=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "covariance", "offset", "none"])
 def test_every_kind_of_mining_trains(parts, mode):
-    config = dataclasses.replace(CONFIG, steps=2, check_seeds=0, negative_guidance=0.5)
-    assert len(run(parts, config, mode=mode).losses) == 2
+    config = dataclasses.replace(UNCHECKED, steps=2, negative_guidance=0.5)
+    factor = torch.eye(parts[1].width) if mode == "covariance" else None
+    assert len(run(parts, config, mode=mode, noise_factor=factor).losses) == 2
+
+
+@pytest.mark.parametrize("missing", ["beyond_scale", "preserve_scale"])
+def test_terms_can_be_left_out(parts, missing):
+    config = dataclasses.replace(UNCHECKED, steps=2, **{missing: 0.0})
+    assert len(run(parts, config).losses) == 2
+
+
+def test_queries_and_outputs_can_have_factors(parts):
+    config = dataclasses.replace(UNCHECKED, target_modules=("to_q", "to_out.0", "to_v"))
+    factors = run(parts, config).lora
+    leaves = {name.split("attn2.")[1] for name in factors}
+    assert leaves == {"to_q", "to_out.0", "to_v"}
+    assert all(f.up.abs().max() > 0 for f in factors.values())
 
 
 @pytest.mark.parametrize(
@@ -95,16 +151,41 @@ def test_scores_measure_the_way_to_the_anchor(parts):
     assert result.aligned.target != result.closed_form.target
 
 
-def test_divergence_keeps_the_closed_form_and_says_so(parts, caplog):
-    config = dataclasses.replace(CONFIG, learning_rate=1e30)
+def test_training_stops_where_held_back_prompts_improve_no_more(parts):
+    config = dataclasses.replace(
+        UNCHECKED, steps=50, evaluation_steps=1, patience=2, learning_rate=0.05
+    )
     result = run(parts, config)
+    assert "no improvement" in result.stopped and len(result.losses) < 50
+    assert len(result.held_back) == len(result.losses) + 1
+
+
+def test_divergence_keeps_the_last_good_factors_and_says_so(parts, caplog, monkeypatch):
+    good = run(parts, dataclasses.replace(UNCHECKED, evaluation_steps=4))
+    step = Trainer.step
+
+    def poisoned(self, window, number):
+        if number == 8:
+            with torch.no_grad():
+                self.lora.up.fill_(float("nan"))
+        return step(self, window, number)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    result = run(parts, dataclasses.replace(UNCHECKED, evaluation_steps=4))
+    assert result.stopped.startswith("diverged: loss nan") and "diverged" in caplog.text
+    assert len(result.losses) == 8 and result.losses == good.losses[:8]
+    assert result.kept and all(f.up.isfinite().all() for f in result.lora.values())
+
+
+def test_a_hopeless_run_leaves_the_closed_form_alone(parts):
+    result = run(parts, dataclasses.replace(CONFIG, learning_rate=1e30))
     assert not result.kept and not result.lora
-    assert "diverged" in caplog.text
 
 
-def test_interrupt_takes_the_adapters_out(parts, monkeypatch):
+def test_interrupt_leaves_the_model_alone(parts, monkeypatch):
     pipe, _ = parts
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    processors = dict(pipe.unet.attn_processors)
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -114,6 +195,138 @@ def test_interrupt_takes_the_adapters_out(parts, monkeypatch):
         run(parts)
     after = pipe.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert pipe.unet.attn_processors == processors
+    assert all(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
+    _, text = parts
+    word = align(text, "cat", "dog", ["a photo of a {}", "{}"])
+    asked, held = [], []
+
+    class Many:
+        named = 1000
+
+        def __len__(self):
+            return 3000
+
+        def __getitem__(self, number):
+            asked.append(number)
+            return word
+
+    fill = WindowFiller.fill
+
+    def measured(self, *arguments, **options):
+        window = fill(self, *arguments, **options)
+        held.append(sum(tensor.nbytes for tensor in window.tensors().values()))
+        return window
+
+    monkeypatch.setattr(WindowFiller, "fill", measured)
+    pipe, _ = parts
+    align_noise(
+        pipe.unet, pipe.scheduler, ConceptMap.identity(text.width), prompts=Many(),
+        preserve=text.encode(["a ship"]), empty=text.encode([""]), config=CONFIG,
+        mining_config=MiningConfig(mode="none"), seed=0, progress=False,
+    )  # fmt: skip
+    assert len(set(held)) == 1
+    assert len(asked) <= CONFIG.trajectories * (CONFIG.steps + 1) + CONFIG.check_words
+
+
+# Checkpoints
+
+
+def test_resuming_a_finished_run_changes_nothing(parts, tmp_path):
+    first = run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a")
+    again = run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a", resume=True)
+    assert same(first, again) and first.losses == again.losses
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+
+
+def test_a_checkpoint_of_another_run_is_refused(parts, tmp_path):
+    config = dataclasses.replace(UNCHECKED, steps=1)
+    run(parts, config, checkpoint_dir=tmp_path, run="a")
+    with pytest.raises(CheckpointError, match="of another run"):
+        run(parts, config, checkpoint_dir=tmp_path, run="b", resume=True)
+    run(parts, config, checkpoint_dir=tmp_path, run="b")
+    run(parts, config, checkpoint_dir=tmp_path, run="b", resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "other"])
+def test_a_broken_checkpoint_is_refused(parts, tmp_path, content):
+    path = tmp_path / checkpoint.FILE
+    if content == "other":
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
+        run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a", resume=True)
+
+
+KILLED = """
+    import sys
+    from pathlib import Path
+    import torch
+    from realera_fast import alignment
+    from realera_fast.training import AlignmentConfig, Trainer
+    from safetensors.torch import save_file
+    sys.path[:0] = [{tests!r}]
+    import test_alignment as t
+
+    alignment._CHECKPOINT_SECONDS = 0.0
+    step = Trainer.step
+    def told(self, window, number):
+        result = step(self, window, number)
+        print("step", number, flush=True)
+        return result
+    Trainer.step = told
+    pipe = t.tiny_pipeline()
+    folder = Path({folder!r})
+    config = AlignmentConfig(
+        steps=9, refresh_steps=4, batch_size=4, trajectories=4, sampling_steps=4, check_seeds=0,
+        evaluation_steps=2, learning_rate=2e-2, patience=9,
+    )
+    result = t.run(
+        (pipe, t.TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
+        checkpoint_dir=folder, resume=True, run="a",
+    )
+    factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
+    factors |= {{f"{{n}}.up": f.up for n, f in result.lora.items()}}
+    factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)
+    save_file(factors, {out!r})
+"""
+
+
+def child(folder: Path, out: Path, kill_at: str | None = None) -> list[str]:
+    """Runs the training in a process of its own, killed after a line if one is given."""
+    code = textwrap.dedent(KILLED).format(
+        tests=str(Path(__file__).parent), folder=str(folder), out=str(out)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if line.strip() == kill_at:
+            os.kill(process.pid, signal.SIGKILL)
+    errors = process.stderr.read()
+    status = process.wait()
+    assert status == (-signal.SIGKILL if kill_at in lines else 0), errors
+    return lines
+
+
+def test_killed_at_any_moment_the_same_factors_come_out(tmp_path):
+    whole = child(tmp_path / "whole", tmp_path / "whole.safetensors")
+    assert whole == [f"step {i}" for i in range(9)]
+    folder, out = tmp_path / "killed", tmp_path / "killed.safetensors"
+    seen = [child(folder, out, f"step {number}") for number in (1, 4, 6)]
+    seen.append(child(folder, out))
+    # It went on where it was, not from the start.
+    assert seen[0][0] == "step 0" and all(part[0] != "step 0" for part in seen[1:])
+    first, second = (load_file(tmp_path / f"{n}.safetensors") for n in ("whole", "killed"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_scheduler_is_found_beside_the_unet(parts, tmp_path, caplog):
@@ -124,11 +337,3 @@ def test_scheduler_is_found_beside_the_unet(parts, tmp_path, caplog):
     assert "none was found" not in caplog.text
     assert find_scheduler(pipe.unet).config.beta_schedule == "scaled_linear"
     assert "pass scheduler=pipe.scheduler" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "field", ["steps", "rank", "batch_size", "trajectories", "sampling_steps", "learning_rate"]
-)
-def test_config_names_the_bad_field(field):
-    with pytest.raises(ValueError, match=field):
-        AlignmentConfig(**{field: 0})

@@ -129,7 +129,9 @@ def test_same_seed_same_bits(pipe):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-@pytest.mark.parametrize("where", ["realera_fast.erase.align_noise", "realera_fast.report.moved"])
+@pytest.mark.parametrize(
+    "where", ["realera_fast.erase.align_noise", "realera_fast.report.Movement"]
+)
 def test_any_failure_leaves_the_model_bit_identical(pipe, monkeypatch, where, error):
     before = weights(pipe.unet)
 

@@ -24,14 +24,14 @@ from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
 from realera_fast.erasure import BaseModelMismatchError, Erasure, ErasureFileError
 from realera_fast.lora import LoraFactors
-from realera_fast.unet import base_hashes, projections, transaction
+from realera_fast.unet import base_hashes, projections, queries_and_outputs, transaction
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CAT = Concept("cat", "dog", synonyms=("kitten",))
 
 
-def make(unet, *, rank=3, lora_rank=2, layers=None, seed=0) -> Erasure:
-    """A random erasure of about the size of a real one."""
+def make(unet, *, rank=3, lora_rank=2, layers=None, seed=0, hidden=False) -> Erasure:
+    """A random erasure of about the size of a real one; with `hidden`, queries and outputs too."""
     generator = torch.Generator().manual_seed(seed)
     found = projections(unet)
     names = list(found) if layers is None else list(found)[:layers]
@@ -45,6 +45,11 @@ def make(unet, *, rank=3, lora_rank=2, layers=None, seed=0) -> Erasure:
         for n in names
         if lora_rank
     }
+    if hidden:
+        lora |= {
+            n: LoraFactors(noise(lora_rank, m.in_features), noise(m.out_features, lora_rank))
+            for n, m in queries_and_outputs(unet).items()
+        }
     return Erasure(
         ConceptMap(noise(width, rank), noise(rank, width)),
         lora,
@@ -304,7 +309,7 @@ def test_apply_refuses_lora_that_does_not_fit():
             {"mid.to_k": LoraFactors(torch.ones(1, 32), torch.ones(16, 1))},
             "no projection 'mid.to_k'",
         ),
-        ({name: LoraFactors(torch.ones(1, 32), torch.ones(9, 1))}, "16 output features"),
+        ({name: LoraFactors(torch.ones(1, 32), torch.ones(9, 1))}, "16 output and 32 input features"),
     ):
         with pytest.raises(BaseModelMismatchError, match=match):
             Erasure(parts[0], lora, *parts[1:]).apply_(unet)
@@ -325,7 +330,7 @@ def test_an_erasure_checks_and_copies_its_parts():
         Erasure(ConceptMap.identity(32), {}, ("cat",), {}, {}, {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"down of shape \[r, 32\]"):
         factors = LoraFactors(torch.ones(1, 31), torch.ones(16, 1))
-        Erasure(ConceptMap.identity(32), {"a": factors}, (), {}, {}, {})
+        Erasure(ConceptMap.identity(32), {"a.to_k": factors}, (), {}, {}, {})
     with pytest.raises(ValueError, match="map.left: holds NaN"):
         nan = ConceptMap(torch.full((32, 1), float("nan")), torch.ones(1, 32))
         Erasure(nan, {}, (), {}, {}, {})
@@ -345,6 +350,126 @@ def test_state_dict_turns_a_base_into_the_edited_model(dtype):
     assert same(base, snapshot(unet)) and not same(base, before)
     with pytest.raises(BaseModelMismatchError):
         erasure.state_dict(tiny_unet(seed=5, dtype=dtype))
+
+
+# Queries and outputs
+
+
+def all_layers(unet):
+    return projections(unet) | queries_and_outputs(unet)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_and_outputs_get_their_factors_alone(dtype):
+    unet = tiny_unet(dtype=dtype)
+    erasure = make(unet, hidden=True)
+    before = snapshot(unet)
+    erasure.apply_(unet)
+    for name in queries_and_outputs(unet):
+        old = before[f"{name}.weight"]
+        factors = erasure.lora[name]
+        wide = old.double() + factors.up.double() @ factors.down.double()
+        plain = (old.float() + factors.delta).to(dtype)
+        check(name, unet.get_submodule(name).weight.detach(), wide, plain)
+    changed = {n for n, t in unet.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {f"{name}.weight" for name in all_layers(unet)}
+    assert erasure.state_dict(unet).keys() == changed
+    erasure.restore_(unet)
+    assert same(unet, before)
+
+
+def test_queries_and_outputs_survive_the_file(tmp_path):
+    unet = tiny_unet()
+    erasure = make(unet, hidden=True)
+    loaded = Erasure.load(erasure.save(tmp_path / "x.safetensors"))
+    before = snapshot(unet)
+    erasure.apply_(unet)
+    edited = snapshot(unet)
+    loaded.restore_(unet)
+    assert same(unet, before)
+    loaded.apply_(unet)
+    assert same(unet, edited)
+
+
+def test_queries_and_outputs_survive_as_an_adapter(tmp_path):
+    pipe = tiny_pipeline()
+    erasure = make(pipe.unet, hidden=True)
+    erasure.save_lora(tmp_path, pipe.unet)
+    other = tiny_pipeline()
+    other.load_lora_weights(tmp_path)
+    erasure.apply_(pipe.unet)
+    exact_unet = tiny_unet(dtype=torch.float64)
+    for name, layer in all_layers(exact_unet).items():
+        wide = layer.weight.data
+        if name in projections(tiny_unet()):
+            wide = exact(erasure, name, wide)
+        else:
+            wide = wide + erasure.lora[name].up.double() @ erasure.lora[name].down.double()
+        layer.weight.data = wide
+    with torch.no_grad():
+        reference = exact_unet(*inputs(torch.float64)).sample
+        edited, adapted = (p.unet(*inputs(torch.float32)).sample for p in (pipe, other))
+    check("adapter", adapted, reference, edited)
+
+
+def test_erasures_with_and_without_them_stack(monkeypatch):
+    unet = tiny_unet()
+    first, second = make(unet, seed=1), make(unet, seed=2, hidden=True)
+    states = [snapshot(unet)]
+    first.apply_(unet)
+    states.append(snapshot(unet))
+    # Its base check is about the original model: this stacks on an edited one.
+    monkeypatch.setattr(Erasure, "_check_base", lambda self, unet: None)
+    second.apply_(unet)
+    with pytest.raises(BaseModelMismatchError, match="already applied"):
+        second.apply_(unet)
+    with pytest.raises(ValueError, match="was applied last"):
+        first.restore_(unet)
+    with torch.no_grad():
+        layer = next(iter(queries_and_outputs(unet).values()))
+        old = layer.weight.clone()
+        layer.weight.mul_(2)
+    with pytest.raises(ValueError, match="changed since"):
+        second.restore_(unet)
+    with torch.no_grad():
+        layer.weight.copy_(old)
+    second.restore_(unet)
+    assert same(unet, states[1])
+    first.restore_(unet)
+    assert same(unet, states[0])
+
+
+def test_a_failed_edit_of_queries_leaves_every_bit(monkeypatch):
+    unet = tiny_unet()
+    before = snapshot(unet)
+
+    done: list[int] = []
+    states = erasures._States.of
+
+    def counted(self, names):
+        done.append(1)
+        # The first time is before the edit.
+        if len(done) > 1:
+            raise KeyboardInterrupt
+        return states(self, names)
+
+    monkeypatch.setattr(erasures._States, "of", counted)
+    with pytest.raises(KeyboardInterrupt):
+        make(unet, hidden=True).apply_(unet)
+    assert same(unet, before)
+
+
+def test_factors_of_another_shape_are_refused():
+    unet = tiny_unet()
+    erasure = make(unet, hidden=True)
+    name = next(iter(queries_and_outputs(unet)))
+    factors = LoraFactors(torch.zeros(2, 99), erasure.lora[name].up)
+    wrong = Erasure(
+        erasure.map, {**erasure.lora, name: factors}, (CAT,), erasure.config, erasure.provenance,
+        erasure.report,
+    )  # fmt: skip
+    with pytest.raises(BaseModelMismatchError, match="99"):
+        wrong.apply_(unet)
 
 
 # Files

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_text_encoder, tiny_tokenizer
 
 from realera_fast.concepts import Concept
-from realera_fast.pairs import PairsConfig, align, align_concept, fill
+from realera_fast.pairs import ConceptPrompts, PairsConfig, align, fill
 from realera_fast.text import TextModel
 
 
@@ -64,7 +64,7 @@ def test_begin_of_text_has_no_weight_and_the_rest_sums_to_one(text):
 
 def test_context_words_multiply_only_their_templates(text):
     config = PairsConfig(templates={"style": ("{}", "a {word} by {}")}, context_words=3)
-    pairs = align_concept(text, Concept("van gogh", "art", "style"), config)
+    (pairs,) = ConceptPrompts(text, [Concept("van gogh", "art", "style")], {}, config)
     assert len(pairs.prompts) == 4
     assert len({p for p in pairs.prompts if p.endswith("by van gogh")}) == 3
 

@@ -29,7 +29,6 @@ from realera_fast.verification import (
     picture_difference,
     picture_warnings,
     verify,
-    write_file,
 )
 
 # Bit-equal pictures cannot be promised across batch sizes: the matrix products of different sizes
@@ -429,26 +428,6 @@ def test_page_keeps_small_pictures_exact_and_large_ones_small(tmp_path: Path) ->
     pictures = [Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))) for s in sources if s]
     assert pictures[0].convert("RGB").tobytes() == one.tobytes()
     assert pictures[2].size == (256, 256)
-
-
-# --- writing -------------------------------------------------------------------------------
-
-
-def test_write_file_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_file(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            write_file(path, b"new and longer")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    write_file(path, b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_safety_checker_is_reported(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,122 @@
+"""Noise alignment as a plain diffusers and peft training loop, after RealEra's second stage.
+
+Two U-Nets: a frozen original and an edited one with a peft adapter. Every step runs the original on
+the whole batch, then the edited one, and takes an AdamW step on the same loss as the library's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn import functional
+
+from realera_fast.concept_map import ConceptMap
+from realera_fast.unet import projections
+
+
+class PlainLoop:
+    """The two models, the optimizer, and one step."""
+
+    def __init__(
+        self,
+        unet: Any,
+        concept_map: ConceptMap,
+        *,
+        r: int,
+        lora_alpha: float,
+        learning_rate: float,
+        target_modules: Sequence[str] = ("to_k", "to_v"),
+        compiled: bool = False,
+    ) -> None:
+        """
+        Args:
+            unet: the original; it becomes the teacher and is frozen.
+            compiled: run both models through `torch.compile`.
+        """
+        student = copy.deepcopy(unet)
+        with torch.no_grad():
+            for layer in projections(student).values():
+                weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
+                left, right = concept_map.left.to(weight), concept_map.right.to(weight)
+                layer.weight.copy_(weight + (weight @ left) @ right)
+        student.requires_grad_(False)
+        student.add_adapter(
+            LoraConfig(
+                r=r,
+                lora_alpha=lora_alpha,  # type: ignore[arg-type]
+                target_modules=[f"attn2.{name}" for name in target_modules],
+            )
+        )
+        dtype = next(unet.parameters()).dtype
+        # Factors of half-precision models are float32, as training scripts make them.
+        wide = torch.promote_types(dtype, torch.float32)
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(wide)
+        self.student = student
+        self.factors = {
+            name: parameter
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad
+        }
+        self._teacher = unet.requires_grad_(False)
+        self._autocast = dtype != wide
+        self._run_teacher, self._run_student = self._teacher, student
+        if compiled:
+            self._run_teacher, self._run_student = torch.compile(unet), torch.compile(student)
+        self.optimizer = torch.optim.AdamW(
+            list(self.factors.values()), lr=learning_rate, weight_decay=0.0
+        )
+
+    def predictions(
+        self, latents: Tensor, timesteps: Tensor, student_states: Tensor, teacher_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`[b, c, h, w]` noise predicted by the student and by the teacher.
+
+        Args:
+            latents: `[b, c, h, w]`.
+            timesteps: `[b]`.
+            student_states, teacher_states: `[b, t, d]`.
+        """
+        dtype = next(self._teacher.parameters()).dtype
+        latents = latents.to(dtype)
+        # Mixed precision, as training scripts run half-precision models with float32 adapters.
+        with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
+            with torch.no_grad():
+                teacher = self._run_teacher(
+                    latents, timesteps, encoder_hidden_states=teacher_states.to(dtype)
+                ).sample
+            student = self._run_student(
+                latents, timesteps, encoder_hidden_states=student_states.to(dtype)
+            ).sample
+        wide = torch.promote_types(dtype, torch.float32)
+        return student.to(wide), teacher.to(wide)
+
+    def loss(self, *rows: Any, sizes: Sequence[int], scales: Sequence[float]) -> Tensor:
+        """Weighted mean squared errors of the terms.
+
+        Args:
+            rows: as of `predictions`, those of the terms one below the other.
+            sizes: rows of each term.
+            scales: weight of each term.
+        """
+        student, teacher = self.predictions(*rows)
+        total = torch.zeros_like(student[0, 0, 0, 0])
+        parts = zip(student.split(list(sizes)), teacher.split(list(sizes)), scales, strict=True)
+        for predicted, wanted, scale in parts:
+            total = total + scale * functional.mse_loss(predicted, wanted)
+        return total
+
+    def step(self, *rows: Any, sizes: Sequence[int], scales: Sequence[float]) -> float:
+        """One optimizer step on the loss."""
+        loss = self.loss(*rows, sizes=sizes, scales=scales)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.factors.values()), 1.0)
+        self.optimizer.step()
+        return loss.item()

@@ -1,0 +1,183 @@
+"""What text becomes in the cross-attention layers: original, edited, or edited with LoRA.
+
+Keys and values don't depend on the latents. They are computed here, all layers at once, before the
+U-Net runs, and handed to its attention layers: one module serves as teacher and student, and its
+weights are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from realera_fast import attention, ops
+from realera_fast.concept_map import ConceptMap
+from realera_fast.lora import LoraParameters
+from realera_fast.unet import projections
+
+_SHORT = 256
+"""Up to so many latent pixels PyTorch's fused attention loses on a CPU in half precision: its
+backward pass costs 5 ms a layer whatever the length."""
+
+Model = Literal["original", "edited", "aligned"]
+"""The base weights; with the closed form; with the closed form and the LoRA factors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Prompts as the attention layers see them."""
+
+    states: Tensor
+    """`[b, t, d]` the prompts' embeddings."""
+    projected: Mapping[str, Tensor]
+    """`[b, t, o]` by projection name."""
+    adapted: bool
+    """Whether the factors of queries and outputs count too."""
+
+
+class TextPath:
+    """Runs a U-Net as each of the three models, with the text's part computed once.
+
+    Use it inside `installed`.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        concept_map: ConceptMap,
+        lora: LoraParameters,
+        *,
+        mixed_precision: Literal["no", "bf16"] = "no",
+        compiled: bool = False,
+    ) -> None:
+        """
+        Args:
+            unet: the original `UNet2DConditionModel`.
+            concept_map: the closed form, T = I + L R.
+            lora: the factors; their text layers are some of the U-Net's projections.
+            mixed_precision: "bf16" computes a float32 U-Net under autocast.
+            compiled: run the student through `torch.compile`.
+        """
+        self.unet = unet
+        self.lora = lora
+        self._layers = projections(unet)
+        weight = next(iter(self._layers.values())).weight
+        self.device = weight.device
+        self._autocast = mixed_precision == "bf16" and weight.dtype == torch.float32
+        self.dtype = torch.bfloat16 if self._autocast else weight.dtype
+        # Layers with factors come first: theirs and the others' weights are one slice each.
+        rest = [name for name in self._layers if name not in lora.names]
+        self._names = [*lora.names, *rest]
+        self._heights = [self._layers[name].out_features for name in self._names]
+        self._edited = torch.cat([self._layers[name].weight.detach() for name in self._names])
+        if concept_map.rank:
+            left, right = concept_map.left.to(self.device), concept_map.right.to(self.device)
+            ops.low_rank_update_([self._edited], left, right)
+        self._edited = self._edited.to(self.dtype)
+        self._handed: Conditioning | None = None
+        self._forward = torch.compile(unet) if compiled else unet
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """For the length of the block the attention layers take what they are handed."""
+        former = attention.install(self.unet, self)
+        try:
+            yield
+        finally:
+            self._handed = None
+            attention.reinstate(self.unet, former)
+
+    def condition(self, states: Tensor, model: Model) -> Conditioning:
+        """Keys and values of all layers for `[b, t, d]` prompts: one product, LoRA included."""
+        states = states.to(self.device, self.dtype)
+        parts: Sequence[Tensor]
+        if model == "original":
+            parts = [
+                nn.functional.linear(states, self._layers[name].weight.detach().to(self.dtype))
+                for name in self._names
+            ]
+        else:
+            parts = self._products(states, adapted=model == "aligned")
+        projected = {}
+        for name, part in zip(self._names, parts, strict=True):
+            bias = self._layers[name].bias
+            projected[name] = part if bias is None else part + bias.detach().to(self.dtype)
+        return Conditioning(states, projected, model == "aligned")
+
+    def _products(self, states: Tensor, *, adapted: bool) -> Sequence[Tensor]:
+        rows = states.flatten(0, 1)
+        split = sum(self.lora.heights) if adapted else 0
+        found = []
+        if split:
+            found.append(
+                ops.project(
+                    rows,
+                    self._edited[:split],
+                    down=self.lora.down,
+                    up=self.lora.up,
+                    heights=self.lora.heights,
+                    scaling=self.lora.scaling,
+                )
+            )
+        if split < len(self._edited):
+            found.append(ops.project(rows, self._edited[split:]))
+        outputs = [y.view(*states.shape[:2], -1) for y in found]
+        count = len(self.lora.names) if adapted else 0
+        groups = [self._heights[:count], self._heights[count:]]
+        # A split's gradient is one concatenation, that of slices a sum of padded copies.
+        return [
+            part
+            for y, heights in zip(outputs, [g for g in groups if g], strict=True)
+            for part in y.split(heights, dim=-1)
+        ]
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:
+        """`[b, c, h, w]` predicted noise, float32 or wider; the U-Net computes in its own dtype.
+
+        Backward has to be done before the next call: recomputed layers look their prompts up again.
+        """
+        self._handed = prompts
+        forward = self._forward if torch.is_grad_enabled() else self.unet
+        dtype = torch.float32 if self._autocast else self.dtype
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast),
+            self._attention(latents),
+        ):
+            noise = forward(
+                latents.to(dtype), timesteps, encoder_hidden_states=prompts.states
+            ).sample
+        return noise.to(torch.promote_types(noise.dtype, torch.float32))
+
+    def _attention(self, latents: Tensor) -> contextlib.AbstractContextManager[None]:
+        """The implementation of attention that is faster for latents `[b, c, h, w]`."""
+        short = latents.shape[-1] * latents.shape[-2] <= _SHORT
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        if torch.is_grad_enabled() and self.device.type == "cpu" and half and short:
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
+
+    # What `attention.Projector` asks for
+
+    def keys_values(self, layer: str, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The handed keys and values of a layer."""
+        assert self._handed is not None
+        projected = self._handed.projected
+        return projected[f"{layer}.to_k"], projected[f"{layer}.to_v"]
+
+    def query(self, layer: str, attn: Any, hidden: Tensor) -> Tensor:
+        """A layer's queries, with LoRA where that is trained."""
+        return self._adapted(f"{layer}.to_q", hidden, attn.to_q(hidden))
+
+    def output(self, layer: str, attn: Any, hidden: Tensor) -> Tensor:
+        """A layer's output projection, with LoRA where that is trained."""
+        return self._adapted(f"{layer}.to_out.0", hidden, attn.to_out[0](hidden))
+
+    def _adapted(self, name: str, hidden: Tensor, output: Tensor) -> Tensor:
+        assert self._handed is not None
+        return self.lora.add_hidden(name, hidden, output) if self._handed.adapted else output
