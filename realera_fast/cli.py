@@ -192,6 +192,14 @@ def erase(
     dtype: Dtype = "fp32",
     device: Device = None,
     variant: Variant = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep a checkpoint of the LoRA stage here; with one in it, go on from there.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
     ] = False,
@@ -239,6 +247,8 @@ def erase(
             scheduler=pipe.scheduler,
             preserve=preserved,
             config=settings,
+            checkpoint_dir=checkpoint,
+            resume=checkpoint is not None,
             progress=False if quiet else None,
         )
         if "delta" in wanted:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,6 +180,10 @@ def erase(
     preserve: Sequence[str] = (),
     scheduler: Any = None,
     config: EraseConfig | None = None,
+    latents: Mapping[str, Tensor] | None = None,
+    accelerator: Any = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool | None = None,
 ) -> Erasure:
     """Removes concepts from a diffusion model, in place (RealEra, arXiv 2410.09140).
@@ -192,6 +200,15 @@ def erase(
         scheduler: noise scheduler of the pipeline; `None` looks beside the U-Net's own files and
             falls back to Stable Diffusion's schedule. Used by the alignment stage alone.
         config: settings of all stages.
+        latents: `[n, c, h, w]` encoded pictures by named word (the VAE's latents times its scaling
+            factor): alignment noises these in place of denoising the word itself.
+        accelerator: an `accelerate.Accelerator`: its processes share the alignment stage (start
+            the script with `accelerate launch`; each erases its own copy of the model and all get
+            the same result) and its trackers get the losses.
+        checkpoint_dir: folder where the alignment stage keeps a checkpoint of a few megabytes, or
+            more for large latents.
+        resume: continue from that checkpoint, if there is one; the result is that of a run that
+            was never stopped.
         progress: draw progress bars; `None` follows diffusers' switch.
 
     Returns:
@@ -200,6 +217,7 @@ def erase(
 
     Raises:
         ValueError, TypeError: unusable input; the message names the argument and what to do.
+        CheckpointError: the checkpoint is broken or of another run (a ValueError).
     """
     config = config or EraseConfig()
     if isinstance(preserve, str):
@@ -219,6 +237,9 @@ def erase(
             f"unet: it takes {channels[0]} channels and gives {channels[1]} (inpainting?), which "
             "the alignment stage can't denoise; set alignment.enabled=False"
         )
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
+    latents = _checked_latents(latents, parsed, channels[0])
     text = TextModel(text_encoder, tokenizer)
     if text.width != unets.text_width(unet):
         raise ValueError(
@@ -273,17 +294,29 @@ def erase(
     with unets.transaction(unet):
         moves = solution.map.rank or not config.closed_form.enabled
         if config.alignment.enabled and moves:
+            noise = scheduler or alignment.find_scheduler(unet)
+            run = ""
+            if checkpoint_dir is not None:
+                run = _run(text, parsed, kept_words, config, provenance, noise, latents)
             with clock.stage("alignment"):
                 aligned = align_noise(
                     unet,
-                    scheduler or alignment.find_scheduler(unet),
+                    noise,
                     solution.map,
                     prompts=prompts,
                     preserve=text.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
                     empty=text.encode([""]),
                     config=config.alignment,
                     mining_config=config.mining,
+                    noise_factor=(
+                        mining.noise_factor(prior) if config.mining.mode == "covariance" else None
+                    ),
+                    latents=latents,
                     seed=config.seed,
+                    accelerator=accelerator,
+                    checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+                    resume=resume,
+                    run=run,
                     progress=progress,
                 )
         hidden = {n: m for n, m in unets.queries_and_outputs(unet).items() if n in aligned.lora}
@@ -309,6 +342,42 @@ def erase(
         )
         result.apply_(unet)
     return result
+
+
+def _checked_latents(
+    latents: Mapping[str, Tensor] | None, concepts: Sequence[Concept], channels: int
+) -> Mapping[str, Tensor]:
+    """The given latents, if they are of named words."""
+    named = {word for concept in concepts for word in concept.words}
+    for word, values in (latents or {}).items():
+        if word not in named:
+            raise ValueError(f"latents: {word!r} is not to be erased; {sorted(named)} are")
+        fits = isinstance(values, Tensor) and values.dim() == 4 and values.shape[1] == channels
+        if not fits or not len(values) or not bool(values.isfinite().all()):
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"latents[{word!r}]: expected finite [n, {channels}, h, w], got {got}; encode the "
+                "pictures with the pipeline's VAE and multiply by its scaling factor"
+            )
+    return latents or {}
+
+
+def _run(
+    text: TextModel,
+    concepts: Sequence[Concept],
+    kept: Sequence[str],
+    config: EraseConfig,
+    provenance: Mapping[str, Any],
+    scheduler: Any,
+    latents: Mapping[str, Tensor],
+) -> str:
+    """Identifies what a checkpoint belongs to: everything that the result depends on."""
+    parts = [
+        [concept.to_dict() for concept in concepts], list(kept), config.to_dict(),
+        provenance["base_hashes"], provenance["versions"], text.fingerprint(),
+        dict(scheduler.config), unets.weights_hash(latents, torch.float32),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _kept(text: TextModel, word: str, kind: str, config: EraseConfig) -> Tensor:

@@ -408,25 +408,37 @@ def add_neighbors(
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
     source, destination = source.to(device, wide), destination.to(device, wide)
     weight = weight.to(device, torch.float64)
-    shape = _normalised(covariance, equations) if config.mode == "covariance" else None
+    shape = None
+    if config.mode == "covariance":
+        assert covariance is not None
+        shape = _normalised(covariance, equations.width).to(device)
     if config.samples is None:
         _add_expectation(equations, source, destination, weight, config, shape)
         return 0
     return _add_samples(equations, source, destination, weight, config, shape, seed)
 
 
-def _normalised(covariance: Tensor | None, equations: NormalEquations) -> Tensor:
-    """`[d, d]` float64 symmetric covariance with trace d, on the accumulator's device."""
-    assert covariance is not None
-    if covariance.shape != (equations.width, equations.width):
-        raise ValueError(
-            f"covariance must be {[equations.width] * 2}, got {list(covariance.shape)}"
-        )
-    matrix = covariance.to(equations.device, torch.float64)
+def noise_factor(covariance: Tensor) -> Tensor:
+    """`[d, d]` float32 F with F F^T the covariance, scaled to trace d: the `factor` of `sample`.
+
+    Args:
+        covariance: `[d, d]` symmetric positive semi-definite, any scale.
+
+    Raises:
+        ValueError: it is not.
+    """
+    return _square_root(_normalised(covariance, len(covariance))).float()
+
+
+def _normalised(covariance: Tensor, width: int) -> Tensor:
+    """`[d, d]` float64 symmetric covariance with trace d."""
+    if covariance.shape != (width, width):
+        raise ValueError(f"covariance must be {[width] * 2}, got {list(covariance.shape)}")
+    matrix = covariance.to(torch.float64)
     trace = float(matrix.trace())
     if not 0.0 < trace < math.inf or not bool(matrix.isfinite().all()):
         raise ValueError(f"covariance must be finite with a positive trace, got trace {trace}")
-    return (matrix + matrix.mT) * (0.5 * equations.width / trace)
+    return (matrix + matrix.mT) * (0.5 * width / trace)
 
 
 def _square_root(matrix: Tensor) -> Tensor:

@@ -328,3 +328,105 @@ def test_a_damaged_system_is_refused(pipe, tmp_path, spoil):
     save_file(tensors, path, metadata)
     with pytest.raises(ErasureFileError):
         Erasure.load(path)
+
+
+# The alignment stage's own arguments
+
+
+def test_a_run_that_was_cut_off_goes_on(pipe, tmp_path, monkeypatch):
+    from realera_fast import alignment
+    from realera_fast.training import Trainer
+
+    monkeypatch.setattr(alignment, "_CHECKPOINT_SECONDS", 0.0)
+    config = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, steps=5))
+    whole = run(tiny_pipeline(), ["cat"], config)
+    step, before = Trainer.step, weights(pipe.unet)
+
+    def cut(self, window, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, window, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, ["cat"], config, checkpoint_dir=tmp_path)
+    assert same(pipe.unet, before)
+    taken = []
+    monkeypatch.setattr(Trainer, "step", lambda s, w, n: taken.append(n) or step(s, w, n))
+    resumed = run(pipe, ["cat"], config, checkpoint_dir=tmp_path, resume=True)
+    assert taken == [3, 4]
+    assert resumed.report["alignment"]["held_back"] == whole.report["alignment"]["held_back"]
+    for change in ({"concepts": ["ship"]}, {"config": dataclasses.replace(config, seed=1)}):
+        arguments = {"concepts": ["cat"], "config": config} | change
+        with pytest.raises(ValueError, match="checkpoint_dir: .* is of another run"):
+            run(tiny_pipeline(), checkpoint_dir=tmp_path, resume=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": True}, "resume: expected a checkpoint_dir"),
+        ({"latents": {"dog": torch.zeros(1, 4, 8, 8)}}, "latents: 'dog' is not to be erased"),
+        ({"latents": {"cat": torch.zeros(4, 8, 8)}}, r"latents\['cat'\]: expected finite \[n, 4"),
+        ({"latents": {"cat": torch.zeros(1, 3, 8, 8)}}, r"got \[1, 3, 8, 8\]"),
+        ({"latents": {"cat": torch.full((1, 4, 8, 8), float("nan"))}}, "expected finite"),
+        ({"latents": {"cat": [1]}}, "got list"),
+    ],
+)
+def test_bad_arguments_of_the_alignment_are_named(pipe, options, message):
+    before = weights(pipe.unet)
+    with pytest.raises(ValueError, match=message):
+        run(pipe, ["cat"], CONFIG, **options)
+    assert same(pipe.unet, before)
+
+
+def test_pictures_of_a_word_can_be_given(pipe):
+    with_pictures = run(pipe, ["cat"], CONFIG, latents={"cat": torch.ones(2, 4, 8, 8)})
+    without = run(tiny_pipeline(), ["cat"], CONFIG)
+    held_back = [r.report["alignment"]["held_back"] for r in (with_pictures, without)]
+    assert held_back[0] != held_back[1]
+
+
+def test_alignment_can_work_alone(pipe):
+    config = dataclasses.replace(CONFIG, closed_form=ClosedFormConfig(enabled=False))
+    result = run(pipe, ["cat=dog"], config)
+    assert result.map.rank == 0 and result.report["alignment"]["steps"] == 2
+
+
+def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypatch):
+    from realera_fast import alignment
+
+    monkeypatch.setattr(
+        alignment, "_check",
+        lambda *_: (alignment.AlignmentScore(0.5, 0.5), alignment.AlignmentScore(0.1, 0.1)),
+    )  # fmt: skip
+    before = weights(pipe.unet)
+    targets = ("to_k", "to_v", "to_q", "to_out.0")
+    fast = dataclasses.replace(FAST, steps=4, target_modules=targets, evaluation_steps=0)
+    result = run(pipe, ["cat=dog"], dataclasses.replace(CONFIG, alignment=fast))
+    changed = {n for n, v in pipe.unet.state_dict().items() if not torch.equal(before[n], v)}
+    assert changed == {n for n in before if "attn2.to_" in n and not n.endswith("bias")}
+    assert len(result.report["layers"]) == len(changed)
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
+    import weakref
+
+    from realera_fast import pairs
+
+    living, most = weakref.WeakSet(), []
+    made = pairs.AlignedPrompts.__init__
+
+    def counted(self, *arguments, **options):
+        made(self, *arguments, **options)
+        living.add(self)
+        most.append(len(living))
+
+    monkeypatch.setattr(pairs.AlignedPrompts, "__init__", counted)
+    monkeypatch.setattr(pairs.AlignedPrompts, "__hash__", object.__hash__)
+    words = ["cat", "kitten", "horse", "puppy", "ship", "tree", "van", "gogh", "painting"]
+    run(pipe, words, dataclasses.replace(CLOSED, mining=MiningConfig(mode="gaussian")))
+    assert len(most) >= 2 * len(words) and max(most) <= 2

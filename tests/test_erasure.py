@@ -309,7 +309,10 @@ def test_apply_refuses_lora_that_does_not_fit():
             {"mid.to_k": LoraFactors(torch.ones(1, 32), torch.ones(16, 1))},
             "no projection 'mid.to_k'",
         ),
-        ({name: LoraFactors(torch.ones(1, 32), torch.ones(9, 1))}, "16 output and 32 input features"),
+        (
+            {name: LoraFactors(torch.ones(1, 32), torch.ones(9, 1))},
+            "16 output and 32 input features",
+        ),
     ):
         with pytest.raises(BaseModelMismatchError, match=match):
             Erasure(parts[0], lora, *parts[1:]).apply_(unet)
