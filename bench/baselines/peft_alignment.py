@@ -112,6 +112,30 @@ class PlainLoop:
             total = total + scale * functional.mse_loss(predicted, wanted)
         return total
 
+    @torch.no_grad()
+    def trajectory(
+        self, scheduler: Any, noise: Tensor, states: Tensor, empty: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """`[s + 1, b, c, h, w]` latents from noise to picture, denoised by the student.
+
+        Args:
+            scheduler: with its time steps set.
+            noise: `[b, c, h, w]`.
+            states, empty: `[b, t, d]` prompts and empty prompts.
+        """
+        dtype = next(self._teacher.parameters()).dtype
+        both = torch.cat([empty, states]).to(dtype)
+        latents, way = noise, [noise]
+        for timestep in scheduler.timesteps:
+            with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
+                free, guided = self._run_student(
+                    torch.cat([latents, latents]).to(dtype), timestep, encoder_hidden_states=both
+                ).sample.float().chunk(2)  # fmt: skip
+            predicted = free + guidance_scale * (guided - free)
+            latents = scheduler.step(predicted, timestep, latents).prev_sample
+            way.append(latents)
+        return torch.stack(way)
+
     def step(self, *rows: Any, sizes: Sequence[int], scales: Sequence[float]) -> float:
         """One optimizer step on the loss."""
         loss = self.loss(*rows, sizes=sizes, scales=scales)
