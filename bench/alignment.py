@@ -370,6 +370,27 @@ def once(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def profile(point: Point, device: torch.device) -> str:
+    """The slowest operators of the library's and the plain step, as tables."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    kinds = [ProfilerActivity.CPU]
+    key = "self_cpu_time_total"
+    if device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+        key = "self_cuda_time_total"
+    problem = Problem(point, device)
+    tables = []
+    for name, run in (("library", problem.library_step()), ("plain", problem.plain_step())):
+        once(run, device)
+        with record(activities=kinds) as recorded:
+            once(run, device)
+        table = recorded.key_averages().table(sort_by=key, row_limit=25)
+        tables.append(f"{point.title}, {name}\n{table}\n")
+    return "\n".join(tables)
+
+
 def measure(point: Point, device: torch.device, least: int, seconds: float) -> list[dict[str, Any]]:
     """Rows of all candidates, measured in turns."""
     problem = Problem(point, device)
@@ -469,6 +490,11 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.profile:
+        points = (gpu_points if device.type == "cuda" else cpu_points)(True)
+        arguments.profile.parent.mkdir(parents=True, exist_ok=True)
+        arguments.profile.write_text(profile(points[0], device), encoding="utf-8")
+        return 0
     points = (gpu_points if device.type == "cuda" else cpu_points)(arguments.quick)
     about = provenance(device, arguments.threads)
     print(*(f"{name}: {value}" for name, value in about.items()), sep=", ")

@@ -13,6 +13,9 @@ python3 bench/run.py closed_form --quick --out "$out/closed_form_quick.jsonl" | 
 python3 bench/run.py closed_form --out "$out/closed_form.jsonl" >> "$out/closed_form.log" 2>&1
 python3 bench/run.py perturb --quick --out "$out/perturb_quick.jsonl" | tee "$out/perturb.log"
 python3 bench/run.py perturb --out "$out/perturb.jsonl" >> "$out/perturb.log" 2>&1
+python3 bench/run.py alignment --profile "$out/alignment_profile.txt" > "$out/alignment.log" 2>&1
+python3 bench/run.py alignment --quick --out "$out/alignment_quick.jsonl" | tee -a "$out/alignment.log"
+python3 bench/run.py alignment --out "$out/alignment.jsonl" >> "$out/alignment.log" 2>&1
 env -u TRITON_INTERPRET python3 -m pytest -q tests/aot > "$out/aot.log" 2>&1
 tail -n 1 "$out/aot.log"
 if command -v compute-sanitizer > /dev/null; then

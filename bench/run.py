@@ -41,6 +41,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="file of rows, overwritten")
     parser.add_argument("--threads", type=int, help="default: every core this process may use")
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="alignment: slowest operators of a step"
+    )
     arguments = parser.parse_args()
     if not arguments.plot:
         arguments.threads = arguments.threads or len(os.sched_getaffinity(0))

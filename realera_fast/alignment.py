@@ -49,12 +49,20 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """Held-back pictures against the original model's, as fractions (0 is perfect)."""
+    """What the original model sees in held-back pictures (0 is perfect)."""
 
     target: float
-    """|x'(E) - x(A)|^2 / |x(E) - x(A)|^2 over named words: 1 where nothing was erased."""
+    """How much more pictures of named words look like the word than like its anchor, beside the
+    original's pictures of the word: 1 where nothing was erased, below 0 where the anchor wins."""
+    neighbor: float
+    """The same for random neighbors of the words, which stand for words that nobody named."""
     preserve: float
     """|x'(P) - x(P)|^2 over the spread of the original's pictures."""
+
+    @property
+    def left(self) -> float:
+        """What is left of the concept, named or not."""
+        return (self.target + self.neighbor) / 2
 
 
 @dataclass(frozen=True)
@@ -190,12 +198,15 @@ def align_noise(
         factors = lora.factors()
         improved = not config.evaluation_steps or trainer.best_look > 0
         if config.check_seeds and improved:
-            before, after = _check(denoiser, prompts, preserve, config, seed + 20_000, progress)
+            before, after = _check(
+                denoiser, prompts, preserve, mining_config.neighbor_region, config, seed + 20_000,
+                progress,
+            )  # fmt: skip
     kept = improved
     if not improved:
         logger.info("alignment did not improve on held-back prompts: closed form alone")
     elif before is not None and after is not None:
-        kept = after.target < before.target and after.preserve <= before.preserve
+        kept = is_better(before, after)
         if not kept:
             logger.info("alignment did not improve the held-back pictures: closed form alone")
     # Processes may differ in the last digits; they must not differ in what they return.
@@ -210,6 +221,15 @@ def align_noise(
         stopped,
         time.perf_counter() - started,
     )
+
+
+_HARM = 0.05
+"""So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
+
+
+def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
+    """Whether less of the concept is left and the rest is not harmed."""
+    return after.left < before.left and after.preserve <= max(before.preserve, _HARM)
 
 
 @contextlib.contextmanager
@@ -328,6 +348,7 @@ def _check(
     denoiser: Denoiser,
     prompts: Prompts,
     preserve: Tensor,
+    region: mining.Region,
     config: AlignmentConfig,
     seed: int,
     progress: bool | None,
@@ -341,37 +362,34 @@ def _check(
     number = min(max(4, count), len(preserve))
     kept = preserve[torch.linspace(0, len(preserve) - 1, number).long()].to(source)
 
+    near = mining.sample(source, region, samples=1, seed=seed).rows()[:, 0]
+
     def repeat(states: Tensor) -> Tensor:
         return states.repeat_interleave(config.check_seeds, dim=0)
 
-    source, anchor, kept = repeat(source), repeat(anchor), repeat(kept)
-    # The same noise for a word and for its anchor: equal conditioning then gives equal pictures.
+    source, near, anchor, kept = (repeat(states) for states in (source, near, anchor, kept))
     starts = [seed + i for i in range(len(source))]
     others = [seed + 5_000 + i for i in range(len(kept))]
-    total = denoiser.passes * (
-        denoiser.batches(2 * len(source) + len(kept))
-        + 2 * denoiser.batches(len(source) + len(kept))
-    )
+    total = 3 * denoiser.passes * denoiser.batches(2 * len(source) + len(kept))
     with progress_bars.bar(total=total, desc="alignment check", progress=progress) as bar:
 
         def draw(states: Sequence[Tensor], seeds: Sequence[int], model: Model) -> list[Tensor]:
             latents = denoiser.run(torch.cat(list(states)), seeds, model, bar).latents[-1]
             return list(latents.split([len(group) for group in states]))
 
-        original, anchored, untouched = draw(
-            [source, anchor, kept], [*starts, *starts, *others], "original"
+        original, closed, aligned = (
+            draw([source, near, kept], [*starts, *starts, *others], model)
+            for model in ("original", "edited", "aligned")
         )
-        closed = draw([source, kept], [*starts, *others], "edited")
-        aligned = draw([source, kept], [*starts, *others], "aligned")
-    reach = float((original - anchored).square().mean())
-    spread = float((untouched - untouched.mean(dim=0)).square().mean())
+
+    spread = float((original[2] - original[2].mean(dim=0)).square().mean())
 
     def score(pictures: Sequence[Tensor]) -> AlignmentScore:
-        return AlignmentScore(
-            target=float((pictures[0] - anchored).square().mean()) / max(reach, 1e-12),
-            preserve=float((pictures[1] - untouched).square().mean()) / max(spread, 1e-12),
-        )
+        seen = [float(denoiser.margin(x, source, anchor).mean()) for x in pictures[:2]]
+        moved = float((pictures[2] - original[2]).square().mean())
+        return AlignmentScore(seen[0] / whole, seen[1] / whole, moved / max(spread, 1e-12))
 
+    whole = abs(float(denoiser.margin(original[0], source, anchor).mean())) or 1.0
     return score(closed), score(aligned)
 
 

@@ -27,6 +27,8 @@ _PROMPTS = 8
 """Prompts of a word that the points of one trajectory are shown with, at most."""
 _HELD_BACK = 4
 """Every fourth prompt of a word is never trained on."""
+_MARGIN_STEPS = 8
+"""Noise levels at which two prompts are compared."""
 BEYOND_STREAM, PROMPT_STREAM, PRESERVE_STREAM = 1, 2, 3
 _TARGET_PROMPTS, _TARGET_STARTS, _PRESERVE_STARTS = 1 << 20, 2 << 20, 3 << 20
 """Numbers of the random streams of a window; the last ones are of a first trajectory each."""
@@ -141,6 +143,43 @@ class Denoiser:
             prompts = self.path.condition(states[rows], "original")
             found.append(self.path.predict(latents[rows], timesteps[rows], prompts))
         return torch.cat(found) if found else latents
+
+    @torch.no_grad()
+    def margin(self, pictures: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """`[b]` how much better the original model denoises pictures with one prompt than another.
+
+        A diffusion model's own zero-shot classifier (Li et al., arXiv 2303.16203): the difference
+        of mean squared errors, positive where `first` fits better. Noise and time steps are the
+        same for every picture.
+
+        Args:
+            pictures: `[b, c, h, w]` clean latents.
+            first, second: `[b, t, d]` prompts.
+        """
+        count = int(self.scheduler.config.num_train_timesteps)
+        total = torch.zeros(len(pictures), device=pictures.device)
+        for number in range(_MARGIN_STEPS):
+            # The middle of the schedule: early steps hold no content, late ones only texture.
+            step = int(count * (0.2 + 0.6 * (number + 0.5) / _MARGIN_STEPS))
+            noise = self.noise([number])
+            noise = noise.expand_as(pictures)
+            times = torch.full((len(pictures),), step, device=pictures.device)
+            noisy = self.scheduler.add_noise(pictures, noise, times)
+            goal = self._goal(pictures, noise, times)
+            errors = [
+                (self.teacher(noisy, times, states.to(noisy.device)) - goal).square().flatten(1)
+                for states in (second, first)
+            ]
+            total += errors[0].mean(1) - errors[1].mean(1)
+        return total / _MARGIN_STEPS
+
+    def _goal(self, pictures: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the U-Net was trained to predict."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            velocity: Tensor = self.scheduler.get_velocity(pictures, noise, timesteps)
+            return velocity
+        return pictures if kind == "sample" else noise
 
 
 @dataclass(frozen=True)

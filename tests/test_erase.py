@@ -399,7 +399,7 @@ def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypa
 
     monkeypatch.setattr(
         alignment, "_check",
-        lambda *_: (alignment.AlignmentScore(0.5, 0.5), alignment.AlignmentScore(0.1, 0.1)),
+        lambda *_: tuple(alignment.AlignmentScore(x, x, x) for x in (0.5, 0.1)),
     )  # fmt: skip
     before = weights(pipe.unet)
     targets = ("to_k", "to_v", "to_q", "to_out.0")

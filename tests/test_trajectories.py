@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline
 
-from realera_fast import trajectories
+from realera_fast import embedded, trajectories
 from realera_fast.concept_map import ConceptMap
 from realera_fast.lora import LoraParameters
 from realera_fast.mining import Region
@@ -179,6 +179,48 @@ def test_pictures_take_the_place_of_trajectories(parts):
     alpha = pipe.scheduler.alphas_cumprod[1]
     assert ((cats - alpha.sqrt() * 5.0).std() < 3 * (1 - alpha).sqrt()).all()
     assert (others.mean() - 5.0).abs() > 1.0
+
+
+def test_the_original_model_tells_its_own_pictures_apart():
+    pipe = embedded.load_pipeline()
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    lora = LoraParameters(projections(pipe.unet), {}, r=1, lora_alpha=1.0, seed=0)
+    path = TextPath(pipe.unet, ConceptMap.identity(text.width), lora)
+    denoiser = Denoiser(
+        path, pipe.scheduler, text.encode([""]), steps=10, guidance_scale=4.0, latent_size=None,
+        batch_size=8,
+    )  # fmt: skip
+    states = text.encode(["a photo of a rabbit", "a photo of a house"])
+    with path.installed(), bar(total=1, desc="", progress=False) as progress:
+        pictures = denoiser.run(states, [1, 2], "original", progress).latents[-1]
+        margins = denoiser.margin(pictures, states[[0, 0]], states[[1, 1]])
+        swapped = denoiser.margin(pictures, states[[1, 1]], states[[0, 0]])
+    assert margins[0] > 0 > margins[1]
+    torch.testing.assert_close(swapped, -margins)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_model_has_no_error_whatever_it_predicts(parts, kind, monkeypatch):
+    _, denoiser, _ = made(parts)
+    denoiser.scheduler.register_to_config(prediction_type=kind)
+    pictures = torch.randn(1, 4, 8, 8)
+    alphas = denoiser.scheduler.alphas_cumprod
+
+    def perfect(noisy, times, states):
+        a, s = alphas[times[0]].sqrt(), (1 - alphas[times[0]]).sqrt()
+        noise = (noisy - a * pictures) / s
+        return {"epsilon": noise, "v_prediction": a * noise - s * pictures, "sample": pictures}[
+            kind
+        ]
+
+    monkeypatch.setattr(denoiser, "teacher", perfect)
+    states = torch.zeros(1, 7, 32)
+    right = denoiser.margin(pictures, states, states)
+    monkeypatch.setattr(
+        denoiser, "teacher", lambda n, t, s: perfect(n, t, s) + (1.0 if s.any() else 0.0)
+    )
+    assert right.item() == pytest.approx(0.0, abs=1e-6)
+    assert denoiser.margin(pictures, states, states + 1).item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_beyond_is_left_out_where_it_has_no_weight(parts):
