@@ -2,6 +2,7 @@
 
     python bench/variants.py --split tuning              # choose settings
     python bench/variants.py --split judged --seeds 2    # publish: rows for bench/report.py
+    python bench/variants.py --table ablation --split judged --seeds 5 --dtype bfloat16
 
 Every variant erases one thing or style in one call, the judge names pictures from the same seeds
 before and after, and one row per erased concept and seed is appended to bench/results/.
@@ -24,7 +25,7 @@ from realera_fast import Concept, EraseConfig, embedded
 from realera_fast.demo import DemoConfig, judged, plan, scores_of
 from realera_fast.verification import generate
 
-RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
+RESULTS = Path(__file__).parent / "results"
 
 
 def variants() -> dict[str, EraseConfig]:
@@ -52,6 +53,51 @@ def variants() -> dict[str, EraseConfig]:
     }
 
 
+def ablation() -> dict[str, EraseConfig]:
+    """RealEra's parts, one by one, without the check that would drop what does not help."""
+    base = EraseConfig()
+
+    def parts(
+        *, closed: bool, aligned: bool, mode: str = "gaussian", neighbors: bool, beyond: bool
+    ) -> EraseConfig:
+        return dataclasses.replace(
+            base,
+            mining=dataclasses.replace(
+                base.mining, mode=mode, neighbor_scale=float(neighbors),
+                beyond_scale=base.mining.beyond_scale * beyond,
+            ),
+            closed_form=dataclasses.replace(base.closed_form, enabled=closed),
+            alignment=dataclasses.replace(
+                base.alignment, enabled=aligned, check_seeds=0,
+                beyond_scale=base.alignment.beyond_scale * beyond,
+            ),
+        )  # fmt: skip
+
+    stages = {"closed form": (True, False), "alignment": (False, True), "both": (True, True)}
+    found = {
+        f"{stage}{', neighbors' * neighbors}{', beyond' * beyond}": parts(
+            closed=closed, aligned=aligned, neighbors=neighbors, beyond=beyond
+        )
+        for neighbors in (True, False)
+        for beyond in (True, False)
+        for stage, (closed, aligned) in stages.items()
+    }
+    for stage in ("closed form", "both"):
+        closed, aligned = stages[stage]
+        found[f"{stage}, vocabulary's neighbors"] = parts(
+            closed=closed, aligned=aligned, mode="vocabulary", neighbors=True, beyond=True
+        )
+    return found
+
+
+TABLES = {"variants": variants, "ablation": ablation}
+PICTURES = {
+    "variants": {"pictures": 12, "synonym_pictures": 6, "relative_pictures": 4},
+    "ablation": {"pictures": 8, "synonym_pictures": 4, "relative_pictures": 3},
+}
+"""Per table: what is compared, and pictures of each kind."""
+
+
 def provenance() -> dict[str, object]:
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
@@ -75,24 +121,28 @@ def provenance() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", choices=list(TABLES), default="variants")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--split", choices=["tuning", "judged"], default="tuning")
     parser.add_argument("--things", nargs="*", help="only these things (default: all of the split)")
     parser.add_argument("--styles", nargs="*", help="only these styles")
     parser.add_argument("--variants", nargs="*", help="only these variants")
     parser.add_argument("--seeds", type=int, default=1, help="erasures per concept and variant")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: bench/results/TABLE.jsonl")
     arguments = parser.parse_args()
+    out = arguments.out or RESULTS / f"{arguments.table}.jsonl"
 
     table = embedded.words()
     things = [t.name for t in table.things if t.split == arguments.split]
     styles = [s.name for s in table.styles if s.split == arguments.split and s.name != "color"]
     things = things if arguments.things is None else arguments.things
     styles = styles if arguments.styles is None else arguments.styles
-    chosen = variants()
+    chosen = TABLES[arguments.table]()
     if arguments.variants:
         chosen = {name: chosen[name] for name in arguments.variants}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe, judge = embedded.load_pipeline().to(device), embedded.load_judge()
+    dtype = getattr(torch, arguments.dtype)
+    pipe, judge = embedded.load_pipeline().to(device, dtype), embedded.load_judge()
     about = provenance()
 
     def draw(shots: list) -> list[str]:
@@ -114,8 +164,8 @@ def main() -> None:
             demo = DemoConfig(
                 thing=name if kind == "object" else "cat",
                 style=name if kind == "style" else "mosaic",
-                pictures=12, synonym_pictures=6, relative_pictures=4, other_pictures=1,
-                style_pictures=8, columns=1, seed=1000 + 100 * seed,
+                other_pictures=1, style_pictures=8, columns=1, seed=1000 + 100 * seed,
+                **PICTURES[arguments.table],
             )  # fmt: skip
             shots = [shot for shot in plan(table, demo) if shot.erased == name]
             before = scores_of(shots, draw(shots), name)
@@ -143,6 +193,7 @@ def main() -> None:
                     "variant": variant,
                     "erased": name,
                     "kind": kind,
+                    "dtype": arguments.dtype,
                     "split": arguments.split,
                     "seed": seed,
                     "pictures": len(shots),
@@ -154,8 +205,8 @@ def main() -> None:
                     "seconds": round(seconds, 3),
                     **about,
                 }
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                with arguments.out.open("a", encoding="utf-8") as file:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 percent = {
                     k: v if v is None else round(v, 1) for k, v in after.percentages().items()

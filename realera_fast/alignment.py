@@ -178,6 +178,7 @@ def align_noise(
         latent_size=config.latent_size, batch_size=config.sampling_batch_size,
     )  # fmt: skip
     drawn = mining_config.mode in ("gaussian", "covariance", "offset")
+    drawn = drawn and mining_config.neighbor_scale > 0
     trainer = Trainer(
         path, config, mining_config.neighbor_region if drawn else None,
         factor=noise_factor, seed=seed, processes=processes,
