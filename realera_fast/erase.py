@@ -291,7 +291,10 @@ def erase(
     stayers = _stayers(vocabulary, gone, kept_words)
     aligned = alignment.NOT_ALIGNED
     before = {name: module.weight.detach().clone() for name, module in layers.items()}
-    with unets.transaction(unet):
+    guarded: Mapping[str, Any] = layers
+    if not set(config.alignment.target_modules) <= {"to_k", "to_v"}:
+        guarded = layers | unets.queries_and_outputs(unet)
+    with unets.transaction(unet, guarded):
         moves = solution.map.rank or not config.closed_form.enabled
         if config.alignment.enabled and moves:
             noise = scheduler or alignment.find_scheduler(unet)
@@ -319,7 +322,7 @@ def erase(
                     run=run,
                     progress=progress,
                 )
-        hidden = {n: m for n, m in unets.queries_and_outputs(unet).items() if n in aligned.lora}
+        hidden = {name: module for name, module in guarded.items() if name not in layers}
         before |= {name: module.weight.detach().clone() for name, module in hidden.items()}
         draft = Erasure(concept_map, aligned.lora, parsed, config.to_dict(), provenance, {})
         edited = draft.edited_weights(before)

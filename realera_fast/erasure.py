@@ -73,12 +73,10 @@ class _Application:
     erasure: Erasure
     originals: Mapping[str, Tensor]
     """Weights of the edited projections before, on the CPU."""
-    layers: frozenset[str]
-    """The layers that the hashes are over."""
-    before: str
-    """Hash of these layers before."""
-    after: str
-    """Hash of these layers after."""
+    before: Mapping[str, str]
+    """Hash of every layer that the erasure is about, before."""
+    after: Mapping[str, str]
+    """The same after."""
 
 
 _history: WeakKeyDictionary[nn.Module, list[_Application]] = WeakKeyDictionary()
@@ -195,7 +193,7 @@ class Erasure:
         _forget_undone(history, now)
         before = now.of(layers)
         top = history[-1] if history else None
-        if top and now.led_to(top) and top.after != top.before and self._is_same(top.erasure):
+        if top and now.are(top.after) and top.after != top.before and self._is_same(top.erasure):
             raise BaseModelMismatchError("unet: this erasure is already applied to it")
         self._check_base(unet)
         edited = self.edited_weights(weights)
@@ -209,7 +207,7 @@ class Erasure:
                     for name in originals:
                         layers[name].weight.copy_(edited[name])
                 after = _States(unet).of(layers)
-                record = _Application(self, originals, frozenset(layers), before, after)
+                record = _Application(self, originals, before, after)
                 history.append(record)
         except BaseException:
             if record in history:
@@ -231,13 +229,13 @@ class Erasure:
         layers = self._layers(unet)
         history = _history.get(unwrapped(unet), [])
         known = any(self._is_same(entry.erasure) for entry in history)
-        place = _last(history, _States(unet))
+        place = _place(history, _States(unet))
         if not known:
             raise ValueError(
                 "unet: this erasure was not applied to this model in this process, so its original "
                 "weights are not known; reload the base model"
             )
-        if place is None:
+        if place is None or place < 0:
             raise ValueError(
                 "unet: its weights (or their dtype) changed since the erasure was applied, so "
                 "undoing it would lose that change; reload the base model"
@@ -263,8 +261,8 @@ class Erasure:
         layers = self._layers(unet)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         history = _history.get(unwrapped(unet), [])
-        place = _last(history, _States(unet))
-        if place is None or not self._is_same(history[place].erasure):
+        place = _place(history, _States(unet))
+        if place is None or place < 0 or not self._is_same(history[place].erasure):
             self._check_base(unet)
             weights = self.edited_weights(weights)
         return {f"{n}.weight": w.clone() for n, w in weights.items() if self._changes(n)}
@@ -545,41 +543,52 @@ def _takes_text(name: str) -> bool:
 
 
 class _States:
-    """Hashes of a model's weights as they are stored now, each made when first asked for."""
+    """Hashes of a model's layers as they are stored now, each made when first asked for."""
 
     def __init__(self, unet: nn.Module) -> None:
+        self._layers: Mapping[str, nn.Linear] = projections(unet)
         self._unet = unet
-        self._found: dict[frozenset[str], str] = {}
+        self._found: dict[str, str] = {}
 
-    def of(self, names: Iterable[str]) -> str:
-        """Of these layers."""
-        key = frozenset(names)
-        if key not in self._found:
-            layers = dict(projections(self._unet))
-            if not all(map(_takes_text, key)):
-                layers |= queries_and_outputs(self._unet)
-            weights = {n: layer.weight.detach() for n, layer in layers.items() if n in key}
-            self._found[key] = weights_hash(weights, next(iter(layers.values())).weight.dtype)
-        return self._found[key]
+    def of(self, names: Iterable[str]) -> dict[str, str]:
+        """Of these layers, by name."""
+        return {name: self._hash(name) for name in names}
 
-    def led_to(self, entry: _Application) -> bool:
-        """Whether the weights are as that application left them."""
-        return self.of(entry.layers) == entry.after
+    def are(self, expected: Mapping[str, str]) -> bool:
+        """Whether the layers named there are as it says."""
+        return all(self._hash(name) == value for name, value in expected.items())
+
+    def _hash(self, name: str) -> str:
+        if name not in self._found:
+            if name not in self._layers:
+                self._layers = {**self._layers, **queries_and_outputs(self._unet)}
+            weight = self._layers[name].weight.detach()
+            self._found[name] = weights_hash({name: weight}, weight.dtype)
+        return self._found[name]
 
 
-def _last(history: list[_Application], now: _States) -> int | None:
-    """Number of the latest application that led to the weights of now."""
-    return next((i for i in reversed(range(len(history))) if now.led_to(history[i])), None)
+def _place(history: list[_Application], now: _States) -> int | None:
+    """Number of the latest application that led to the weights of now.
+
+    -1 where they are as before all of them, None where something else changed them. Applications
+    may be about different layers: what one does not touch is as the nearest other one left it.
+    """
+    for place in reversed(range(-1, len(history))):
+        expected: dict[str, str] = {}
+        for later in reversed(history[place + 1 :]):
+            expected |= later.before
+        for entry in history[: place + 1]:
+            expected |= entry.after
+        if now.are(expected):
+            return place
+    return None
 
 
 def _forget_undone(history: list[_Application], now: _States) -> None:
     """Drops applications that were undone behind our back, as by an outer transaction."""
-    place = _last(history, now)
+    place = _place(history, now)
     if place is not None:
         del history[place + 1 :]
-        return
-    undone = (i for i, entry in enumerate(history) if now.of(entry.layers) == entry.before)
-    del history[next(undone, len(history)) :]
 
 
 def _json(value: Any) -> str:
@@ -723,7 +732,8 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     for name in names:
         down, up = shapes[f"lora.{name}.down"][1], shapes[f"lora.{name}.up"][1]
         features = width if _takes_text(name) else down[1]
-        if down[1] != features or up[1] != down[0] or not 1 <= down[0] <= max(features, up[0]):
+        fits = down[1] == features and up[1] == down[0] and min(features, up[0]) >= 1
+        if not fits or not 1 <= down[0] <= max(features, up[0]):
             raise ErasureFileError(
                 f"lora.{name}: down {list(down)}, up {list(up)} don't make an update "
                 f"[o, {features}]"

@@ -66,27 +66,11 @@ def projections(unet: nn.Module) -> dict[str, nn.Linear]:
             f"unet: {type(unet).__name__} has no cross-attention layer, so text does not enter it; "
             "expected a text-conditioned model such as UNet2DConditionModel"
         )
-    for what, value in (
-        ("text width", lambda layer: layer.in_features),
-        ("dtype", lambda layer: layer.weight.dtype),
-        ("device", lambda layer: layer.weight.device),
-    ):
-        kinds = {value(layer): name for name, layer in found.items()}
-        if len(kinds) > 1:
-            listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
-            raise ValueError(
-                f"unet: its text projections must share one {what}, got {listed}"
-                + ("" if what == "text width" else "; call unet.to(...) first")
-            )
-    # One reduction for all layers: a check of each in turn would wait for the GPU each time.
-    finite = torch.stack([layer.weight.detach().isfinite().all() for layer in found.values()])
-    if not finite.all():
-        bad = [name for name, ok in zip(found, finite.tolist(), strict=True) if not ok]
-        raise ValueError(
-            f"unet: {bad[0]}.weight holds NaN or infinity"
-            + (f" (and {len(bad) - 1} more projections)" if len(bad) > 1 else "")
-            + "; reload the model"
-        )
+    widths = {layer.in_features: name for name, layer in found.items()}
+    if len(widths) > 1:
+        listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
+        raise ValueError(f"unet: its text projections must share one text width, got {listed}")
+    _check_alike(found)
     return found
 
 
@@ -102,8 +86,34 @@ def queries_and_outputs(unet: nn.Module) -> dict[str, nn.Linear]:
     for name, module in unwrapped(unet).named_modules():
         if getattr(module, "is_cross_attention", False):
             found[f"{name}.to_q"] = _checked(f"{name}.to_q", module.to_q)
-            found[f"{name}.to_out.0"] = _checked(f"{name}.to_out.0", module.to_out[0])
+            output = module.to_out[0] if module.to_out is not None else None
+            found[f"{name}.to_out.0"] = _checked(f"{name}.to_out.0", output)
+    _check_alike(projections(unet) | found)
     return found
+
+
+def _check_alike(layers: Mapping[str, nn.Linear]) -> None:
+    """Refuses weights of different kinds, or with values that no edit survives."""
+    for what, value in (
+        ("dtype", lambda layer: layer.weight.dtype),
+        ("device", lambda layer: layer.weight.device),
+    ):
+        kinds = {value(layer): name for name, layer in layers.items()}
+        if len(kinds) > 1:
+            listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
+            raise ValueError(
+                f"unet: its text projections must share one {what}, got {listed}; call "
+                "unet.to(...) first"
+            )
+    # One reduction for all layers: a check of each in turn would wait for the GPU each time.
+    finite = torch.stack([layer.weight.detach().isfinite().all() for layer in layers.values()])
+    if not finite.all():
+        bad = [name for name, ok in zip(layers, finite.tolist(), strict=True) if not ok]
+        raise ValueError(
+            f"unet: {bad[0]}.weight holds NaN or infinity"
+            + (f" (and {len(bad) - 1} more projections)" if len(bad) > 1 else "")
+            + "; reload the model"
+        )
 
 
 def _refuse_adapters(unet: nn.Module) -> None:

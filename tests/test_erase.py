@@ -430,3 +430,22 @@ def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
     words = ["cat", "kitten", "horse", "puppy", "ship", "tree", "van", "gogh", "painting"]
     run(pipe, words, dataclasses.replace(CLOSED, mining=MiningConfig(mode="gaussian")))
     assert len(most) >= 2 * len(words) and max(most) <= 2
+
+
+def test_an_interrupt_at_the_last_moment_undoes_queries_and_outputs_too(pipe, monkeypatch):
+    from realera_fast import alignment, erasure
+
+    scores = tuple(alignment.AlignmentScore(x, x, x) for x in (0.5, 0.1))
+    monkeypatch.setattr(alignment, "_check", lambda *_: scores)
+
+    def interrupt(message, *_):
+        if message.startswith("applied"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(erasure.logger, "info", interrupt)
+    targets = ("to_k", "to_v", "to_q", "to_out.0")
+    fast = dataclasses.replace(FAST, steps=4, target_modules=targets, evaluation_steps=0)
+    before = weights(pipe.unet)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, ["cat=dog"], dataclasses.replace(CONFIG, alignment=fast))
+    assert same(pipe.unet, before)

@@ -415,9 +415,12 @@ def test_queries_and_outputs_survive_as_an_adapter(tmp_path):
     check("adapter", adapted, reference, edited)
 
 
-def test_erasures_with_and_without_them_stack(monkeypatch):
+@pytest.mark.parametrize("alone", [False, True])
+def test_erasures_with_and_without_them_stack(monkeypatch, alone):
     unet = tiny_unet()
-    first, second = make(unet, seed=1), make(unet, seed=2, hidden=True)
+    first = make(unet, seed=1)
+    # `alone`: the second one leaves keys and values as the first one made them.
+    second = make(unet, seed=2, hidden=True, rank=0 if alone else 3, layers=0 if alone else None)
     states = [snapshot(unet)]
     first.apply_(unet)
     states.append(snapshot(unet))
@@ -432,14 +435,28 @@ def test_erasures_with_and_without_them_stack(monkeypatch):
         layer = next(iter(queries_and_outputs(unet).values()))
         old = layer.weight.clone()
         layer.weight.mul_(2)
-    with pytest.raises(ValueError, match="changed since"):
-        second.restore_(unet)
+    for erasure in (first, second):
+        with pytest.raises(ValueError, match="changed since"):
+            erasure.restore_(unet)
     with torch.no_grad():
         layer.weight.copy_(old)
     second.restore_(unet)
     assert same(unet, states[1])
     first.restore_(unet)
     assert same(unet, states[0])
+
+
+def test_what_an_outer_transaction_undid_is_forgotten():
+    unet = tiny_unet()
+    before = snapshot(unet)
+    erasure = make(unet, hidden=True)
+    with pytest.raises(KeyboardInterrupt), transaction(unet, all_layers(unet)):
+        erasure.apply_(unet)
+        raise KeyboardInterrupt
+    assert same(unet, before)
+    erasure.apply_(unet)
+    erasure.restore_(unet)
+    assert same(unet, before)
 
 
 def test_a_failed_edit_of_queries_leaves_every_bit(monkeypatch):
@@ -711,6 +728,9 @@ ODD = (
     lambda t, m: t.update({f"lora.{NAME}.up": torch.ones(32, 5)}),
     lambda t, m: t.update({f"lora.{NAME}.down": torch.ones(2, 31)}),
     lambda t, m: t.update({"lora.a/b.up": torch.ones(4, 1), "lora.a/b.down": torch.ones(1, 32)}),
+    lambda t, m: t.update({f"lora.{NAME}.up": torch.ones(0, 2)}),
+    lambda t, m: t.update({"lora.a.to_q.up": torch.ones(4, 2), "lora.a.to_q.down": torch.ones(2, 0)}),
+    lambda t, m: t.update({"lora.a.to_q.up": torch.ones(4, 3), "lora.a.to_q.down": torch.ones(2, 9)}),
     lambda t, m: t.update({"lora.up": torch.ones(4, 1), "lora.down": torch.ones(1, 32)}),
     lambda t, m: m.update(realera_fast="2"),
     lambda t, m: m.update(extra="x"),

@@ -11,7 +11,13 @@ from peft import LoraConfig
 from tiny_models import tiny_unet
 from torch import nn
 
-from realera_fast.unet import base_hashes, projections, text_width, transaction
+from realera_fast.unet import (
+    base_hashes,
+    projections,
+    queries_and_outputs,
+    text_width,
+    transaction,
+)
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 
@@ -307,3 +313,35 @@ def test_transaction_keeps_what_succeeded():
     with transaction(unet), torch.no_grad():
         layer.weight.zero_()
     assert not layer.weight.any()
+
+
+# Queries and outputs
+
+
+def test_queries_and_outputs_are_found_and_checked():
+    unet = tiny_unet()
+    found = queries_and_outputs(unet)
+    leaves = {name.split("attn2.")[1] for name in found}
+    assert leaves == {"to_q", "to_out.0"} and len(found) == 8
+    assert not set(found) & set(projections(unet))
+    name = next(iter(found))
+    for spoil, message in (
+        (lambda u: u.get_submodule(name).weight.data.fill_(float("nan")), "holds NaN"),
+        (lambda u: u.get_submodule(name).double(), "share one dtype"),
+        (lambda u: setattr(u.get_submodule(name.removesuffix(".to_q")), "to_out", None), "to_out"),
+    ):
+        spoiled = tiny_unet()
+        spoil(spoiled)
+        with pytest.raises(ValueError, match=message):
+            queries_and_outputs(spoiled)
+
+
+def test_a_transaction_guards_the_layers_it_is_given():
+    unet = tiny_unet()
+    layers = queries_and_outputs(unet)
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with pytest.raises(RuntimeError), transaction(unet, layers):
+        for layer in layers.values():
+            layer.weight.data.mul_(2)
+        raise RuntimeError
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
