@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,50 @@ PERTURB_NAMES = {
 
 def perturb(rows: Path = PERTURB_ROWS, picture: Path = PERTURB_PICTURE) -> None:
     """Time of the others over the library's, a line for each problem."""
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
-    if not found:
-        raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py perturb")
-    points: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in found:
-        name = (
+
+    def title(row: dict[str, Any]) -> str:
+        return (
             f"{PERTURB_NAMES[row['operation']]}, {row['shape']}, "
             f"{row['concepts']:,} x {row['samples']:,}, {row['dtype']}"
         )
-        points.setdefault(name, {})[row["candidate"]] = row
+
+    ratios(rows, picture, "perturb", PERTURB_MARKS, title)
+
+
+ALIGNMENT_ROWS = ROOT / "bench" / "results" / "alignment.jsonl"
+ALIGNMENT_PICTURE = ROOT / "docs" / "alignment.png"
+ALIGNMENT_MARKS = {
+    "plain": ("plain loop", "#D55E00", "s"),
+    "plain compiled": ("plain loop, torch.compile", "#E69F00", "^"),
+    "library compiled": ("realera_fast, torch.compile", "#56B4E9", "v"),
+    "plain, new z_t": ("plain loop, z_t anew each step", "#CC79A7", "D"),
+}
+ALIGNMENT_NAMES = {"step": "step", "train": "step, all of training", "image": "picture, fuse"}
+
+
+def alignment(rows: Path = ALIGNMENT_ROWS, picture: Path = ALIGNMENT_PICTURE) -> None:
+    """Time of the others over the library's, a line for each problem."""
+
+    def title(row: dict[str, Any]) -> str:
+        return f"{ALIGNMENT_NAMES[row['operation']]}, {row['model']}, {row['dtype']}"
+
+    ratios(rows, picture, "alignment", ALIGNMENT_MARKS, title)
+
+
+def ratios(
+    rows: Path,
+    picture: Path,
+    case: str,
+    marks: dict[str, tuple[str, str, str]],
+    title: Callable[[dict[str, Any]], str],
+) -> None:
+    """Time of the candidates over the library's, a line for each problem."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
+    if not found:
+        raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py {case}")
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in found:
+        points.setdefault(title(row), {})[row["candidate"]] = row
     figure, panel = plt.subplots(figsize=(8.4, 0.32 * len(points) + 1.7))
     for y, point in enumerate(points.values()):
         own = point["library"]["p50_ms"]
@@ -105,7 +140,7 @@ def perturb(rows: Path = PERTURB_ROWS, picture: Path = PERTURB_PICTURE) -> None:
             1.01, y, f"{own:,.3g} ms", transform=panel.get_yaxis_transform(), va="center",
             fontsize=8,
         )  # fmt: skip
-        for name, (_, color, marker) in PERTURB_MARKS.items():
+        for name, (_, color, marker) in marks.items():
             if name in point:
                 low, middle, high = (point[name][f"{q}_ms"] / own for q in ("p20", "p50", "p80"))
                 panel.errorbar(
@@ -125,7 +160,7 @@ def perturb(rows: Path = PERTURB_ROWS, picture: Path = PERTURB_PICTURE) -> None:
     panel.set_xlabel("time over realera_fast's (its milliseconds on the right); right of 1: slower")
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle="", label=label)
-        for name, (label, color, marker) in PERTURB_MARKS.items()
+        for name, (label, color, marker) in marks.items()
         if any(name in point for point in points.values())
     ]
     figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=8.5)

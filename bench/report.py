@@ -38,9 +38,10 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(cells) + " |" for cells in body]
 
 
-def variant_lines(kind: str) -> list[str]:
+def variant_lines(kind: str, table_name: str = "variants") -> list[str]:
     """Variants of the method on the judged concepts of one kind, best H_o first."""
-    found = [r for r in rows("variants.jsonl") if r["split"] == "judged" and r["kind"] == kind]
+    every = rows(f"{table_name}.jsonl")
+    found = [r for r in every if r["split"] == "judged" and r["kind"] == kind]
     if not found:
         return []
     seen = Counter((r["variant"], r["erased"], r["seed"]) for r in found)
@@ -48,7 +49,8 @@ def variant_lines(kind: str) -> list[str]:
     grid = {len({(e, s) for v, e, s in seen if v == variant}) for variant, _, _ in seen}
     if max(seen.values()) > 1 or len(made) > 1 or len(grid) > 1:
         raise SystemExit(
-            "variants.jsonl mixes runs, repeats rows or misses some: run bench/variants.py anew"
+            f"{table_name}.jsonl mixes runs, repeats rows or misses some: run bench/variants.py "
+            f"--table {table_name} anew"
         )
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in found:
@@ -226,18 +228,68 @@ def perturb_lines() -> list[str]:
     ]
 
 
+ALIGNMENT = {
+    "step": "optimizer step", "train": "the same, all of training in it", "image": "picture, fused",
+}  # fmt: skip
+
+
+def alignment_lines() -> list[str]:
+    """Time of the noise alignment beside a plain loop, and of pictures with `fuse`."""
+    found = rows("alignment.jsonl")
+    if not found:
+        return []
+    points = by_point(found, ("operation", "model", "dtype", "rows"), "alignment")
+
+    def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
+        if name not in point:
+            return "–"
+        return f"{point[name]['p50_ms'] / point['library']['p50_ms']:.2f}x"
+
+    others = ("plain", "plain compiled", "library compiled", "plain, new z_t")
+    body = [
+        [
+            ALIGNMENT[operation], f"{model}, {dtype}", "–" if operation == "image" else f"{count}",
+            f"{point['library']['p50_ms']:,.1f}", *(times(point, name) for name in others),
+        ]
+        for (operation, model, dtype, count), point in points.items()
+    ]  # fmt: skip
+    first = found[0]
+    where = first["cpu"] if first["device"] == "cpu" else first["device"]
+    return [
+        f"Noise alignment, medians on {where}, {first['threads']} thread(s), torch "
+        f"{first['torch']}, commit {first['commit']}. The last columns say how many times as long "
+        "as the library the others take: a plain diffusers and peft loop of ours with two U-Nets, "
+        "of the same batch, terms and z_t; both through torch.compile (compiling not counted); and "
+        "the plain loop that denoises z_t anew for each step. Pictures are 20 guided steps without "
+        "the VAE, beside the same model unfused.",
+        "",
+        *table(
+            ("operation", "model", "rows", "ms", "plain", "plain, compiled", "library, compiled",
+             "plain, new z_t"),
+            body,
+        ),
+        "",
+    ]  # fmt: skip
+
+
 def generated() -> str:
     lines = [*model_lines()]
     for kind, title in (("object", "Objects"), ("style", "Styles")):
         part = variant_lines(kind)
         if part:
             lines += [f"### {title}", "", *part]
+    ablation = variant_lines("object", "ablation")
+    if ablation:
+        lines += ["### RealEra's parts", "", *ablation]
     closed_form = closed_form_lines()
     if closed_form:
         lines += ["### Closed form", "", *closed_form]
     perturb = perturb_lines()
     if perturb:
         lines += ["### Neighbors", "", *perturb]
+    alignment = alignment_lines()
+    if alignment:
+        lines += ["### Noise alignment", "", *alignment]
     return "\n".join(lines).strip()
 
 

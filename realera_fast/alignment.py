@@ -224,7 +224,7 @@ def align_noise(
     )
 
 
-_HARM = 0.05
+_HARM = 0.1
 """So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
 
 

@@ -38,7 +38,7 @@ class AlignmentConfig:
     enabled: bool = True
     """Run the stage (default: yes, RealEra has two stages)."""
 
-    steps: int = 60
+    steps: int = 100
     """Optimizer steps at most (count; MACE's LoRA stage takes 50 to 120)."""
 
     batch_size: int = 8
@@ -57,17 +57,19 @@ class AlignmentConfig:
     """Projections of each cross-attention layer with factors; "to_q" and "to_out.0" are possible
     too (default: those that text enters through)."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """AdamW step size, falling linearly to 0 over the steps (ours; MACE uses 1e-5 to 1e-4)."""
 
     beyond_scale: float = 0.5
     """gamma: weight of the beyond term (ratio; ours)."""
 
-    preserve_scale: float = 1.0
+    preserve_scale: float = 2.0
     """gamma_p: weight of the preserve term (ratio; ours)."""
 
-    negative_guidance: float = 0.0
-    """g in the target eps(A) - g (eps(E) - eps(A)): 0 follows the anchor (ratio; ours)."""
+    negative_guidance: float = 1.5
+    """g in the target eps(A) - g (eps(E) - eps(A)): away from the concept (ESD's idea, arXiv
+    2303.07345). 0 follows the anchor, as RealEra's text has it, and was seen to bring synonyms back
+    (ratio; ours)."""
 
     trajectories: int = 8
     """Starts denoised for targets, and as many for preserve prompts, in a window (count; ours)."""

@@ -134,13 +134,13 @@ def test_queries_and_outputs_can_have_factors(parts):
         (AlignmentScore(0.2, 0.5, 0.1), True),
         (AlignmentScore(0.5, 0.2, 0.1), True),
         (AlignmentScore(0.7, 0.5, 0.1), False),
-        (AlignmentScore(0.2, 0.2, 0.2), False),
+        (AlignmentScore(0.2, 0.2, 0.3), False),
         (AlignmentScore(-0.5, 1.4, 0.1), True),
         (AlignmentScore(-0.5, 1.6, 0.1), False),
     ],
 )
 def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch, aligned, better):
-    closed = AlignmentScore(0.5, 0.5, 0.1)
+    closed = AlignmentScore(0.5, 0.5, 0.2)
     monkeypatch.setattr(alignment, "_check", lambda *_: (closed, aligned))
     result = run(parts)
     assert result.kept is better and bool(result.lora) is better
@@ -148,8 +148,8 @@ def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch,
 
 def test_a_little_drift_of_the_rest_is_no_harm():
     before = AlignmentScore(0.5, 0.5, 0.0)
-    assert alignment.is_better(before, AlignmentScore(0.1, 0.1, 0.05))
-    assert not alignment.is_better(before, AlignmentScore(0.1, 0.1, 0.06))
+    assert alignment.is_better(before, AlignmentScore(0.1, 0.1, 0.1))
+    assert not alignment.is_better(before, AlignmentScore(0.1, 0.1, 0.11))
 
 
 def test_scores_of_a_model_that_is_as_it_was(parts):

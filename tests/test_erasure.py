@@ -729,8 +729,12 @@ ODD = (
     lambda t, m: t.update({f"lora.{NAME}.down": torch.ones(2, 31)}),
     lambda t, m: t.update({"lora.a/b.up": torch.ones(4, 1), "lora.a/b.down": torch.ones(1, 32)}),
     lambda t, m: t.update({f"lora.{NAME}.up": torch.ones(0, 2)}),
-    lambda t, m: t.update({"lora.a.to_q.up": torch.ones(4, 2), "lora.a.to_q.down": torch.ones(2, 0)}),
-    lambda t, m: t.update({"lora.a.to_q.up": torch.ones(4, 3), "lora.a.to_q.down": torch.ones(2, 9)}),
+    lambda t, m: t.update(
+        {"lora.a.to_q.up": torch.ones(4, 2), "lora.a.to_q.down": torch.ones(2, 0)}
+    ),
+    lambda t, m: t.update(
+        {"lora.a.to_q.up": torch.ones(4, 3), "lora.a.to_q.down": torch.ones(2, 9)}
+    ),
     lambda t, m: t.update({"lora.up": torch.ones(4, 1), "lora.down": torch.ones(1, 32)}),
     lambda t, m: m.update(realera_fast="2"),
     lambda t, m: m.update(extra="x"),

@@ -249,7 +249,7 @@ def test_shares_and_parts_make_up_the_batch(parts):
         # A part has rows of all terms: compare as sets of rows.
         rows = sorted(map(str, whole.__dict__[name].flatten(1 if pieces.dim() > 1 else 0).tolist()))
         assert sorted(map(str, pieces.flatten(1 if pieces.dim() > 1 else 0).tolist())) == rows
-    assert whole.weight.sum() == pytest.approx(1.0 + 0.5 + 1.0)
+    assert whole.weight.sum() == pytest.approx(1.0 + 0.5 + 2.0)
     assert whole.term.sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0])
     shares = [Share(rank, 3).share(7) for rank in range(3)]
     assert [i for share in shares for i in range(7)[share]] == list(range(7))
