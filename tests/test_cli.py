@@ -145,6 +145,24 @@ def test_erase_writes_what_was_asked(model: str, erased: Path) -> None:
     assert "cat" in (erased / "report.html").read_text()
 
 
+def test_a_checkpoint_is_kept_and_taken_up(run: Any, model: str, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    alignment = {
+        "steps": 2, "batch_size": 1, "trajectories": 1, "sampling_steps": 2, "check_seeds": 0,
+    }  # fmt: skip
+    settings.write_text(json.dumps({"alignment": alignment}))
+    folder = tmp_path / "kept"
+    common = ["erase", model, "-c", "cat=dog", "--save", "delta", "--config", settings]
+    outs = [tmp_path / "first", tmp_path / "second"]
+    for out in outs:
+        assert run(*common, "--checkpoint", folder, "-o", out)[0] == 0
+        assert [p.name for p in folder.iterdir()] == ["alignment.safetensors"]
+    first, second = (Erasure.load(out / "erasure.safetensors") for out in outs)
+    assert first.report["alignment"]["held_back"] == second.report["alignment"]["held_back"]
+    code, _, error = run(*common, "--seed", 5, "--checkpoint", folder, "-o", tmp_path / "third")
+    assert code != 0 and "checkpoint_dir" in error and "of another run" in error
+
+
 def test_erase_reports_on_stdout_and_nothing_else_there(
     run: Any, model: str, tmp_path: Path
 ) -> None:

@@ -18,17 +18,38 @@ from realera_fast.processes import Processes
 from realera_fast.text import TextModel
 
 SCRIPT = """
-    import dataclasses, sys
+    import dataclasses, json, sys
     from pathlib import Path
     import torch
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from safetensors.torch import save_file
     sys.path[:0] = [{tests!r}]
     import test_alignment as t
 
-    accelerator = Accelerator(cpu=True, log_with={log_with!r}, project_dir={folder!r})
-    if {log_with!r}:
+    class Lines(GeneralTracker):
+        name, requires_logging_directory = "lines", False
+
+        def __init__(self):
+            super().__init__()
+            self.file = open({folder!r} + "/log.jsonl", "a")
+
+        @property
+        def tracker(self):
+            return self.file
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **options):
+            self.file.write(json.dumps({{"step": step, **values}}) + "\\n")
+            self.file.flush()
+
+    if {tracked!r}:
+        accelerator = Accelerator(cpu=True, log_with=Lines())
         accelerator.init_trackers("alignment")
+    else:
+        accelerator = Accelerator(cpu=True)
     pipe = t.tiny_pipeline()
     # Two processes' batches, so that the last digits agree.
     config = dataclasses.replace(
@@ -49,10 +70,12 @@ SCRIPT = """
 """
 
 
-def launch(folder: Path, count: int, log_with: str | None = None) -> list[dict[str, torch.Tensor]]:
+def launch(
+    folder: Path, count: int, tracked: bool = False, script_text: str = SCRIPT
+) -> list[dict[str, torch.Tensor]]:
     folder.mkdir()
     script = folder / "train.py"
-    text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), log_with=log_with)
+    text = script_text.format(tests=str(Path(__file__).parent), folder=str(folder), tracked=tracked)
     script.write_text(textwrap.dedent(text))
     done = subprocess.run(
         [
@@ -81,9 +104,12 @@ def test_two_processes_train_the_factors_of_one(tmp_path):
 
 
 def test_trackers_of_the_accelerator_get_the_losses(tmp_path):
-    pytest.importorskip("tensorboard")
-    launch(tmp_path / "logged", 1, "tensorboard")
-    assert list((tmp_path / "logged").rglob("events.out.tfevents*"))
+    launch(tmp_path / "logged", 2, tracked=True)
+    lines = (tmp_path / "logged" / "log.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    # One process logs for both.
+    losses = [entry["step"] for entry in logged if "alignment/loss" in entry]
+    assert losses == list(range(UNCHECKED.steps))
 
 
 def test_any_tracker_gets_loss_terms_by_step():
@@ -126,3 +152,29 @@ def test_one_process_alone_exchanges_nothing():
     assert processes.is_main and processes.agreed(True, values.device)
     assert not processes.agreed(False, values.device)
     assert processes.share(5) == slice(0, 5)
+
+
+ERASE = """
+    import sys
+    import torch
+    from accelerate import Accelerator
+    from safetensors.torch import save_file
+    sys.path[:0] = [{tests!r}]
+    import test_erase as t
+
+    accelerator = Accelerator(cpu=True)
+    pipe = t.tiny_pipeline()
+    config = t.dataclasses.replace(
+        t.CONFIG, alignment=t.dataclasses.replace(t.FAST, check_seeds=0, steps=3)
+    )
+    t.run(pipe, ["cat=dog"], config, accelerator=accelerator)
+    save_file(pipe.unet.state_dict(), f"{folder}/rank{{accelerator.process_index}}.safetensors")
+    accelerator.end_training()
+"""
+
+
+def test_every_process_gets_the_same_erased_model(tmp_path):
+    first, second = launch(tmp_path / "two", 2, script_text=ERASE)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    plain = tiny_pipeline().unet.state_dict()
+    assert any(not torch.equal(value, plain[name]) for name, value in first.items())
