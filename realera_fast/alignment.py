@@ -49,13 +49,14 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """What the original model sees in held-back pictures (0 is perfect)."""
+    """What the original model still sees in held-back pictures (0 is perfect)."""
 
     target: float
-    """How much more pictures of named words look like the word than like its anchor, beside the
-    original's pictures of the word: 1 where nothing was erased, below 0 where the anchor wins."""
+    """How much pictures of named words look like the word rather than like its anchor, beside the
+    original's pictures of the word: 1 where nothing was erased, 0 where the anchor fits better."""
     neighbor: float
-    """The same for random neighbors of the words, which stand for words that nobody named."""
+    """The same for words of the tokenizer near them that nobody named; random neighbors of the
+    named words where there are none."""
     preserve: float
     """|x'(P) - x(P)|^2 over the spread of the original's pictures."""
 
@@ -107,6 +108,7 @@ def align_noise(
     concept_map: ConceptMap,
     *,
     prompts: Prompts,
+    watched: Prompts | None = None,
     preserve: Tensor,
     empty: Tensor,
     config: AlignmentConfig,
@@ -129,6 +131,8 @@ def align_noise(
         scheduler: its noise scheduler (a diffusers one; only its config is used).
         concept_map: the closed form, T = I + L R.
         prompts: of the words that the user named, then of mined neighbors.
+        watched: the same for the check: named words, then words near them, mined or not; None is
+            `prompts`.
         preserve: `[p, t, d]` prompts that keep their prediction.
         empty: `[1, t, d]` embedding of the empty prompt, for guidance.
         noise_factor: `[d, d]` shape of the neighbors' noise (`mining.sample`), for mining in
@@ -200,8 +204,8 @@ def align_noise(
         improved = not config.evaluation_steps or trainer.best_look > 0
         if config.check_seeds and improved:
             before, after = _check(
-                denoiser, prompts, preserve, mining_config.neighbor_region, config, seed + 20_000,
-                progress,
+                denoiser, watched or prompts, preserve, mining_config.neighbor_region, config,
+                seed + 20_000, progress,
             )  # fmt: skip
     kept = improved
     if not improved:
@@ -226,11 +230,14 @@ def align_noise(
 
 _HARM = 0.1
 """So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
+_GAIN = 0.02
+"""Less than that of the concept is noise of the measure (ours)."""
 
 
 def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
     """Whether less of the concept is left and the rest is not harmed."""
-    return after.left < before.left and after.preserve <= max(before.preserve, _HARM)
+    gain = before.left - after.left
+    return gain > _GAIN and after.preserve <= max(before.preserve, _HARM)
 
 
 @contextlib.contextmanager
@@ -347,7 +354,7 @@ def _log_look(trainer: Trainer, loss: float) -> None:
 
 def _check(
     denoiser: Denoiser,
-    prompts: Prompts,
+    watched: Prompts,
     preserve: Tensor,
     region: mining.Region,
     config: AlignmentConfig,
@@ -355,43 +362,64 @@ def _check(
     progress: bool | None,
 ) -> tuple[AlignmentScore, AlignmentScore]:
     """Scores of the closed form alone and with the factors, on seeds that training never saw."""
-    count = min(prompts.named, config.check_words)
-    chosen = [i * prompts.named // count for i in range(count)]
-    words = [prompts[i] for i in chosen]
-    source = torch.stack([word.source[word.plain] for word in words])
-    anchor = torch.stack([word.anchor[word.plain] for word in words])
-    number = min(max(4, count), len(preserve))
-    kept = preserve[torch.linspace(0, len(preserve) - 1, number).long()].to(source)
 
-    near = mining.sample(source, region, samples=1, seed=seed).rows()[:, 0]
+    def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`[w, t, d]` prompts of some words and of their anchors."""
+        words = [watched[number] for number in numbers]
+        prompts = torch.stack([word.source[word.plain] for word in words])
+        return prompts, torch.stack([word.anchor[word.plain] for word in words])
+
+    named, words = watched.named, len(watched)
+    source, anchor = plain(_spread(0, named, config.check_words))
+    if words > named:
+        near, near_anchor = plain(_spread(named, words, config.check_words))
+    else:
+        near = mining.sample(source, region, samples=1, seed=seed).rows()[:, 0]
+        near_anchor = anchor
+    chosen = _spread(0, len(preserve), max(4, len(source)))
+    kept = preserve[torch.tensor(chosen, device=preserve.device)].to(source)
 
     def repeat(states: Tensor) -> Tensor:
         return states.repeat_interleave(config.check_seeds, dim=0)
 
-    source, near, anchor, kept = (repeat(states) for states in (source, near, anchor, kept))
-    starts = [seed + i for i in range(len(source))]
-    others = [seed + 5_000 + i for i in range(len(kept))]
-    total = 3 * denoiser.passes * denoiser.batches(2 * len(source) + len(kept))
+    prompts = [repeat(states) for states in (source, near, kept)]
+    anchors = [repeat(states) for states in (anchor, near_anchor)]
+    seeds = [seed + i for i in range(sum(map(len, prompts)))]
+    total = 3 * denoiser.passes * denoiser.batches(len(seeds))
     with progress_bars.bar(total=total, desc="alignment check", progress=progress) as bar:
 
-        def draw(states: Sequence[Tensor], seeds: Sequence[int], model: Model) -> list[Tensor]:
-            latents = denoiser.run(torch.cat(list(states)), seeds, model, bar).latents[-1]
-            return list(latents.split([len(group) for group in states]))
+        def draw(model: Model) -> Sequence[Tensor]:
+            latents = denoiser.run(torch.cat(prompts), seeds, model, bar).latents[-1]
+            return latents.split([len(group) for group in prompts])
 
-        original, closed, aligned = (
-            draw([source, near, kept], [*starts, *starts, *others], model)
-            for model in ("original", "edited", "aligned")
-        )
+        original, closed, aligned = (draw(m) for m in ("original", "edited", "aligned"))
 
+    def seen(pictures: Sequence[Tensor]) -> list[float]:
+        """How well the words fit pictures of named and of near words, where they fit better."""
+        margins = [
+            denoiser.margin(x, states, other)
+            for x, states, other in zip(pictures, prompts, anchors, strict=False)
+        ]
+        return [float(margin.clamp_min(0.0).sum()) for margin in margins]
+
+    whole = seen(original)
     spread = float((original[2] - original[2].mean(dim=0)).square().mean())
 
     def score(pictures: Sequence[Tensor]) -> AlignmentScore:
-        seen = [float(denoiser.margin(x, source, anchor).mean()) for x in pictures[:2]]
+        # A model that can't tell its own pictures apart sees nothing.
+        target, neighbor = (
+            x / full if full else 0.0 for x, full in zip(seen(pictures), whole, strict=True)
+        )
         moved = float((pictures[2] - original[2]).square().mean())
-        return AlignmentScore(seen[0] / whole, seen[1] / whole, moved / max(spread, 1e-12))
+        return AlignmentScore(target, neighbor, moved / max(spread, 1e-12))
 
-    whole = abs(float(denoiser.margin(original[0], source, anchor).mean())) or 1.0
     return score(closed), score(aligned)
+
+
+def _spread(start: int, stop: int, count: int) -> list[int]:
+    """`count` numbers of the range, evenly over it; all of it if there are fewer."""
+    count = min(count, stop - start)
+    return [start + i * (stop - start) // count for i in range(count)]
 
 
 def find_scheduler(unet: Any) -> Any:

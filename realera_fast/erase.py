@@ -307,6 +307,7 @@ def erase(
                     noise,
                     solution.map,
                     prompts=prompts,
+                    watched=ConceptPrompts(text, parsed, near, config.pairs, avoid=gone),
                     preserve=text.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
                     empty=text.encode([""]),
                     config=config.alignment,

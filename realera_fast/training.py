@@ -116,7 +116,7 @@ class AlignmentConfig:
     """Held-back starts for each checked prompt (count; ours); 0 keeps the adapters unchecked."""
 
     check_words: int = 16
-    """Named words whose pictures are checked, spread evenly (count; ours)."""
+    """Named words whose pictures are checked, and as many words near them (count; ours)."""
 
     def __post_init__(self) -> None:
         # JSON has lists.
