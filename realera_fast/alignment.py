@@ -10,6 +10,7 @@ the preserved ones further (method: section 4, trap 1).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from realera_fast import checkpoint, mining
 from realera_fast import progress as progress_bars
+from realera_fast.checkpoint import CheckpointError
 from realera_fast.concept_map import ConceptMap
 from realera_fast.lora import LoraFactors, LoraParameters
 from realera_fast.pairs import AlignedPrompts
@@ -177,10 +179,13 @@ def align_noise(
     path = TextPath(
         unet, concept_map, lora, mixed_precision=config.mixed_precision, compiled=config.compile
     )
-    denoiser = Denoiser(
-        path, scheduler, empty, steps=config.sampling_steps, guidance_scale=config.guidance_scale,
-        latent_size=config.latent_size, batch_size=config.sampling_batch_size,
-    )  # fmt: skip
+
+    def denoiser(steps: int) -> Denoiser:
+        return Denoiser(
+            path, scheduler, empty, steps=steps, guidance_scale=config.guidance_scale,
+            latent_size=config.latent_size, batch_size=config.sampling_batch_size,
+        )  # fmt: skip
+
     drawn = mining_config.mode in ("gaussian", "covariance", "offset")
     drawn = drawn and mining_config.neighbor_scale > 0
     trainer = Trainer(
@@ -188,32 +193,35 @@ def align_noise(
         factor=noise_factor, seed=seed, processes=processes,
     )  # fmt: skip
     filler = WindowFiller(
-        denoiser, prompts, preserve,
+        denoiser(config.sampling_steps), prompts, preserve,
         trajectories=-(-config.trajectories // processes.count) * processes.count,
         min_timestep=config.min_timestep, negative_guidance=config.negative_guidance,
         beyond_region=mining_config.beyond_region if config.beyond_scale else None,
         latents=latents or {}, seed=seed, processes=processes,
     )  # fmt: skip
     keeper = _Checkpoints(checkpoint_dir, run, processes)
+    check = _Check(
+        denoiser(config.check_sampling_steps), watched or prompts, preserve,
+        mining_config.neighbor_region, config, seed, progress,
+    )  # fmt: skip
     before = after = None
     with _prepared(unet, config), path.installed():
-        found = keeper.load() if resume else None
-        stopped = _train(trainer, filler, keeper, found, progress)
-        trainer.use_best()
+        found = keeper.load(device) if resume else None
+        if config.check_seeds:
+            before = check.score("edited")
+        # Nothing can be better than nothing: what is left decides for all processes alike.
+        if before is not None and processes.agreed(before.left <= _GAIN, device):
+            stopped, kept = "the closed form left nothing to remove", False
+        else:
+            stopped = _train(trainer, filler, keeper, found, progress)
+            trainer.use_best()
+            kept = not config.evaluation_steps or trainer.best_look > 0
+            if before is not None and kept:
+                after = check.score("aligned")
+                kept = is_better(before, after)
+            if not kept:
+                logger.info("alignment did not improve held-back prompts: closed form alone")
         factors = lora.factors()
-        improved = not config.evaluation_steps or trainer.best_look > 0
-        if config.check_seeds and improved:
-            before, after = _check(
-                denoiser, watched or prompts, preserve, mining_config.neighbor_region, config,
-                seed + 20_000, progress,
-            )  # fmt: skip
-    kept = improved
-    if not improved:
-        logger.info("alignment did not improve on held-back prompts: closed form alone")
-    elif before is not None and after is not None:
-        kept = is_better(before, after)
-        if not kept:
-            logger.info("alignment did not improve the held-back pictures: closed form alone")
     # Processes may differ in the last digits; they must not differ in what they return.
     kept = processes.agreed(kept, device)
     return Alignment(
@@ -230,7 +238,7 @@ def align_noise(
 
 _HARM = 0.1
 """So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
-_GAIN = 0.02
+_GAIN = 0.01
 """Less than that of the concept is noise of the measure (ours)."""
 
 
@@ -264,8 +272,21 @@ class _Checkpoints:
         self._folder, self._run, self._processes = folder, run, processes
         self._last = time.monotonic()
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return None if self._folder is None else checkpoint.load(self._folder, self._run)
+    def load(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was written last, the same for every process.
+
+        Raises:
+            CheckpointError: it is broken, of another run, or not there for every process.
+        """
+        if self._folder is None:
+            return None
+        found = checkpoint.load(self._folder, self._run)
+        if self._processes.agreed(found is not None, device) != (found is not None):
+            raise CheckpointError(
+                f"checkpoint_dir: {self._folder} is not the same folder for all processes; name "
+                "one that they share"
+            )
+        return found
 
     def offer(
         self, trainer: Trainer, window: Window | None, number: int, *, always: bool = False
@@ -352,68 +373,84 @@ def _log_look(trainer: Trainer, loss: float) -> None:
     logger.debug("held-back loss %.3e after %d steps", loss, len(trainer.losses))
 
 
-def _check(
-    denoiser: Denoiser,
-    watched: Prompts,
-    preserve: Tensor,
-    region: mining.Region,
-    config: AlignmentConfig,
-    seed: int,
-    progress: bool | None,
-) -> tuple[AlignmentScore, AlignmentScore]:
-    """Scores of the closed form alone and with the factors, on seeds that training never saw."""
+class _Check:
+    """What the original model sees in pictures from seeds that training never saw."""
 
-    def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`[w, t, d]` prompts of some words and of their anchors."""
-        words = [watched[number] for number in numbers]
-        prompts = torch.stack([word.source[word.plain] for word in words])
-        return prompts, torch.stack([word.anchor[word.plain] for word in words])
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        watched: Prompts,
+        preserve: Tensor,
+        region: mining.Region,
+        config: AlignmentConfig,
+        seed: int,
+        progress: bool | None,
+    ) -> None:
+        self._denoiser, self._progress = denoiser, progress
+        if not config.check_seeds:
+            return
 
-    named, words = watched.named, len(watched)
-    source, anchor = plain(_spread(0, named, config.check_words))
-    if words > named:
-        near, near_anchor = plain(_spread(named, words, config.check_words))
-    else:
-        near = mining.sample(source, region, samples=1, seed=seed).rows()[:, 0]
-        near_anchor = anchor
-    chosen = _spread(0, len(preserve), max(4, len(source)))
-    kept = preserve[torch.tensor(chosen, device=preserve.device)].to(source)
+        def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            """`[w, t, d]` prompts of some words and of their anchors."""
+            words = [watched[number] for number in numbers]
+            prompts = torch.stack([word.source[word.plain] for word in words])
+            return prompts, torch.stack([word.anchor[word.plain] for word in words])
 
-    def repeat(states: Tensor) -> Tensor:
-        return states.repeat_interleave(config.check_seeds, dim=0)
+        def repeat(states: Tensor) -> Tensor:
+            return states.repeat_interleave(config.check_seeds, dim=0)
 
-    prompts = [repeat(states) for states in (source, near, kept)]
-    anchors = [repeat(states) for states in (anchor, near_anchor)]
-    seeds = [seed + i for i in range(sum(map(len, prompts)))]
-    total = 3 * denoiser.passes * denoiser.batches(len(seeds))
-    with progress_bars.bar(total=total, desc="alignment check", progress=progress) as bar:
+        named, words = watched.named, len(watched)
+        source, anchor = plain(_spread(0, named, config.check_words))
+        if words > named:
+            near, near_anchor = plain(_spread(named, words, config.check_words))
+        else:
+            near = mining.sample(source, region, samples=1, seed=seed).rows()[:, 0]
+            near_anchor = anchor
+        chosen = _spread(0, len(preserve), max(4, len(source)))
+        kept = preserve[torch.tensor(chosen, device=preserve.device)].to(source)
+        self._prompts = [repeat(states) for states in (source, near, kept)]
+        self._anchors = [repeat(states) for states in (anchor, near_anchor)]
+        first = seed + _CHECK_STARTS
+        self._seeds = range(first, first + sum(map(len, self._prompts)))
 
-        def draw(model: Model) -> Sequence[Tensor]:
-            latents = denoiser.run(torch.cat(prompts), seeds, model, bar).latents[-1]
-            return latents.split([len(group) for group in prompts])
+    @functools.cached_property
+    def _original(self) -> Sequence[Tensor]:
+        return self._draw("original")
 
-        original, closed, aligned = (draw(m) for m in ("original", "edited", "aligned"))
+    @functools.cached_property
+    def _whole(self) -> list[float]:
+        return self._seen(self._original)
 
-    def seen(pictures: Sequence[Tensor]) -> list[float]:
-        """How well the words fit pictures of named and of near words, where they fit better."""
-        margins = [
-            denoiser.margin(x, states, other)
-            for x, states, other in zip(pictures, prompts, anchors, strict=False)
-        ]
-        return [float(margin.clamp_min(0.0).sum()) for margin in margins]
-
-    whole = seen(original)
-    spread = float((original[2] - original[2].mean(dim=0)).square().mean())
-
-    def score(pictures: Sequence[Tensor]) -> AlignmentScore:
-        # A model that can't tell its own pictures apart sees nothing.
+    def score(self, model: Model) -> AlignmentScore:
+        """Of the closed form alone ("edited"), or with the factors as they are ("aligned")."""
+        pictures, original = self._draw(model), self._original
+        # Where the original can't tell its own pictures apart, nothing is known to be gone.
         target, neighbor = (
-            x / full if full else 0.0 for x, full in zip(seen(pictures), whole, strict=True)
+            seen / whole if whole else 1.0
+            for seen, whole in zip(self._seen(pictures), self._whole, strict=True)
         )
         moved = float((pictures[2] - original[2]).square().mean())
+        spread = float((original[2] - original[2].mean(dim=0)).square().mean())
         return AlignmentScore(target, neighbor, moved / max(spread, 1e-12))
 
-    return score(closed), score(aligned)
+    def _draw(self, model: Model) -> Sequence[Tensor]:
+        total = self._denoiser.passes * self._denoiser.batches(len(self._seeds))
+        with progress_bars.bar(
+            total=total, desc=f"alignment check, {model}", progress=self._progress
+        ) as bar:
+            run = self._denoiser.run(torch.cat(self._prompts), self._seeds, model, bar)
+        return run.latents[-1].split([len(group) for group in self._prompts])
+
+    def _seen(self, pictures: Sequence[Tensor]) -> list[float]:
+        """How much better the words fit pictures of named and of near words, where they do."""
+        return [
+            float(self._denoiser.margin(x, states, other).clamp_min(0.0).sum())
+            for x, states, other in zip(pictures, self._prompts, self._anchors, strict=False)
+        ]
+
+
+_CHECK_STARTS = 20_000
+"""Seeds from here on start checked pictures."""
 
 
 def _spread(start: int, stop: int, count: int) -> list[int]:

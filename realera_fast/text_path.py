@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from realera_fast import attention, ops
 from realera_fast.concept_map import ConceptMap
 from realera_fast.lora import LoraParameters
-from realera_fast.unet import projections
+from realera_fast.unet import projections, unwrapped
 
 _SHORT = 256
 """Up to so many latent pixels PyTorch's fused attention loses on a CPU in half precision: its
@@ -64,7 +64,8 @@ class TextPath:
             mixed_precision: "bf16" computes a float32 U-Net under autocast.
             compiled: run the student through `torch.compile`.
         """
-        self.unet = unet
+        # A compiled model would be compiled again for every model that is run here.
+        self.unet: Any = unwrapped(unet)
         self.lora = lora
         self._layers = projections(unet)
         weight = next(iter(self._layers.values())).weight
@@ -81,7 +82,7 @@ class TextPath:
             ops.low_rank_update_([self._edited], left, right)
         self._edited = self._edited.to(self.dtype)
         self._handed: Conditioning | None = None
-        self._forward = torch.compile(unet) if compiled else unet
+        self._forward = torch.compile(self.unet) if compiled else self.unet
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

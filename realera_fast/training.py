@@ -112,8 +112,11 @@ class AlignmentConfig:
     patience: int = 3
     """Looks without improvement after which training stops (count; ours)."""
 
-    check_seeds: int = 2
+    check_seeds: int = 4
     """Held-back starts for each checked prompt (count; ours); 0 keeps the adapters unchecked."""
+
+    check_sampling_steps: int = 10
+    """Denoising steps of a checked picture (count; ours)."""
 
     check_words: int = 16
     """Named words whose pictures are checked, and as many words near them (count; ours)."""
@@ -124,6 +127,7 @@ class AlignmentConfig:
         for name in (
             *("steps", "batch_size", "r", "trajectories", "refresh_steps", "sampling_steps"),
             *("gradient_accumulation_steps", "sampling_batch_size", "patience", "check_words"),
+            "check_sampling_steps",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"AlignmentConfig.{name} must be >= 1, got {getattr(self, name)}")

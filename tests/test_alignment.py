@@ -136,12 +136,13 @@ def test_queries_and_outputs_can_have_factors(parts):
         (AlignmentScore(0.7, 0.5, 0.1), False),
         (AlignmentScore(0.2, 0.2, 0.3), False),
         # Hardly any less is none.
-        (AlignmentScore(0.49, 0.49, 0.1), False),
+        (AlignmentScore(0.495, 0.495, 0.1), False),
     ],
 )
 def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch, aligned, better):
     closed = AlignmentScore(0.5, 0.5, 0.2)
-    monkeypatch.setattr(alignment, "_check", lambda *_: (closed, aligned))
+    scores = {"edited": closed, "aligned": aligned}
+    monkeypatch.setattr(alignment._Check, "score", lambda self, model: scores[model])
     result = run(parts)
     assert result.kept is better and bool(result.lora) is better
 
@@ -187,6 +188,15 @@ def test_scores_of_a_model_that_draws_the_anchor():
     assert result.closed_form.target < 0.2
 
 
+def test_nothing_is_trained_where_nothing_is_left(parts, monkeypatch):
+    gone = AlignmentScore(0.0, 0.001, 0.3)
+    monkeypatch.setattr(alignment._Check, "score", lambda self, model: gone)
+    result = run(parts)
+    assert not result.kept and not result.losses and result.aligned is None
+    assert result.stopped == "the closed form left nothing to remove"
+    assert result.to_dict()["steps"] == 0
+
+
 def test_training_stops_where_held_back_prompts_improve_no_more(parts):
     config = dataclasses.replace(
         UNCHECKED, steps=50, evaluation_steps=1, patience=2, learning_rate=0.05
@@ -228,7 +238,7 @@ def test_interrupt_leaves_the_model_alone(parts, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(parts)
+        run(parts, UNCHECKED)
     after = pipe.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert pipe.unet.attn_processors == processors
@@ -258,6 +268,8 @@ def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
         return window
 
     monkeypatch.setattr(WindowFiller, "fill", measured)
+    some = AlignmentScore(0.5, 0.5, 0.0)
+    monkeypatch.setattr(alignment._Check, "score", lambda self, model: some)
     pipe, _ = parts
     align_noise(
         pipe.unet, pipe.scheduler, ConceptMap.identity(text.width), prompts=Many(),
