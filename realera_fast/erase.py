@@ -239,7 +239,9 @@ def erase(
         )
     if resume and checkpoint_dir is None:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
-    latents = _checked_latents(latents, parsed, channels[0])
+    size = config.alignment.latent_size or unet.config.sample_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    latents = _checked_latents(latents, parsed, (channels[0], *sides))
     text = TextModel(text_encoder, tokenizer)
     if text.width != unets.text_width(unet):
         raise ValueError(
@@ -349,19 +351,20 @@ def erase(
 
 
 def _checked_latents(
-    latents: Mapping[str, Tensor] | None, concepts: Sequence[Concept], channels: int
+    latents: Mapping[str, Tensor] | None, concepts: Sequence[Concept], shape: tuple[int, ...]
 ) -> Mapping[str, Tensor]:
     """The given latents, if they are of named words."""
     named = {word for concept in concepts for word in concept.words}
     for word, values in (latents or {}).items():
         if word not in named:
             raise ValueError(f"latents: {word!r} is not to be erased; {sorted(named)} are")
-        fits = isinstance(values, Tensor) and values.dim() == 4 and values.shape[1] == channels
+        fits = isinstance(values, Tensor) and values.dim() == 4 and values.shape[1:] == shape
         if not fits or not len(values) or not bool(values.isfinite().all()):
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"latents[{word!r}]: expected finite [n, {channels}, h, w], got {got}; encode the "
-                "pictures with the pipeline's VAE and multiply by its scaling factor"
+                f"latents[{word!r}]: expected finite [n, {', '.join(map(str, shape))}], got {got}; "
+                "encode pictures of that size (AlignmentConfig.latent_size) with the pipeline's VAE "
+                "and multiply by its scaling factor"
             )
     return latents or {}
 

@@ -132,6 +132,11 @@ def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tu
                 f"{word.role} {word.word!r} moved {word.drift:.2f} word distances: name it in "
                 "preserve=, or narrow the neighborhood (mining.word_cosine)"
             )
+    if str(alignment.get("stopped", "")).startswith("diverged"):
+        found.append(
+            f"noise alignment {alignment['stopped']}; lower alignment.learning_rate or "
+            "alignment.negative_guidance"
+        )
     if alignment.get("kept") is False and alignment.get("steps"):
         found.append(
             "noise alignment did not improve held-back pictures; the closed form stays alone"

@@ -378,6 +378,7 @@ def test_a_run_that_was_cut_off_goes_on(pipe, tmp_path, monkeypatch):
         ({"resume": True}, "resume: expected a checkpoint_dir"),
         ({"latents": {"dog": torch.zeros(1, 4, 8, 8)}}, "latents: 'dog' is not to be erased"),
         ({"latents": {"cat": torch.zeros(4, 8, 8)}}, r"latents\['cat'\]: expected finite \[n, 4"),
+        ({"latents": {"cat": torch.zeros(1, 4, 8, 9)}}, r"\[n, 4, 8, 8\], got \[1, 4, 8, 9\]"),
         ({"latents": {"cat": torch.zeros(1, 3, 8, 8)}}, r"got \[1, 3, 8, 8\]"),
         ({"latents": {"cat": torch.full((1, 4, 8, 8), float("nan"))}}, "expected finite"),
         ({"latents": {"cat": [1]}}, "got list"),

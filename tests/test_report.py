@@ -93,3 +93,12 @@ def test_full_size_takes_seconds():
     assert movement.moved(word) is not None
     # Seconds, where the direct way takes minutes: wide enough for a busy machine.
     assert time.perf_counter() - started < 60
+
+
+def test_a_diverged_training_is_warned_of():
+    from realera_fast.report import warnings_of
+
+    found = warnings_of([], {"kept": False, "steps": 3, "stopped": "diverged: loss nan at step 4"})
+    assert "loss nan at step 4; lower alignment.learning_rate" in found[0]
+    assert "closed form stays alone" in found[1]
+    assert not warnings_of([], {"kept": True, "steps": 3, "stopped": "all steps done"})
