@@ -79,10 +79,11 @@ def variant_lines(kind: str, table_name: str = "variants") -> list[str]:
     body.append(line("un-erased model", before, ""))
     noun = "things" if kind == "object" else "styles"
     first = found[0]
+    dtype = first.get("dtype", "float32")
     return [
         f"{len(concepts)} judged {noun} ({', '.join(concepts)}), one erased at a time, "
         f"{len(seeds)} seed(s), {first['pictures']} or so pictures each; percent, mean ± standard "
-        f"deviation over erasures; median seconds of `erase` on {first['device']}, "
+        f"deviation over erasures; {dtype}; median seconds of `erase` on {first['device']}, "
         f"{first['threads']} thread(s), torch {first['torch']}, commit {first['commit']}.",
         "",
         *table(("variant", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑", "seconds"), body),

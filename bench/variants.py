@@ -48,7 +48,7 @@ def variants() -> dict[str, EraseConfig]:
         "closed form, gaussian, 50 samples": change(mode="gaussian", samples=50),
         "closed form, covariance": change(mode="covariance"),
         "closed form, offset": change(mode="offset"),
-        "both stages, gaussian (paper)": change(aligned=True, mode="gaussian"),
+        "both stages, gaussian": change(aligned=True, mode="gaussian"),
         "both stages, no mining": change(aligned=True, mode="none"),
     }
 

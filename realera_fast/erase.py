@@ -363,8 +363,8 @@ def _checked_latents(
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
                 f"latents[{word!r}]: expected finite [n, {', '.join(map(str, shape))}], got {got}; "
-                "encode pictures of that size (AlignmentConfig.latent_size) with the pipeline's VAE "
-                "and multiply by its scaling factor"
+                "encode pictures of that size (AlignmentConfig.latent_size) with the pipeline's "
+                "VAE and multiply by its scaling factor"
             )
     return latents or {}
 
