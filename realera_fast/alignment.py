@@ -54,8 +54,8 @@ class AlignmentScore:
     """What the original model still sees in held-back pictures (0 is perfect)."""
 
     target: float
-    """How much pictures of named words look like the word rather than like its anchor, beside the
-    original's pictures of the word: 1 where nothing was erased, 0 where the anchor fits better."""
+    """Where pictures of named words are between the original's pictures of their anchors (0) and of
+    the words (1), by how much better the word than the anchor fits them; beyond the anchor is 0."""
     neighbor: float
     """The same for words of the tokenizer near them that nobody named; random neighbors of the
     named words where there are none."""
@@ -210,7 +210,7 @@ def align_noise(
         if config.check_seeds:
             before = check.score("edited")
         # Nothing can be better than nothing: what is left decides for all processes alike.
-        if before is not None and processes.agreed(before.left <= _GAIN, device):
+        if before is not None and processes.agreed(before.left <= _GONE, device):
             stopped, kept = "the closed form left nothing to remove", False
         else:
             stopped = _train(trainer, filler, keeper, found, progress)
@@ -238,8 +238,8 @@ def align_noise(
 
 _HARM = 0.1
 """So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
-_GAIN = 0.01
-"""Less than that of the concept is noise of the measure (ours)."""
+_GAIN, _GONE = 0.05, 0.1
+"""Less of the concept than that is no gain, is nothing left: the measure is as noisy (ours)."""
 
 
 def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
@@ -410,41 +410,46 @@ class _Check:
         kept = preserve[torch.tensor(chosen, device=preserve.device)].to(source)
         self._prompts = [repeat(states) for states in (source, near, kept)]
         self._anchors = [repeat(states) for states in (anchor, near_anchor)]
-        first = seed + _CHECK_STARTS
-        self._seeds = range(first, first + sum(map(len, self._prompts)))
+        self._first = seed + _CHECK_STARTS
 
     @functools.cached_property
     def _original(self) -> Sequence[Tensor]:
-        return self._draw("original")
+        return self._draw(self._prompts, "original")
 
     @functools.cached_property
-    def _whole(self) -> list[float]:
-        return self._seen(self._original)
+    def _ends(self) -> list[tuple[Tensor, Tensor]]:
+        """`[w]` margins of the original's pictures of each group's words, and of their anchors."""
+        anchored = self._draw(self._anchors, "original")
+        words, anchors = self._margins(self._original), self._margins(anchored)
+        return list(zip(words, anchors, strict=True))
 
     def score(self, model: Model) -> AlignmentScore:
         """Of the closed form alone ("edited"), or with the factors as they are ("aligned")."""
-        pictures, original = self._draw(model), self._original
-        # Where the original can't tell its own pictures apart, nothing is known to be gone.
-        target, neighbor = (
-            seen / whole if whole else 1.0
-            for seen, whole in zip(self._seen(pictures), self._whole, strict=True)
-        )
+        pictures, original = self._draw(self._prompts, model), self._original
+        left = []
+        for seen, (word, anchor) in zip(self._margins(pictures), self._ends, strict=True):
+            way = float((word - anchor).mean())
+            # Where the original can't tell the two apart, nothing is known to be gone.
+            place = (seen - anchor.mean()) / way if way > 0 else torch.ones_like(seen)
+            left.append(float(place.clamp_min(0.0).mean()))
         moved = float((pictures[2] - original[2]).square().mean())
         spread = float((original[2] - original[2].mean(dim=0)).square().mean())
-        return AlignmentScore(target, neighbor, moved / max(spread, 1e-12))
+        return AlignmentScore(left[0], left[1], moved / max(spread, 1e-12))
 
-    def _draw(self, model: Model) -> Sequence[Tensor]:
-        total = self._denoiser.passes * self._denoiser.batches(len(self._seeds))
+    def _draw(self, groups: Sequence[Tensor], model: Model) -> Sequence[Tensor]:
+        states = torch.cat(list(groups))
+        total = self._denoiser.passes * self._denoiser.batches(len(states))
+        seeds = range(self._first, self._first + len(states))
         with progress_bars.bar(
             total=total, desc=f"alignment check, {model}", progress=self._progress
         ) as bar:
-            run = self._denoiser.run(torch.cat(self._prompts), self._seeds, model, bar)
-        return run.latents[-1].split([len(group) for group in self._prompts])
+            run = self._denoiser.run(states, seeds, model, bar)
+        return run.latents[-1].split([len(group) for group in groups])
 
-    def _seen(self, pictures: Sequence[Tensor]) -> list[float]:
-        """How much better the words fit pictures of named and of near words, where they do."""
+    def _margins(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """`[w]` how much better the words than their anchors fit, for named and for near words."""
         return [
-            float(self._denoiser.margin(x, states, other).clamp_min(0.0).sum())
+            self._denoiser.margin(x, states, other)
             for x, states, other in zip(pictures, self._prompts, self._anchors, strict=False)
         ]
 

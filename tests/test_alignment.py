@@ -136,7 +136,7 @@ def test_queries_and_outputs_can_have_factors(parts):
         (AlignmentScore(0.7, 0.5, 0.1), False),
         (AlignmentScore(0.2, 0.2, 0.3), False),
         # Hardly any less is none.
-        (AlignmentScore(0.495, 0.495, 0.1), False),
+        (AlignmentScore(0.46, 0.46, 0.1), False),
     ],
 )
 def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch, aligned, better):
@@ -165,7 +165,9 @@ def test_scores_of_a_model_that_is_as_it_was():
         mining_config=MiningConfig(mode="none"), seed=0, progress=False,
     )  # fmt: skip
     # No closed form: the edited model is the original, so nothing is erased and nothing harmed.
-    assert result.closed_form == AlignmentScore(1.0, 1.0, 0.0)
+    assert result.closed_form.target == pytest.approx(1.0)
+    assert result.closed_form.neighbor == pytest.approx(1.0)
+    assert result.closed_form.preserve == 0.0
     assert result.aligned.left == pytest.approx(1.0, abs=1e-2) and not result.kept
 
 
@@ -185,11 +187,11 @@ def test_scores_of_a_model_that_draws_the_anchor():
         preserve=text.encode(["a ship", "a tree"]), empty=text.encode([""]), config=config,
         mining_config=MiningConfig(mode="none"), seed=0, progress=False,
     )  # fmt: skip
-    assert result.closed_form.target < 0.2
+    assert result.closed_form.target < 0.1
 
 
 def test_nothing_is_trained_where_nothing_is_left(parts, monkeypatch):
-    gone = AlignmentScore(0.0, 0.001, 0.3)
+    gone = AlignmentScore(0.0, 0.1, 0.3)
     monkeypatch.setattr(alignment._Check, "score", lambda self, model: gone)
     result = run(parts)
     assert not result.kept and not result.losses and result.aligned is None
