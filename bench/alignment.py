@@ -286,7 +286,7 @@ class Problem:
             return None
         trainer, loop = self.trainer(), self.loop()
         rows = (self.latents, self.timesteps, self.student, self.teacher)
-        plain = float(loop.loss(*rows, sizes=self.sizes, scales=self.scales))
+        plain = loop.loss(*rows, sizes=self.sizes, scales=self.scales).item()
         with trainer.path.installed(), torch.no_grad():
             teacher = trainer.path.predict(
                 self.latents, self.timesteps, trainer.path.condition(self.teacher, "original")
