@@ -133,7 +133,8 @@ def ratios(
     points: dict[str, dict[str, dict[str, Any]]] = {}
     for row in found:
         points.setdefault(title(row), {})[row["candidate"]] = row
-    figure, panel = plt.subplots(figsize=(8.4, 0.32 * len(points) + 1.7))
+    height = 0.32 * len(points) + 1.7
+    figure, panel = plt.subplots(figsize=(8.4, height))
     for y, point in enumerate(points.values()):
         own = point["library"]["p50_ms"]
         panel.text(
@@ -163,14 +164,16 @@ def ratios(
         for name, (label, color, marker) in marks.items()
         if any(name in point for point in points.values())
     ]
-    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=8.5)
+    columns = 3 if len(handles) == 3 else 2
+    figure.legend(handles=handles, loc="upper center", ncols=columns, frameon=False, fontsize=8.5)
     first = found[0]
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     panel.set_title(
         f"{where}, {first['threads']} thread(s), torch {first['torch']}; medians, p20 to p80",
         fontsize=8.5, color="#444444",
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    lines = -(-len(handles) // columns)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.22 * (lines + 0.5) / height))
     figure.savefig(picture, dpi=150)
     plt.close(figure)
 
