@@ -245,3 +245,86 @@ def test_table_of_neighbors(tmp_path, monkeypatch):
     path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, rows[0]]))
     with pytest.raises(SystemExit, match="repeats rows"):
         report.generated()
+
+
+def alignment_row(candidate, milliseconds, operation="step", **change):
+    return {
+        "operation": operation, "model": "embedded", "dtype": "float32", "rows": 20,
+        "candidate": candidate, "p20_ms": milliseconds, "p50_ms": milliseconds,
+        "p80_ms": milliseconds, "error": 0.0, "peak_bytes": None, "flops": 1, "compile_s": None,
+        "matmul_flops_per_s": 1.0, "cpu": "x", "threads": 2, "torch": "2", "device": "cpu",
+        "commit": "abc", "dirty": False, "date": "today",
+    } | change  # fmt: skip
+
+
+def alignment_case(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("alignment")
+
+
+@pytest.mark.parametrize(
+    ("own", "plain", "missed"),
+    [
+        ({}, {"p50_ms": 1.51}, []),
+        ({}, {"p50_ms": 1.49}, ["1.49x the plain loop, wanted 1.5"]),
+        ({"operation": "image", "error": 1e-3}, {"operation": "image", "p50_ms": 1.0},
+         ["differs by 0.001"]),
+        ({"model": "SD 1.4", "peak_bytes": 70, "flops": 44, "matmul_flops_per_s": 1e5},
+         {"model": "SD 1.4", "peak_bytes": 100, "p50_ms": 1.9},
+         ["1.90x the plain loop, wanted 2.0", "44% of the matrix peak", "70% of the memory"]),
+        ({"model": "SD 1.4", "peak_bytes": 60, "flops": 46, "matmul_flops_per_s": 1e5},
+         {"model": "SD 1.4", "peak_bytes": 100, "p50_ms": 2.1}, []),
+    ],
+)  # fmt: skip
+def test_targets_of_alignment(own, plain, missed, monkeypatch):
+    case = alignment_case(monkeypatch)
+    found = case.missed([alignment_row("library", 1.0, **own),
+                         alignment_row("plain", 9.0, **plain)])  # fmt: skip
+    assert len(found) == len(missed)
+    assert all(part in text for text, part in zip(found, missed, strict=True))
+
+
+@pytest.mark.parametrize("operation", ["step", "train", "image"])
+def test_candidates_of_alignment_solve_the_same_problem(operation, monkeypatch):
+    from tiny_models import tiny_unet
+
+    case = alignment_case(monkeypatch)
+    monkeypatch.setattr(case, "model_of", lambda name: tiny_unet())
+    monkeypatch.setattr(case, "STEPS", 2)
+    monkeypatch.setattr(case, "IMAGE_STEPS", 2)
+    point = case.Point(operation, "tiny", torch.float32, batch_size=2)
+    found = case.measure(point, torch.device("cpu"), 1, 0.0)
+    names = [row["candidate"] for row in found]
+    assert names[:2] == ["library", "plain"]
+    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in found)
+    if operation != "train":
+        # The loss of the same rows, a picture from the same noise.
+        assert found[0]["error"] < 1e-5
+    if operation == "step":
+        assert found[0]["flops"] > 1e6 and found[0]["matmul_flops_per_s"] > 1e6
+    assert case.line(*next(iter(case.by_point(found).items()))).startswith(operation)
+
+
+def test_table_and_plot_of_alignment(tmp_path, monkeypatch):
+    report = load("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [alignment_row("library", 2.0), alignment_row("plain", 5.0),
+            alignment_row("library compiled", 1.0)]  # fmt: skip
+    path = tmp_path / "alignment.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    line = "| optimizer step | embedded, float32 | 20 | 2.0 | 2.50x | – | 0.50x | – |"
+    assert line in report.generated()
+    pytest.importorskip("matplotlib")
+    load("plots").alignment(path, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_parts_of_realera_differ(monkeypatch):
+    parts = load("variants").ablation()
+    configs = [config.to_dict() for config in parts.values()]
+    assert len(parts) == 14
+    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+    alone = parts["alignment, beyond"]
+    assert not alone.closed_form.enabled and alone.mining.neighbor_scale == 0
+    assert alone.mining.beyond_scale > 0 and alone.alignment.beyond_scale > 0
+    assert all(config.alignment.check_seeds == 0 for config in parts.values())
