@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 from baselines.peft_alignment import PlainLoop
 from closed_form import percentiles, provenance
+from rows import measured
 from torch import Tensor, nn
 
 from realera_fast import embedded, fuse, unfuse
@@ -488,7 +488,6 @@ def main(arguments: argparse.Namespace) -> int:
 
         plots.alignment()
         return 0
-    started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.profile:
         points = (gpu_points if device.type == "cuda" else cpu_points)(True)
@@ -496,22 +495,15 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.profile.write_text(profile(points[0], device), encoding="utf-8")
         return 0
     points = (gpu_points if device.type == "cuda" else cpu_points)(arguments.quick)
-    about = provenance(device, arguments.threads)
-    print(*(f"{name}: {value}" for name, value in about.items()), sep=", ")
-    print("others: times the library", flush=True)
+    effort = (3, 1.0) if arguments.quick else (5, 10.0)
     out = arguments.out or (QUICK if arguments.quick else RESULTS)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Half a run must not pass for a whole one.
-    unfinished = out.with_suffix(".unfinished")
-    rows: list[dict[str, Any]] = []
-    for point in points:
-        least, seconds = (3, 1.0) if arguments.quick else (5, 10.0)
-        measured = measure(point, device, least, seconds)
-        rows += [row | about for row in measured]
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for key, found in by_point(measured).items():
-            print(line(key, found), f"[{time.perf_counter() - started:.0f} s]", flush=True)
-    unfinished.replace(out)
+    rows = measured(
+        points,
+        lambda point: measure(point, device, *effort),
+        lambda found: (line(key, point) for key, point in by_point(found).items()),
+        provenance(device, arguments.threads),
+        out,
+    )
     failures = missed(rows)
     print("targets missed: " + "; ".join(failures) if failures else "targets met")
     return 0

@@ -16,7 +16,6 @@ Rows are written once; a product of n rows takes 2 n d m operations, its LoRA pa
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from closed_form import SD, SDXL, Clock, Shape, percentiles, provenance
 from closed_form import Candidate as Timed
+from rows import measured
 from torch import Tensor
 from torch.nn import functional
 
@@ -354,30 +354,20 @@ def main(arguments: argparse.Namespace) -> int:
 
         plots.perturb()
         return 0
-    started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         points = GPU_QUICK if arguments.quick else GPU_FULL
     else:
         points = CPU_QUICK if arguments.quick else CPU_FULL
-    about = provenance(device, arguments.threads)
-    print(*(f"{name}: {value}" for name, value in about.items()), sep=", ")
-    print("others: times the library", flush=True)
     out = arguments.out or (QUICK if arguments.quick else RESULTS)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Half a run must not pass for a whole one.
-    unfinished = out.with_suffix(".unfinished")
-    rows: list[dict[str, Any]] = []
-    for point in points:
-        if arguments.quick and time.perf_counter() - started > QUICK_SECONDS:
-            print(f"{point.title}: no time to measure it")
-            continue
-        measured = measure(point, device, 0.6 if arguments.quick else 4.0)
-        rows += [row | about for row in measured]
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for key, found in by_point(measured).items():
-            print(line(key, found), f"[{time.perf_counter() - started:.0f} s]", flush=True)
-    unfinished.replace(out)
+    rows = measured(
+        points,
+        lambda point: measure(point, device, 0.6 if arguments.quick else 4.0),
+        lambda found: (line(key, point) for key, point in by_point(found).items()),
+        provenance(device, arguments.threads),
+        out,
+        seconds=QUICK_SECONDS if arguments.quick else float("inf"),
+    )
     failures = missed(rows)
     print("targets missed: " + "; ".join(failures) if failures else "targets met")
     return 0

@@ -185,6 +185,13 @@ def closed_form_lines() -> list[str]:
     ]  # fmt: skip
 
 
+def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """How many times as long as the library a candidate takes."""
+    if name not in point:
+        return "–"
+    return f"{point[name]['p50_ms'] / point['library']['p50_ms']:.2f}x"
+
+
 PERTURB = {
     "rows": "draw rows", "project": "project", "lora": "project, LoRA rank 4",
     "backward": "the same with LoRA gradients", "accumulate": "normal equations",
@@ -198,11 +205,6 @@ def perturb_lines() -> list[str]:
         return []
     fields = ("operation", "shape", "concepts", "samples", "dtype")
     points = by_point(found, fields, "perturb")
-
-    def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
-        if name not in point:
-            return "–"
-        return f"{point[name]['p50_ms'] / point['library']['p50_ms']:.2f}x"
 
     body = [
         [
@@ -240,11 +242,6 @@ def alignment_lines() -> list[str]:
     if not found:
         return []
     points = by_point(found, ("operation", "model", "dtype", "rows"), "alignment")
-
-    def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
-        if name not in point:
-            return "–"
-        return f"{point[name]['p50_ms'] / point['library']['p50_ms']:.2f}x"
 
     others = ("plain", "plain compiled", "library compiled", "plain, new z_t")
     body = [
