@@ -88,17 +88,22 @@ def layers(unet: nn.Module) -> dict[str, Any]:
 
 
 def _check(name: str, attn: Any) -> None:
-    kind = type(attn.processor).__name__
+    own = type(attn.processor)
+    kind = own.__name__
     if kind.startswith("Fused"):
         raise ValueError(f"unet: {name} runs {kind}; call unfuse_qkv_projections() first")
-    if kind not in _SAME:
+    # A name alone would let in a caller's class that computes something else.
+    if kind not in _SAME or own.__module__.split(".")[0] not in ("diffusers", "realera_fast"):
         raise ValueError(
             f"unet: {name} runs the attention processor {kind}, which can't be stood in for; call "
-            "unet.set_default_attn_processor() first, and set it again afterwards"
+            "unet.set_attn_processor(AttnProcessor2_0()) first, and set it again afterwards"
         )
     for part in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k"):
         if getattr(attn, part, None) is not None:
             raise ValueError(f"unet: {name} has a {part}, which is not supported")
+    width = attn.to_q.out_features / attn.heads
+    if abs(attn.scale * width**0.5 - 1) > 1e-6:
+        raise ValueError(f"unet: {name} scales its scores by {attn.scale}: not supported")
     if attn.residual_connection:
         raise ValueError(f"unet: {name} has a residual connection of its own: not supported")
 

@@ -55,13 +55,16 @@ class PromptCache:
         """A layer's keys and values for text, remembered where that is safe."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or states.is_inference():
             return attn.to_k(states), attn.to_v(states)
+        # What is recorded to be replayed must hold the projections themselves.
+        if torch.jit.is_tracing() or (states.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return attn.to_k(states), attn.to_v(states)
         stamp = _stamp(attn.to_k, attn.to_v)
         if stamp is None or torch.is_autocast_enabled(states.device.type):
             return attn.to_k(states), attn.to_v(states)
         with self._lock:
             prompt = self._prompt(states)
             known = prompt.layers.get(layer)
-        if known is not None and known[0] == stamp:
+        if known is not None and _same(known[0], stamp):
             return known[1]
         found = attn.to_k(states), attn.to_v(states)
         with self._lock:
@@ -97,17 +100,31 @@ def _is_as_it_was(prompt: _Prompt) -> bool:
     return states is not None and states._version == prompt.version
 
 
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    # Equality of references would ask tensors for theirs, which is a tensor.
+    return len(one) == len(other) and all(
+        a() is b() is not None
+        if isinstance(a, weakref.ref) and isinstance(b, weakref.ref)
+        else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
 def _stamp(*layers: Any) -> tuple[Any, ...] | None:
     """Identifies the weights of plain layers as they are now; None where that can't be done."""
     found: list[Any] = []
     for layer in layers:
         if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
             return None
+        if "forward" in vars(layer):
+            return None
         for parameter in (layer.weight, layer.bias):
             if parameter is None:
                 continue
             if parameter.is_inference():
                 return None
+            # Freed memory is handed out again at the same address: a dead reference never is.
+            found += [weakref.ref(parameter), weakref.ref(parameter.untyped_storage())]
             found += [parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device]
     return tuple(found)
 
@@ -119,7 +136,8 @@ def fuse(pipe: Model) -> Model:
     `2 b t m` values for each of the last prompts (b rows, t tokens, m features of all projections
     of keys, as many of values): 8 MB for one guided prompt of Stable Diffusion 1 in half precision.
     Weights may change in the meantime: erase, restore, load adapters as always. Only a write
-    around PyTorch's version counter (`weight.data.add_(...)`) goes unnoticed.
+    around PyTorch's version counter goes unnoticed while the same prompt tensor lives
+    (`weight.data.add_(...)`, and so `fuse_lora`): `unfuse` and `fuse` again forget everything.
 
     Args:
         pipe: a diffusers pipeline with a `unet`, or the U-Net itself.
@@ -132,7 +150,9 @@ def fuse(pipe: Model) -> Model:
         ValueError: it has no cross-attention, or one that is not diffusers' own.
     """
     unet = _unet(pipe)
-    if not hasattr(unet, _FORMER):
+    # Others may have set processors since.
+    if not _ours(unet) or len(_ours(unet)) < len(attention.layers(unet)):
+        unfuse(unet)
         setattr(unet, _FORMER, attention.install(unet, PromptCache()))
     return pipe
 
@@ -151,13 +171,23 @@ def unfuse(pipe: Model) -> Model:
     """
     unet = _unet(pipe)
     if hasattr(unet, _FORMER):
-        attention.reinstate(unet, getattr(unet, _FORMER))
+        former = getattr(unet, _FORMER)
+        attention.reinstate(unet, {name: former[name] for name in _ours(unet)})
         delattr(unet, _FORMER)
     return pipe
 
 
 _FORMER = "_realera_fast_processors"
 """Attribute of a fused model that holds the processors it had: they go with it, copies too."""
+
+
+def _ours(unet: nn.Module) -> list[str]:
+    """Names of the layers that run a prompt cache."""
+    return [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(getattr(getattr(module, "processor", None), "projector", None), PromptCache)
+    ]
 
 
 def _unet(pipe: Any) -> nn.Module:

@@ -269,3 +269,65 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("replaced", ["data", "parameter"])
+def test_a_new_weight_at_an_old_address_is_another_weight(replaced):
+    unet, plain = fuse(tiny_unet()), tiny_unet()
+    states = torch.randn(1, 7, 32)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    for number in range(30):
+        values = torch.full_like(plain.get_submodule(layer).weight.data, 0.01 * number)
+        for model in (unet, plain):
+            module = model.get_submodule(layer)
+            if replaced == "data":
+                module.weight.data = values.clone()
+            else:
+                module.weight = torch.nn.Parameter(values.clone())
+        assert torch.equal(call(unet, states), call(plain, states)), number
+
+
+def test_a_forward_of_its_own_is_never_remembered():
+    unet, plain = fuse(tiny_unet()), tiny_unet()
+    states = torch.randn(1, 7, 32)
+    strength = [1.0]
+    for model in (unet, plain):
+        for attn in attention.layers(model).values():
+            plainly = attn.to_k.forward
+            attn.to_k.forward = lambda x, plainly=plainly: strength[0] * plainly(x)
+    for value in (1.0, 3.0):
+        strength[0] = value
+        assert torch.equal(call(unet, states), call(plain, states))
+
+
+class Others:
+    """Somebody's processor."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return hidden_states
+
+
+def test_processors_set_since_are_left_alone_and_fusing_again_fuses_again():
+    unet = fuse(tiny_unet())
+    name, attn = next(iter(attention.layers(unet).items()))
+    attn.set_processor(Others())
+    unfuse(unet)
+    assert isinstance(unet.get_submodule(name).processor, Others)
+    assert not hasattr(unet, "_realera_fast_processors")
+    unet = fuse(tiny_unet())
+    former = type(next(iter(tiny_unet().attn_processors.values())))
+    unet.set_attn_processor(former())
+    fuse(unet)
+    kinds = {type(a.processor) for a in attention.layers(unet).values()}
+    assert kinds == {attention.TextAttnProcessor}
+
+
+def test_a_class_of_the_same_name_or_another_scale_is_refused():
+    unet = tiny_unet()
+    unet.set_attn_processor(type("AttnProcessor", (Others,), {})())
+    with pytest.raises(ValueError, match="AttnProcessor, which can't be stood in for"):
+        fuse(unet)
+    unet = tiny_unet()
+    next(iter(attention.layers(unet).values())).scale = 1.0
+    with pytest.raises(ValueError, match=r"scales its scores by 1\.0"):
+        fuse(unet)
