@@ -276,15 +276,41 @@ def test_a_new_weight_at_an_old_address_is_another_weight(replaced):
     unet, plain = fuse(tiny_unet()), tiny_unet()
     states = torch.randn(1, 7, 32)
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    for number in range(30):
-        values = torch.full_like(plain.get_submodule(layer).weight.data, 0.01 * number)
+    for number in range(50):
+        call(unet, states)
         for model in (unet, plain):
             module = model.get_submodule(layer)
+            # The old memory is freed first: the new weight often gets its address.
             if replaced == "data":
-                module.weight.data = values.clone()
+                module.weight.data = torch.empty(0)
+                module.weight.data = torch.full((module.out_features, 32), 0.01 * number)
             else:
-                module.weight = torch.nn.Parameter(values.clone())
+                module.weight = None
+                values = torch.full((module.out_features, 32), 0.01 * number)
+                module.weight = torch.nn.Parameter(values)
         assert torch.equal(call(unet, states), call(plain, states)), number
+
+
+def test_a_traced_model_holds_its_projections():
+    unet, plain = fuse(tiny_unet()), tiny_unet()
+    first, second = torch.randn(2, 1, 7, 32)
+    latents, step = torch.randn(1, 4, 8, 8), torch.tensor([5])
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, *inputs):
+            return self.unet(*inputs, return_dict=False)[0]
+
+    with torch.no_grad():
+        # Remembered before it is traced.
+        unet(latents, step, first)
+        traced = torch.jit.trace(Plain(), (latents, step, first), check_trace=False)
+        torch.testing.assert_close(
+            traced(latents, step, second), plain(latents, step, second).sample
+        )
 
 
 def test_a_forward_of_its_own_is_never_remembered():
