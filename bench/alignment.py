@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from realera_fast import embedded, fuse, unfuse
 from realera_fast.concept_map import ConceptMap
+from realera_fast.denoiser import projections
 from realera_fast.lora import LoraParameters
 from realera_fast.mining import Region
 from realera_fast.pairs import AlignedPrompts
@@ -46,7 +47,6 @@ from realera_fast.progress import bar
 from realera_fast.text_path import TextPath
 from realera_fast.training import AlignmentConfig, Trainer, loss_of
 from realera_fast.trajectories import Denoiser, Points, Window, WindowFiller
-from realera_fast.unet import projections
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "alignment.jsonl"

@@ -25,13 +25,13 @@ from realera_fast import checkpoint, mining
 from realera_fast import progress as progress_bars
 from realera_fast.checkpoint import CheckpointError
 from realera_fast.concept_map import ConceptMap
+from realera_fast.denoiser import Structure, projections, queries_and_outputs, unwrapped
 from realera_fast.lora import LoraFactors, LoraParameters
 from realera_fast.pairs import AlignedPrompts
 from realera_fast.processes import Processes
 from realera_fast.text_path import Model, TextPath
 from realera_fast.training import AlignmentConfig, DivergedError, Terms, Trainer
 from realera_fast.trajectories import Denoiser, Window, WindowFiller
-from realera_fast.unet import Structure, projections, queries_and_outputs, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class _Checkpoints:
         """
         if self._folder is None:
             return None
-        found = checkpoint.load(self._folder, self._run)
+        found = checkpoint.load(self._folder, self._run, checkpoint.ALIGNMENT)
         if self._processes.agreed(found is not None, device) != (found is not None):
             raise CheckpointError(
                 f"checkpoint_dir: {self._folder} is not the same folder for all processes; name "
@@ -298,7 +298,7 @@ class _Checkpoints:
         if always or now - self._last >= _CHECKPOINT_SECONDS:
             tensors = trainer.tensors() | {f"window.{k}": v for k, v in window.tensors().items()}
             state = {**trainer.state(), "window": number}
-            checkpoint.save(self._folder, tensors, state, self._run)
+            checkpoint.save(self._folder, tensors, state, self._run, checkpoint.ALIGNMENT)
             self._last = now
 
 

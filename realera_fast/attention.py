@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn import functional
 
-from realera_fast.unet import unwrapped
+from realera_fast.denoiser import unwrapped
 
 _SAME = (
     "AttnProcessor",
@@ -83,7 +83,7 @@ def layers(unet: nn.Module) -> dict[str, Any]:
             _check(name, module)
             found[name] = module
     if not found:
-        raise ValueError(f"unet: {type(unet).__name__} has no cross-attention layer")
+        raise ValueError(f"model: {type(unet).__name__} has no cross-attention layer")
     return found
 
 
@@ -91,21 +91,21 @@ def _check(name: str, attn: Any) -> None:
     own = type(attn.processor)
     kind = own.__name__
     if kind.startswith("Fused"):
-        raise ValueError(f"unet: {name} runs {kind}; call unfuse_qkv_projections() first")
+        raise ValueError(f"model: {name} runs {kind}; call unfuse_qkv_projections() first")
     # A name alone would let in a caller's class that computes something else.
     if kind not in _SAME or own.__module__.split(".")[0] not in ("diffusers", "realera_fast"):
         raise ValueError(
-            f"unet: {name} runs the attention processor {kind}, which can't be stood in for; call "
+            f"model: {name} runs the attention processor {kind}, which can't be stood in for; call "
             "unet.set_attn_processor(AttnProcessor2_0()) first, and set it again afterwards"
         )
     for part in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k"):
         if getattr(attn, part, None) is not None:
-            raise ValueError(f"unet: {name} has a {part}, which is not supported")
+            raise ValueError(f"model: {name} has a {part}, which is not supported")
     width = attn.to_q.out_features / attn.heads
     if abs(attn.scale * width**0.5 - 1) > 1e-6:
-        raise ValueError(f"unet: {name} scales its scores by {attn.scale}: not supported")
+        raise ValueError(f"model: {name} scales its scores by {attn.scale}: not supported")
     if attn.residual_connection:
-        raise ValueError(f"unet: {name} has a residual connection of its own: not supported")
+        raise ValueError(f"model: {name} has a residual connection of its own: not supported")
 
 
 def install(unet: nn.Module, projector: Projector) -> dict[str, Any]:

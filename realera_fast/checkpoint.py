@@ -1,7 +1,7 @@
-"""Training that was cut off goes on: one file, complete or absent.
+"""A run that was cut off goes on: one file a stage, complete or absent.
 
-It holds everything that the next step depends on, the window of trajectories too, so that a resumed
-run takes the very steps of one that was never stopped.
+It holds everything that the next step depends on, so that a resumed run takes the very steps of one
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -15,31 +15,44 @@ from torch import Tensor
 
 from realera_fast.files import write_atomically
 
-FILE = "alignment.safetensors"
-"""Name of the checkpoint in its folder."""
+ALIGNMENT = "alignment"
+"""Name of the training's checkpoint."""
 
 
 class CheckpointError(ValueError):
     """The checkpoint is unreadable or of another run. The message says what to do."""
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], run: str) -> None:
-    """Replaces the checkpoint of a folder.
+def file(folder: Path, name: str) -> Path:
+    """Where the checkpoint of that name is."""
+    return folder / f"{name}.safetensors"
+
+
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], run: str, name: str
+) -> None:
+    """Replaces a checkpoint.
 
     Args:
         tensors: by name, on any device.
         state: plain JSON values.
         run: identifies the run: model, concepts, settings.
+        name: of the checkpoint; a stage has one.
     """
     from safetensors.torch import save as serialized
 
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = serialized(values, {"run": run, "state": json.dumps(dict(state))})
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, data)
+    write_atomically(file(folder, name), data)
 
 
-def load(folder: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def remove(folder: Path, name: str) -> None:
+    """Deletes a checkpoint, if there is one."""
+    file(folder, name).unlink(missing_ok=True)
+
+
+def load(folder: Path, run: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and state of the checkpoint, or None where there is none yet.
 
     Raises:
@@ -47,13 +60,13 @@ def load(folder: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]] | N
     """
     from safetensors import SafetensorError, safe_open
 
-    path = folder / FILE
+    path = file(folder, name)
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         state = json.loads(metadata["state"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(

@@ -14,10 +14,9 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -28,10 +27,11 @@ import typer
 from realera_fast import __version__, ops
 from realera_fast.concepts import KINDS, Concept, parse_concept, parse_concepts
 from realera_fast.config import EraseConfig
+from realera_fast.denoiser import projections
 from realera_fast.erase import erase as erase_concepts
 from realera_fast.erasure import Erasure
+from realera_fast.files import folder_atomically
 from realera_fast.text import TextModel
-from realera_fast.unet import projections
 
 PROGRAM = "realera-fast"
 
@@ -710,47 +710,15 @@ def _check_output(out: Path, force: bool) -> Path:
 
 @contextmanager
 def _output_folder(out: Path, force: bool) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` in one step at the end, or never.
-
-    It is made at once, so that an unwritable place fails before any long work. With `force`,
-    entries of the same name are replaced and all others stay.
-    """
+    """A folder that becomes `out` at the end, or never."""
     out = _check_output(out, force)
+    stack = ExitStack()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
-            staged.rmdir()
-            raise PermissionError(13, "Permission denied", str(out))
+        staged = stack.enter_context(folder_atomically(out, replace=force))
     except OSError as error:
         raise CommandError(f"cannot write --out {out}: {error.strerror}") from error
-    try:
+    with stack:
         yield staged
-        umask = os.umask(0)
-        os.umask(umask)
-        staged.chmod(0o777 & ~umask)
-        for file in staged.rglob("*"):
-            if file.is_file():
-                # safetensors makes files that nobody else may read, whatever the user's umask.
-                file.chmod(0o666 & ~umask)
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if not out.exists():
-            os.rename(staged, out)
-        else:
-            for entry in sorted(staged.iterdir()):
-                _replace(entry, out / entry.name, staged)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _replace(new: Path, old: Path, aside: Path) -> None:
-    """Moves `new` to `old`; what was there goes into the folder `aside`, which is then deleted."""
-    if old.is_dir() and not old.is_symlink():
-        os.rename(old, aside / f".old.{old.name}")
-    elif new.is_dir():
-        old.unlink(missing_ok=True)
-    os.replace(new, old)
 
 
 def _check_space(pipe: Any, folder: Path) -> None:

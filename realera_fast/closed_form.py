@@ -345,6 +345,32 @@ class NormalEquations:
         """
         return solve_layers([self], ridge=ridge, rank_tolerance=rank_tolerance, dtype=dtype)[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is accumulated, by name, for a checkpoint: O(d^2) numbers."""
+        found: dict[str, Tensor] = {}
+        if self._sums is not None:
+            found |= {"gram": self._sums[0], "cross": self._sums[1]}
+        for name, waiting in (("moving", self._moving), ("staying", self._staying)):
+            for number, part in enumerate(waiting.parts):
+                found[f"{name}.{number:06d}.source"] = part.source
+                found[f"{name}.{number:06d}.change"] = part.change
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Takes what `tensors` gave, in place of all that is accumulated.
+
+        Args:
+            rows: number of rows accumulated then.
+        """
+        values = {name: tensor.to(self.device, torch.float64) for name, tensor in tensors.items()}
+        self._sums = (values["gram"], values["cross"]) if "gram" in values else None
+        for name, waiting in (("moving", self._moving), ("staying", self._staying)):
+            sources = sorted(k for k in values if k.startswith(f"{name}.") and k[-6:] == "source")
+            waiting.parts = [
+                _Rows(values[key], values[f"{key.removesuffix('source')}change"]) for key in sources
+            ]
+        self.rows = rows
+
     # Inside
 
     def _zeros(self) -> tuple[Tensor, Tensor]:

@@ -18,23 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import alignment, mining, philox, report
-from realera_fast import unet as unets
+from realera_fast import alignment, checkpoint, mining, report
+from realera_fast import denoiser as denoisers
+from realera_fast import progress as progress_bars
 from realera_fast.alignment import Alignment, align_noise
-from realera_fast.closed_form import NormalEquations, Pairs, Solution
+from realera_fast.closed_form import NormalEquations, Solution
 from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.config import EraseConfig
-from realera_fast.erasure import Erasure
+from realera_fast.erasure import Erasure, history_of
+from realera_fast.families import components_of, is_pipeline, text_streams
+from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
-from realera_fast.pairs import AlignedPrompts, ConceptPrompts, fill
-from realera_fast.text import TextModel
-from realera_fast.vocabulary import (
-    Vocabulary,
-    describe,
-    encode_vocabulary,
-    preserve_gram,
-)
+from realera_fast.pairs import ConceptPrompts, fill
+from realera_fast.text import Text
+from realera_fast.vocabulary import Vocabulary, encode_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -49,94 +47,9 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - started, 4)
+        seconds = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.seconds[name] = round(seconds, 4)
         logger.info("%s: %.2f s", name, self.seconds[name])
-
-
-def neighbor_words(
-    text: TextModel,
-    vocabulary: Vocabulary,
-    concepts: Sequence[Concept],
-    config: mining.MiningConfig,
-    *,
-    keep: Sequence[str] = (),
-) -> dict[str, tuple[str, ...]]:
-    """Words of the tokenizer that lie in the neighborhood of each concept, nearest first.
-
-    Args:
-        keep: words that are never neighbors (preserved words and anchors).
-
-    Returns:
-        Neighbor words by target; a word near two concepts goes to the nearer one.
-    """
-    found: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
-    if not vocabulary.words or not concepts:
-        return {target: () for target in found}
-    taken = {word.casefold() for c in concepts for word in (*c.words, c.destination or "")}
-    taken |= {word.casefold() for word in keep}
-    # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
-    taken |= {part for phrase in list(taken) for part in phrase.split()}
-    scores = torch.stack(
-        [vocabulary.similarity(describe(text, concept.words).mean(dim=0)) for concept in concepts]
-    )
-    best, owner = scores.max(dim=0)
-    for index, word in enumerate(vocabulary.words):
-        if word.casefold() not in taken and float(best[index]) >= config.word_cosine:
-            found[concepts[int(owner[index])].target].append((float(best[index]), word))
-    return {
-        target: tuple(word for _, word in sorted(words, reverse=True)[: config.max_words])
-        for target, words in found.items()
-    }
-
-
-def prior_equations(
-    preserved: Sequence[Tensor], prior: Tensor, config: EraseConfig
-) -> NormalEquations:
-    """What keeps its place whatever is erased.
-
-    Args:
-        preserved: `[p, t, d]` prompts of words that keep their place, one tensor a word.
-        prior: `[d, d]` mean second moments of the preserve prior.
-    """
-    equations = NormalEquations(prior.shape[0], device=prior.device)
-    equations.update_moments(config.vocabulary.preserve_scale * prior)
-    for hidden in preserved:
-        rows = hidden[:, 1:].flatten(0, 1)
-        weight = torch.full((len(rows),), config.vocabulary.preserve_scale / len(rows))
-        equations.update(Pairs(rows, rows, weight.to(rows.device)))
-    return equations
-
-
-def add_word(
-    equations: NormalEquations,
-    prompts: AlignedPrompts,
-    prior: Tensor,
-    config: EraseConfig,
-    *,
-    number: int | None,
-) -> NormalEquations:
-    """Adds a word's rows, and if it was named its neighbor and beyond rows. Returns the equations.
-
-    Args:
-        prior: `[d, d]` mean second moments of the preserve prior.
-        number: of the named word's noise; None for a mined word.
-    """
-    rows = prompts.weight > 0
-    scale = config.mining.neighbor_scale if number is None else config.erase_scale
-    equations.update(
-        Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
-    )
-    if number is not None and config.mining.mode in ("gaussian", "covariance", "offset"):
-        mining.add_neighbors(
-            equations,
-            prompts.source,
-            prompts.destination,
-            prompts.weight,
-            config.mining,
-            seed=philox.fold_seed(config.seed, number),
-            covariance=prior if config.mining.mode == "covariance" else None,
-        )
-    return equations
 
 
 def solve(
@@ -172,9 +85,9 @@ def solve(
 @torch.inference_mode(False)
 @torch.enable_grad()
 def erase(
-    unet: Any,
-    text_encoder: Any,
-    concepts: str | Concept | Sequence[str | Concept],
+    model: Any,
+    text_encoders: Any = None,
+    concepts: str | Concept | Sequence[str | Concept] | None = None,
     *,
     tokenizer: Any = None,
     preserve: Sequence[str] = (),
@@ -188,16 +101,21 @@ def erase(
 ) -> Erasure:
     """Removes concepts from a diffusion model, in place (RealEra, arXiv 2410.09140).
 
-    The cross-attention key and value projections of `unet` are edited transactionally: any failure,
-    an interrupt included, leaves them bit-identical. `dtype` and `device` are the U-Net's.
+    ``erase(pipe, concepts)`` takes a whole pipeline, ``erase(model, text_encoders, concepts)`` its
+    parts. The linear maps that text enters the model through (`denoiser.streams`) are edited
+    transactionally: any failure, an interrupt included, leaves them bit-identical. `dtype` and
+    `device` are the model's.
 
     Args:
-        unet: a `UNet2DConditionModel` with text cross-attention (fp32, bf16 or fp16; CPU or CUDA).
-        text_encoder: its CLIP text encoder; never changed.
+        model: a U-Net or transformer of diffusers (fp32, bf16 or fp16; CPU or CUDA), or a pipeline,
+            classic or modular, that has one.
+        text_encoders: its text encoder, or a tuple of them in the order of the pipeline; never
+            changed. With a pipeline the concepts stand here.
         concepts: strings, `Concept`s or a mix; `"Van Gogh=art"` names an anchor.
-        tokenizer: the encoder's tokenizer; `None` looks beside the encoder's own files.
+        tokenizer: the encoder's tokenizer, or a tuple of them; `None` looks beside the encoders'
+            own files.
         preserve: words that must keep their meaning, in addition to the vocabulary's.
-        scheduler: noise scheduler of the pipeline; `None` looks beside the U-Net's own files and
+        scheduler: noise scheduler of the pipeline; `None` looks beside the model's own files and
             falls back to Stable Diffusion's schedule. Used by the alignment stage alone.
         config: settings of all stages.
         latents: `[n, c, h, w]` encoded pictures by named word (the VAE's latents times its scaling
@@ -205,8 +123,8 @@ def erase(
         accelerator: an `accelerate.Accelerator`: its processes share the alignment stage (start
             the script with `accelerate launch`; each erases its own copy of the model and all get
             the same result) and its trackers get the losses.
-        checkpoint_dir: folder where the alignment stage keeps a checkpoint of a few megabytes, or
-            more for large latents.
+        checkpoint_dir: folder where the run keeps what it needs to go on: sums of the concepts
+            read so far, then a checkpoint of the alignment stage (megabytes).
         resume: continue from that checkpoint, if there is one; the result is that of a run that
             was never stopped.
         progress: draw progress bars; `None` follows diffusers' switch.
@@ -219,94 +137,114 @@ def erase(
         ValueError, TypeError: unusable input; the message names the argument and what to do.
         CheckpointError: the checkpoint is broken or of another run (a ValueError).
     """
+    if is_pipeline(model):
+        if concepts is not None or text_encoders is None or tokenizer is not None:
+            raise TypeError(
+                "erase: with a pipeline expected erase(pipe, concepts) without text encoders or "
+                "tokenizers; with its parts, pass pipe.unet or pipe.transformer first"
+            )
+        pipe, concepts = components_of(model), text_encoders
+        model, text_encoders, tokenizer = pipe.model, pipe.text_encoders, pipe.tokenizers
+        scheduler = pipe.scheduler if scheduler is None else scheduler
+    elif concepts is None:
+        raise TypeError(
+            "concepts: expected what to erase as the third argument, after the text encoders "
+            "(or erase(pipe, concepts) with a whole pipeline)"
+        )
     config = config or EraseConfig()
     if isinstance(preserve, str):
         raise TypeError(f"preserve: expected a list of strings, got the string {preserve!r}")
     if not isinstance(config, EraseConfig):
         raise TypeError(f"config: expected an EraseConfig, got {type(config).__name__}")
     parsed = parse_concepts(concepts, preserve=preserve)
-    layers = unets.projections(unet)
+    layers = denoisers.projections(model)
     if scheduler is not None and not hasattr(scheduler, "config"):
         raise TypeError(
             "scheduler: expected a diffusers scheduler such as pipe.scheduler, got "
             f"{type(scheduler).__name__}"
         )
-    channels = (unet.config.in_channels, unet.config.out_channels)
-    if config.alignment.enabled and channels[0] != channels[1]:
-        raise ValueError(
-            f"unet: it takes {channels[0]} channels and gives {channels[1]} (inpainting?), which "
-            "the alignment stage can't denoise; set alignment.enabled=False"
-        )
+    alignable = config.alignment.enabled and _alignable(model)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
-    size = config.alignment.latent_size or unet.config.sample_size
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    latents = _checked_latents(latents, parsed, (channels[0], *sides))
-    text = TextModel(text_encoder, tokenizer)
-    if text.width != unets.text_width(unet):
-        raise ValueError(
-            f"text_encoder: its embeddings have width {text.width}, but the U-Net's "
-            f"cross-attention takes {unets.text_width(unet)}; pass the encoder of this U-Net"
-        )
-    provenance = _provenance(unet, config)
+    if alignable:
+        latents = _checked_latents(latents, parsed, _latent_shape(model, config))
+    elif latents:
+        raise ValueError("latents: they are for the alignment stage, which does not run here")
+    texts = text_streams(model, text_encoders, tokenizer)
+    for stream, sections in texts.items():
+        for section in sections:
+            denoisers.check_width(model, stream, section.width)
+    text = texts["sequence"][0]
+    provenance = _provenance(model, config)
     if not parsed:
         logger.warning("concepts is empty: nothing is erased")
         empty_report = report.Report((), {}, {}, dict.fromkeys(layers, 0.0), {}, {}, ()).to_dict()
-        nothing = ConceptMap.identity(text.width)
-        result = Erasure(nothing, {}, (), config.to_dict(), provenance, empty_report)
-        result.apply_(unet)
+        identity = [ConceptMap.identity(sections[0].width) for sections in texts.values()]
+        result = Erasure(
+            identity[0], {}, (), config.to_dict(), provenance, empty_report,
+            pooled_map=identity[1] if len(identity) > 1 else None,
+        )  # fmt: skip
+        result.apply_(model)
         return result
 
     clock = _Clock()
+    anchors = {c.destination: c.kind for c in parsed if c.destination}
+    kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
+    kept = {word: anchors.get(word, "object") for word in kept_words}
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
-    anchors = tuple(dict.fromkeys(c.destination for c in parsed if c.destination))
-    kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
-        near = neighbor_words(text, vocabulary, parsed, config.mining, keep=kept_words)
+        near = neighbor_words(
+            text, vocabulary, parsed, config.mining, keep=kept_words, progress=progress
+        )
         gone = [w for c in parsed for w in (*c.words, *near[c.target])]
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
         if config.mining.mode == "vocabulary":
             mined = near
             if not vocabulary.words:
                 logger.warning("the tokenizer offers no whole words: no neighbors are mined")
-    with clock.stage("pairs"):
-        prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone)
-        kind_of = {c.destination: c.kind for c in parsed}
-        kept = [_kept(text, word, kind_of.get(word, "object"), config) for word in kept_words]
-    with clock.stage("equations"):
-        prior, _ = preserve_gram(text, vocabulary, gone)
-        equations, parts = prior_equations(kept, prior, config), {}
-        for place, concept in enumerate(parsed):
-            into = equations
-            if config.closed_form.keep_system:
-                into = parts[concept.target] = NormalEquations(text.width, device=prior.device)
-            for number in prompts.numbers(place):
-                named = number if number < prompts.named else None
-                add_word(into, prompts[number], prior, config, number=named)
-    with clock.stage("closed form"):
-        solution, system = solve(equations, parts, prior, config)
-        # The result is small and outlives the model: it rests on the CPU.
-        concept_map = solution.map.to("cpu")
+    run = ""
+    if checkpoint_dir is not None:
+        folder = Path(checkpoint_dir)
+        noise = scheduler or (alignment.find_scheduler(model) if alignable else None)
+        run = _run(texts, parsed, kept_words, config, provenance, noise, latents)
+    solved: dict[str, tuple[Solution, IncrementalSystem | None, Tensor]] = {}
+    for stream, sections in texts.items():
+        with clock.stage("equations"):
+            gathered = gather(
+                sections,
+                parsed,
+                mined,
+                kept,
+                gone,
+                vocabulary,
+                config,
+                place=None if checkpoint_dir is None else (folder, stream, run, resume),
+                progress=progress,
+            )
+        with clock.stage("closed form"):
+            solved[stream] = (*solve(*gathered, config), gathered[-1])
+    solution, system, prior = solved["sequence"]
+    pooled, pooled_system, _ = solved.get("pooled", (None, None, None))
+    # The result is small and outlives the model: it rests on the CPU.
+    concept_map = solution.map.to("cpu")
+    pooled_map = None if pooled is None else pooled.map.to("cpu")
+    prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone)
 
     stayers = _stayers(vocabulary, gone, kept_words)
     aligned = alignment.NOT_ALIGNED
     before = {name: module.weight.detach().clone() for name, module in layers.items()}
     guarded: Mapping[str, Any] = layers
-    if not set(config.alignment.target_modules) <= {"to_k", "to_v"}:
-        guarded = layers | unets.queries_and_outputs(unet)
-    with unets.transaction(unet, guarded):
+    if alignable and not set(config.alignment.target_modules) <= {"to_k", "to_v"}:
+        guarded = layers | denoisers.queries_and_outputs(model)
+    with denoisers.transaction(model, guarded):
         moves = solution.map.rank or not config.closed_form.enabled
-        if config.alignment.enabled and moves:
-            noise = scheduler or alignment.find_scheduler(unet)
-            run = ""
-            if checkpoint_dir is not None:
-                run = _run(text, parsed, kept_words, config, provenance, noise, latents)
+        if alignable and moves:
             with clock.stage("alignment"):
                 aligned = align_noise(
-                    unet,
-                    noise,
+                    model,
+                    scheduler or alignment.find_scheduler(model),
                     solution.map,
                     prompts=prompts,
                     watched=ConceptPrompts(text, parsed, near, config.pairs, avoid=gone),
@@ -320,34 +258,58 @@ def erase(
                     latents=latents,
                     seed=config.seed,
                     accelerator=accelerator,
-                    checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+                    checkpoint_dir=None if checkpoint_dir is None else folder,
                     resume=resume,
                     run=run,
                     progress=progress,
                 )
         hidden = {name: module for name, module in guarded.items() if name not in layers}
         before |= {name: module.weight.detach().clone() for name, module in hidden.items()}
-        draft = Erasure(concept_map, aligned.lora, parsed, config.to_dict(), provenance, {})
+        draft = Erasure(
+            concept_map, aligned.lora, parsed, config.to_dict(), provenance, {},
+            pooled_map=pooled_map,
+        )  # fmt: skip
         edited = draft.edited_weights(before)
         with clock.stage("report"):
             found = _report(
-                before,
-                edited,
-                list(layers),
-                prompts,
-                kept_words,
-                stayers,
-                text,
-                solution,
-                aligned,
-                mined,
-            )
+                before, edited, prompts, kept_words, stayers, text, solution, aligned, mined,
+                progress,
+            )  # fmt: skip
+            if pooled is not None:
+                found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
+            if config.alignment.enabled and not alignable:
+                found["warnings"] = (*found["warnings"], _NO_ALIGNMENT)
+                logger.warning(_NO_ALIGNMENT)
         full = report.Report(**found, seconds=clock.seconds).to_dict()
-        result = Erasure(
-            concept_map, aligned.lora, parsed, config.to_dict(), provenance, full, system
-        )
-        result.apply_(unet)
+        result = dataclasses.replace(draft, report=full, system=system, pooled_system=pooled_system)
+        result.apply_(model)
+    if checkpoint_dir is not None:
+        for stream in texts:
+            checkpoint.remove(folder, stream)
     return result
+
+
+_NO_ALIGNMENT = (
+    "noise alignment runs on U-Nets with one text encoder; this model has the closed form alone"
+)
+
+
+def _alignable(model: Any) -> bool:
+    """Whether the noise alignment knows how to run this denoiser."""
+    kinds = denoisers.streams(model)
+    return "pooled" not in kinds.values() and all(n.endswith((".to_k", ".to_v")) for n in kinds)
+
+
+def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
+    """`(c, h, w)` of the latents that alignment denoises."""
+    options: Any = denoisers.unwrapped(model).config
+    if options.in_channels != options.out_channels:
+        raise ValueError(
+            f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
+            "(inpainting?), which the alignment stage can't denoise; set alignment.enabled=False"
+        )
+    size = config.alignment.latent_size or options.sample_size
+    return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
 
 def _checked_latents(
@@ -370,33 +332,23 @@ def _checked_latents(
 
 
 def _run(
-    text: TextModel,
+    texts: Mapping[Any, Sequence[Text]],
     concepts: Sequence[Concept],
     kept: Sequence[str],
     config: EraseConfig,
     provenance: Mapping[str, Any],
     scheduler: Any,
-    latents: Mapping[str, Tensor],
+    latents: Mapping[str, Tensor] | None,
 ) -> str:
     """Identifies what a checkpoint belongs to: everything that the result depends on."""
     parts = [
         [concept.to_dict() for concept in concepts], list(kept), config.to_dict(),
-        provenance["base_hashes"], provenance["versions"], text.fingerprint(),
-        dict(scheduler.config), unets.weights_hash(latents, torch.float32),
+        provenance["base_hashes"], provenance["versions"],
+        [text.fingerprint() for sections in texts.values() for text in sections],
+        dict(getattr(scheduler, "config", {})),
+        denoisers.weights_hash(latents or {}, torch.float32),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _kept(text: TextModel, word: str, kind: str, config: EraseConfig) -> Tensor:
-    """`[p, t, d]` prompts of a word that keeps its place."""
-    templates = [t for t in config.pairs.of(kind) if "{word}" not in t] or ["{}"]
-    prompts = [prompt for t in templates if not text.overflow(prompt := fill(t, word))]
-    if not prompts:
-        raise ValueError(
-            f"preserve: {word!r} needs more tokens than the text encoder holds "
-            f"({text.max_tokens} with begin- and end-of-text); {text.overflow(word)!r} would be cut"
-        )
-    return text.encode(prompts)
 
 
 def _stayers(
@@ -412,32 +364,36 @@ def _stayers(
 def _report(
     before: Mapping[str, Tensor],
     edited: Mapping[str, Tensor],
-    projections: Sequence[str],
     prompts: ConceptPrompts,
     kept_words: Sequence[str],
     stayers: Sequence[str],
-    text: TextModel,
+    text: Text,
     solution: Solution,
     aligned: Alignment,
     mined: Mapping[str, tuple[str, ...]],
+    progress: bool | None,
 ) -> dict[str, Any]:
-    movement = report.Movement(*([w[name] for name in projections] for w in (before, edited)))
+    taking = [name for name in before if denoisers.stream_of(name) == "sequence"]
+    movement = report.Movement(*([w[name] for name in taking] for w in (before, edited)))
     found: dict[int, report.WordReport] = {}
-    for place, concept in enumerate(prompts.concepts):
-        # Encoded a second time: to keep all words' prompts would take gigabytes.
-        for number in prompts.numbers(place):
-            word = prompts[number]
-            role = "target" if word.word == concept.target else "synonym"
-            found[number] = report.WordReport(
-                word.word,
-                role if number < prompts.named else "neighbor",
-                concept.anchor_name,
-                movement.moved(word),
-                None,
-            )
+    with progress_bars.bar(total=len(prompts), desc="report", progress=progress) as bar:
+        for place, concept in enumerate(prompts.concepts):
+            # Encoded a second time: to keep all words' prompts would take gigabytes.
+            for number in prompts.numbers(place):
+                word = prompts[number]
+                role = "target" if word.word == concept.target else "synonym"
+                found[number] = report.WordReport(
+                    word.word,
+                    role if number < prompts.named else "neighbor",
+                    concept.anchor_name,
+                    movement.moved(word),
+                    None,
+                )
+                bar.update(1)
     words = [found[number] for number in range(len(prompts))]
-    hidden = text.encode([fill("a photo of a {}", word) for word in stayers])
-    for stayer, drift in zip(stayers, movement.drifts(hidden), strict=True):
+    told = [fill("a photo of a {}", word) for word in stayers]
+    drifts = movement.drifts(text.encode(told), text.shares(told) > 0)
+    for stayer, drift in zip(stayers, drifts, strict=True):
         role = "preserved" if stayer in kept_words else "vocabulary"
         words.append(report.WordReport(stayer, role, None, None, drift))
     outcome = aligned.to_dict()
@@ -454,19 +410,20 @@ def _report(
     }
 
 
-def _provenance(unet: Any, config: EraseConfig) -> dict[str, Any]:
+def _provenance(model: Any, config: EraseConfig) -> dict[str, Any]:
     versions = {}
     for package in ("realera_fast", "torch", "diffusers", "transformers", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    weight = next(iter(unets.projections(unet).values())).weight
+    weight = next(iter(denoisers.projections(model).values())).weight
     return {
         "versions": versions,
-        "model_class": type(unet).__name__,
+        "model_class": type(denoisers.unwrapped(model)).__name__,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
-        "base_hashes": unets.base_hashes(unet),
+        "base_hashes": denoisers.base_hashes(model),
+        "history": history_of(model),
         "seed": config.seed,
     }

@@ -2,9 +2,10 @@
 
     W' = W + (W L) R + up @ down
 
-L and R are the closed form's map, shared by all text projections; up and down the alignment's LoRA
-factors of each, and of queries and outputs where these were trained. The sum is made in float32
-(float64 for float64 weights) and rounded once.
+L and R are the closed form's map, shared by all projections of the token sequence (those of a
+pooled vector have one of their own); up and down the alignment's LoRA factors of each, and of
+queries and outputs where these were trained. The sum is made in float32 (float64 for float64
+weights) and rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +26,35 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast import ops
+from realera_fast.adapters import Layout, in_layout
 from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
-from realera_fast.files import write_atomically
-from realera_fast.incremental import IncrementalSystem
-from realera_fast.lora import LoraFactors
-from realera_fast.unet import (
+from realera_fast.denoiser import (
+    STREAMS,
+    Stream,
     base_hashes,
+    check_width,
     projections,
     queries_and_outputs,
+    stream_of,
+    streams,
     transaction,
     unwrapped,
     weights_hash,
 )
+from realera_fast.files import folder_atomically
+from realera_fast.incremental import IncrementalSystem
+from realera_fast.lora import LoraFactors
+from realera_fast.model_card import Use, write_card
+from realera_fast.prompt_map import PromptMap
+from realera_fast.safetensors_file import (
+    MAX_HEADER_BYTES,
+    encode_json,
+    patch,
+    tensor_bytes,
+    write,
+)
+from realera_fast.single_file import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +65,13 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """Where ``load_lora_weights`` looks in a folder."""
 
 _MAX_FILE_BYTES = 2 << 30
-_MAX_HEADER_BYTES = 16 << 20
 _MAX_DEPTH = 32
 _MAX_NAME = 256
+_NO_ADAPTERS = ("PixArtTransformer2DModel",)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_SYSTEMS = ("system", "pooled_system")
 _FIELDS = ("concepts", "config", "provenance", "report")
-_DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 class BaseModelMismatchError(ValueError):
@@ -88,7 +104,7 @@ class Erasure:
     """What was erased and how: everything needed to do it again on the same base model."""
 
     map: ConceptMap
-    """The closed form, T = I + L R, for every projection."""
+    """The closed form, T = I + L R, for every projection of the token sequence."""
     lora: Mapping[str, LoraFactors]
     """Alignment factors by layer name; empty without that stage."""
     concepts: tuple[Concept, ...]
@@ -101,6 +117,10 @@ class Erasure:
     """How it went, as plain JSON values."""
     system: IncrementalSystem | None = None
     """The factored equations, for `without`; kept where ``closed_form.keep_system`` asks for it."""
+    pooled_map: ConceptMap | None = None
+    """The closed form of the pooled vector, for models that take one (SDXL, SD3, FLUX)."""
+    pooled_system: IncrementalSystem | None = None
+    """Its equations, kept with `system`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", dict(self.lora))
@@ -116,23 +136,32 @@ class Erasure:
         if not all(isinstance(concept, Concept) for concept in self.concepts):
             raise TypeError("concepts: expected Concept objects")
         for name, factors in self.lora.items():
-            if _takes_text(name) and factors.down.shape[1] != self.map.width:
+            concept_map = self._map_of(name)
+            if concept_map is not None and factors.down.shape[1] != concept_map.width:
                 raise ValueError(
-                    f"lora[{name!r}]: expected down of shape [r, {self.map.width}] like the map, "
-                    f"got {list(factors.down.shape)}"
+                    f"lora[{name!r}]: expected down of shape [r, {concept_map.width}] like the "
+                    f"map, got {list(factors.down.shape)}"
                 )
-        if self.system is not None:
-            targets = [concept.target for concept in self.concepts]
-            if list(self.system.concepts) != targets or self.system.width != self.map.width:
+        targets = [concept.target for concept in self.concepts]
+        for field, system, concept_map in (
+            ("system", self.system, self.map),
+            ("pooled_system", self.pooled_system, self.pooled_map),
+        ):
+            if system is not None and (
+                concept_map is None
+                or list(system.concepts) != targets
+                or system.width != concept_map.width
+            ):
                 raise ValueError(
-                    f"system: expected the equations of {targets}, got {self.system.concepts}"
+                    f"{field}: expected the equations of {targets}, got {system.concepts}"
                 )
         for name, tensor in self._tensors().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name}: holds NaN or infinity")
 
     def __repr__(self) -> str:
-        words = ", ".join(f"{c.target!r} -> {c.anchor_name!r}" for c in self.concepts)
+        shown = [f"{c.target!r} -> {c.anchor_name!r}" for c in self.concepts[:8]]
+        words = ", ".join(shown + ["..."] * (len(self.concepts) > 8))
         return f"Erasure({words or 'nothing'}; rank {self.map.rank}, LoRA on {len(self.lora)})"
 
     # Editing a model
@@ -154,16 +183,24 @@ class Erasure:
             # The dtype that the sum is made in: with LoRA to come it must not be rounded between.
             dtype = wide if name in self.lora else weight.dtype
             edited[name] = weight.detach().to(dtype, copy=True)
-        mapped = [name for name in changed if _takes_text(name)]
-        if self.map.rank and mapped:
+        for concept_map in self._maps():
+            mapped = [name for name in changed if self._map_of(name) is concept_map]
+            if not (concept_map.rank and mapped):
+                continue
             device = edited[mapped[0]].device
-            left, right = self.map.left.to(device), self.map.right.to(device)
-            ops.low_rank_update_([edited[name] for name in mapped], left, right)
+            left, right = concept_map.left.to(device), concept_map.right.to(device)
+            # The text's features come first; what else a weight takes stays as it is.
+            parts = [edited[name][:, : concept_map.width].contiguous() for name in mapped]
+            ops.low_rank_update_(parts, left, right)
+            for name, part in zip(mapped, parts, strict=True):
+                if part.data_ptr() != edited[name].data_ptr():
+                    edited[name][:, : concept_map.width] = part
         for name in changed:
             if name in self.lora:
                 wide_weight, factors = edited[name], self.lora[name]
                 up, down = factors.up.to(wide_weight), factors.down.to(wide_weight)
-                edited[name] = wide_weight.addmm_(up, down).to(weights[name].dtype)
+                wide_weight[:, : down.shape[1]].addmm_(up, down)
+                edited[name] = wide_weight.to(weights[name].dtype)
             if not edited[name].isfinite().all():
                 raise ValueError(
                     f"{name}.weight overflows {weights[name].dtype} when edited; "
@@ -171,42 +208,42 @@ class Erasure:
                 )
         return edited
 
-    def apply_(self, unet: nn.Module) -> nn.Module:
+    def apply_(self, model: nn.Module) -> nn.Module:
         """Edits the model in place; any failure leaves it bit-identical to before.
 
         An erasure of nothing (rank 0, no LoRA) writes nothing.
 
         Args:
-            unet: The base model that the erasure was made for, in any dtype of at most its width.
+            model: The base model that the erasure was made for, in any dtype of at most its width.
 
         Returns:
-            The same `unet`.
+            The same `model`.
 
         Raises:
             BaseModelMismatchError: other weights, or already edited ones.
-            ValueError: the model can't be edited (see :func:`realera_fast.unet.projections`).
+            ValueError: the model can't be edited (see :func:`realera_fast.denoiser.projections`).
         """
-        layers = self._layers(unet)
+        layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        history = _history.setdefault(unwrapped(unet), [])
-        now = _States(unet)
+        history = _history.setdefault(unwrapped(model), [])
+        now = _States(model)
         _forget_undone(history, now)
         before = now.of(layers)
         top = history[-1] if history else None
         if top and now.are(top.after) and top.after != top.before and self._is_same(top.erasure):
-            raise BaseModelMismatchError("unet: this erasure is already applied to it")
-        self._check_base(unet)
+            raise BaseModelMismatchError("model: this erasure is already applied to it")
+        self._check_base(model)
         edited = self.edited_weights(weights)
         originals = {
             name: weights[name].to("cpu", copy=True) for name in edited if self._changes(name)
         }
         record: _Application | None = None
         try:
-            with transaction(unet, layers):
+            with transaction(model, layers):
                 with torch.no_grad():
                     for name in originals:
                         layers[name].weight.copy_(edited[name])
-                after = _States(unet).of(layers)
+                after = _States(model).of(layers)
                 record = _Application(self, originals, before, after)
                 history.append(record)
         except BaseException:
@@ -214,56 +251,56 @@ class Erasure:
                 history.remove(record)
             raise
         logger.info("applied %r to %d layers", self, len(originals))
-        return unet
+        return model
 
-    def restore_(self, unet: nn.Module) -> nn.Module:
-        """Undoes this erasure bit for bit, if it was the last one applied to `unet`.
+    def restore_(self, model: nn.Module) -> nn.Module:
+        """Undoes this erasure bit for bit, if it was the last one applied to `model`.
 
         Returns:
-            The same `unet`.
+            The same `model`.
 
         Raises:
             ValueError: it is not the last one, the weights changed since, or it was not applied
                 to this model object in this process.
         """
-        layers = self._layers(unet)
-        history = _history.get(unwrapped(unet), [])
+        layers = self._layers(model)
+        history = _history.get(unwrapped(model), [])
         known = any(self._is_same(entry.erasure) for entry in history)
-        place = _place(history, _States(unet))
+        place = _place(history, _States(model))
         if not known:
             raise ValueError(
-                "unet: this erasure was not applied to this model in this process, so its original "
-                "weights are not known; reload the base model"
+                "model: this erasure was not applied to this model in this process, so its "
+                "original weights are not known; reload the base model"
             )
         if place is None or place < 0:
             raise ValueError(
-                "unet: its weights (or their dtype) changed since the erasure was applied, so "
+                "model: its weights (or their dtype) changed since the erasure was applied, so "
                 "undoing it would lose that change; reload the base model"
             )
         entry = history[place]
         if not self._is_same(entry.erasure):
-            raise ValueError(f"unet: {entry.erasure!r} was applied last; restore that one first")
-        with transaction(unet, layers), torch.no_grad():
+            raise ValueError(f"model: {entry.erasure!r} was applied last; restore that one first")
+        with transaction(model, layers), torch.no_grad():
             for name, original in entry.originals.items():
                 layers[name].weight.copy_(original)
         del history[place:]
-        return unet
+        return model
 
-    def state_dict(self, unet: nn.Module) -> dict[str, Tensor]:
-        """The edited tensors alone, for ``unet.load_state_dict(..., strict=False)``.
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The edited tensors alone, for ``model.load_state_dict(..., strict=False)``.
 
         Args:
-            unet: The base model, or the model this erasure was applied to last.
+            model: The base model, or the model this erasure was applied to last.
 
         Returns:
             Copies by ``"<module>.weight"``; empty if nothing changes.
         """
-        layers = self._layers(unet)
+        layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        history = _history.get(unwrapped(unet), [])
-        place = _place(history, _States(unet))
+        history = _history.get(unwrapped(model), [])
+        place = _place(history, _States(model))
         if place is None or place < 0 or not self._is_same(history[place].erasure):
-            self._check_base(unet)
+            self._check_base(model)
             weights = self.edited_weights(weights)
         return {f"{n}.weight": w.clone() for n, w in weights.items() if self._changes(n)}
 
@@ -275,8 +312,8 @@ class Erasure:
         trained for all concepts together, so they are left out. Without any concept nothing is
         left: `apply_` then writes nothing. To use it, undo the old one first::
 
-            erasure.restore_(unet)
-            erasure.without("cat").apply_(unet)
+            erasure.restore_(model)
+            erasure.without("cat").apply_(model)
 
         Args:
             targets: what each withdrawn concept's `target` is.
@@ -293,22 +330,30 @@ class Erasure:
         unknown = [target for target in targets if target not in erased]
         if unknown:
             raise ValueError(f"targets: {unknown[0]!r} is not erased here; {erased} are")
-        system = self.system.copy()
-        for target in dict.fromkeys(targets):
-            system.remove(target)
         tolerance = self.config.get("closed_form", {}).get("rank_tolerance", 1e-6)
-        solution = system.solve(rank_tolerance=tolerance)
+        solved: list[tuple[ConceptMap, IncrementalSystem]] = []
+        # What was measured was measured on the whole.
+        report: dict[str, Any] = {"withdrawn": list(targets)}
+        for field, kept in (("solve", self.system), ("solve_pooled", self.pooled_system)):
+            if kept is not None:
+                system = kept.copy()
+                for target in dict.fromkeys(targets):
+                    system.remove(target)
+                solution = system.solve(rank_tolerance=tolerance)
+                report[field] = dataclasses.asdict(solution.info)
+                solved.append((solution.map.to("cpu"), system))
         if self.lora:
             logger.warning("the alignment factors were trained for all concepts: left out")
+        pooled = solved[1] if len(solved) > 1 else (None, None)
         return Erasure(
-            solution.map.to("cpu"),
+            solved[0][0],
             {},
             tuple(concept for concept in self.concepts if concept.target not in targets),
             self.config,
             self.provenance,
-            # What was measured was measured on the whole.
-            {"solve": dataclasses.asdict(solution.info), "withdrawn": list(targets)},
-            system,
+            report,
+            solved[0][1],
+            *pooled,
         )
 
     # Files
@@ -324,29 +369,36 @@ class Erasure:
         Raises:
             OSError: the folder can't be written or the disk is full; an older file stays as it was.
         """
-        if self.map.rank > self.map.width:
-            raise ValueError(
-                f"map: its rank {self.map.rank} exceeds its width; save a compressed() one"
-            )
+        for concept_map in self._maps():
+            if concept_map.rank > concept_map.width:
+                raise ValueError(
+                    f"map: its rank {concept_map.rank} exceeds its width; save a compressed() one"
+                )
         for name in self.lora:
             _check_name(name)
         metadata = {
             "format": "pt",
             "realera_fast": str(FORMAT_VERSION),
-            "concepts": _json([concept.to_dict() for concept in self.concepts]),
-            **{field: _json(getattr(self, field)) for field in _FIELDS if field != "concepts"},
+            "concepts": encode_json([concept.to_dict() for concept in self.concepts]),
+            **{
+                field: encode_json(getattr(self, field)) for field in _FIELDS if field != "concepts"
+            },
         }
         tensors = self._tensors()
-        if self.system is not None:
-            metadata["system"] = _json(self.system.state())
-            tensors |= {f"system.{name}": t for name, t in self.system.tensors().items()}
+        for field in _SYSTEMS:
+            system: IncrementalSystem | None = getattr(self, field)
+            if system is None:
+                continue
+            metadata[field] = encode_json(system.state())
+            tensors |= {f"{field}.{name}": t for name, t in system.tensors().items()}
             size = sum(tensor.nbytes for tensor in tensors.values())
-            if size > _MAX_FILE_BYTES - _MAX_HEADER_BYTES:
+            if size > _MAX_FILE_BYTES - MAX_HEADER_BYTES:
                 raise ValueError(
                     f"system: {size} bytes of equations, more than the {_MAX_FILE_BYTES} of a file "
-                    "that can be loaded; save dataclasses.replace(erasure, system=None)"
+                    "that can be loaded; save dataclasses.replace(erasure, system=None, "
+                    "pooled_system=None)"
                 )
-        return _write(Path(path), tensors, metadata)
+        return write(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Erasure:
@@ -367,19 +419,33 @@ class Erasure:
                 for name in _lora_names(tensors)
             }
             concept_map = ConceptMap(tensors["map.left"], tensors["map.right"])
-            system = None
-            if "system" in metadata:
-                inner = {k[7:]: t for k, t in tensors.items() if k.startswith("system.")}
-                system = IncrementalSystem.from_tensors(
-                    inner, _parsed("system", metadata["system"])
-                )
-            return cls(concept_map, lora, concepts, **fields, system=system)
+            pooled = None
+            if "pooled.left" in tensors:
+                pooled = ConceptMap(tensors["pooled.left"], tensors["pooled.right"])
+            systems: dict[str, Any] = {}
+            for field in _SYSTEMS:
+                if field in metadata:
+                    start = f"{field}."
+                    inner = {
+                        key.removeprefix(start): tensor
+                        for key, tensor in tensors.items()
+                        if key.startswith(start)
+                    }
+                    state = _parsed(field, metadata[field])
+                    systems[field] = IncrementalSystem.from_tensors(inner, state)
+            return cls(concept_map, lora, concepts, **fields, pooled_map=pooled, **systems)
         except ErasureFileError as error:
             raise ErasureFileError(f"{path}: {error}") from error.__cause__
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ErasureFileError(f"{path}: {error}") from error
 
-    def save_lora(self, path: str | os.PathLike[str], unet: nn.Module | None = None) -> Path:
+    def save_lora(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        layout: Layout = "diffusers",
+    ) -> Path:
         """Writes the edit as an adapter that stock ``pipe.load_lora_weights`` loads.
 
         ``(W L) R + up @ down = [W L, up] [R; down]``: the update is a LoRA of rank k + r, exactly,
@@ -388,50 +454,290 @@ class Erasure:
 
         Args:
             path: A folder (the file gets the name diffusers looks for), or a ``.safetensors`` file.
-            unet: The base model, or the one this erasure was applied to. Not needed for a model
+            model: The base model, or the one this erasure was applied to. Not needed for a model
                 that it is applied to right now, or without a closed form.
+            layout: Names of the keys: "diffusers", or "kohya" for A1111, ComfyUI and kohya's
+                scripts (Stable Diffusion 1, 2, XL and FLUX.1; needs `model`).
 
         Returns:
-            The path of the file written.
+            The path of the file written; a model card is written beside it.
 
         Raises:
-            ValueError: nothing to save, or the base weights are not known.
-            BaseModelMismatchError: `unet` is another model.
+            ValueError: nothing to save, the base weights are not known, or the architecture has no
+                adapters.
+            BaseModelMismatchError: `model` is another model.
         """
-        if self.map.rank == 0 and not self.lora:
+        if not self.lora and not any(concept_map.rank for concept_map in self._maps()):
             raise ValueError("this erasure changes nothing, so there is no adapter to save")
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / LORA_FILE
-        tensors: dict[str, Tensor] = {}
-        ranks: dict[str, int] = {}
-        for name, (up, down) in self._adapter_factors(self._base_weights(unet)).items():
-            ranks[name] = down.shape[0]
-            tensors[f"unet.{name}.lora_A.weight"] = down
-            tensors[f"unet.{name}.lora_B.weight"] = up
-        common = Counter(ranks.values()).most_common(1)[0][0]
-        others = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
-        # peft's LoraConfig, only what differs from its defaults: those fields exist in every
-        # release, so that the file loads in older and newer ones. alpha = rank: the scaling is 1.
-        adapter = {
-            "r": common,
-            "lora_alpha": common,
-            "target_modules": sorted(ranks),
-            "rank_pattern": others,
-            "alpha_pattern": others,
+        if self.provenance.get("model_class") in _NO_ADAPTERS:
+            raise ValueError(
+                f"{self.provenance['model_class']}: diffusers loads no adapters for it; use save "
+                "(factors), save_weights (edited tensors) or save_pretrained (the whole model)"
+            )
+        options = None if model is None else getattr(unwrapped(model), "config", None)
+        if layout == "kohya" and options is None:
+            raise ValueError("model: pass it, layout='kohya' names layers after its configuration")
+        factors = self._adapter_factors(self._base_weights(model))
+        tensors, metadata = in_layout(factors, layout, self._component(), options)
+        write(file, tensors, metadata | self.metadata())
+        use: Use = "lora-kohya" if layout == "kohya" else "lora-diffusers"
+        write_card(file, self, use=use, component=self._component())
+        return file
+
+    def save_weights(self, path: str | os.PathLike[str], model: nn.Module) -> Path:
+        """Writes the edited tensors alone, for any program that knows the base model.
+
+        ``model.load_state_dict(safetensors.torch.load_file(path), strict=False)`` needs nothing of
+        this library, and checks nothing; :meth:`save` is smaller, and checked.
+
+        Args:
+            path: A ``.safetensors`` file.
+            model: The base model, or the one this erasure was applied to last.
+
+        Returns:
+            The path written; a model card is written beside it.
+        """
+        path = Path(path)
+        tensors = self.state_dict(model)
+        if not tensors:
+            raise ValueError("this erasure changes nothing, so there are no tensors to save")
+        write(path, tensors, {"format": "pt", **self.metadata()})
+        write_card(path, self, use="weights", component=self._component())
+        return path
+
+    def save_single_file(
+        self,
+        path: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str],
+        model: nn.Module | None = None,
+    ) -> Path:
+        """Writes a single-file checkpoint with the edit in it, in the key layout that it came in.
+
+        The edited tensors are found in `checkpoint` by their values, so every layout that
+        ``from_single_file`` loads will do; all other bytes are copied as they are. They are edited
+        in the dtype that they are stored in.
+
+        Args:
+            path: The file to write.
+            checkpoint: The ``.safetensors`` file that the base model was loaded from.
+            model: As for :meth:`save_lora`.
+
+        Returns:
+            The path written; a model card is written beside it.
+
+        Raises:
+            BaseModelMismatchError: `checkpoint` does not hold the base model's weights.
+            SafetensorsFileError: it is not a safetensors file.
+        """
+        path, checkpoint = Path(path), Path(checkpoint)
+        if path.exists() and path.samefile(checkpoint):
+            raise ValueError(f"path: {path} is the checkpoint itself; name another file")
+        base = self._base_weights(model)
+        replaced: dict[str, Tensor] = {}
+        with find_weights(checkpoint, base) as found:
+            for name, keys in found.items():
+                if not keys:
+                    raise BaseModelMismatchError(
+                        f"checkpoint: {checkpoint} does not hold the weight of {name}; expected "
+                        "the file that this model was loaded from (from_single_file)"
+                    )
+                for key, tensor in keys.items():
+                    edited = self.edited_weights({name: tensor})[name]
+                    if key in replaced and not torch.equal(replaced[key], edited):
+                        raise ValueError(
+                            f"checkpoint: {key} is the weight of several layers that are edited "
+                            "differently, so it can't be told whose it is"
+                        )
+                    replaced[key] = edited.clone()
+        patch(checkpoint, path, replaced, self.metadata())
+        write_card(path, self, use="single-file", component=self._component())
+        return path
+
+    def save_pretrained(self, folder: str | os.PathLike[str], model: nn.Module) -> Path:
+        """Writes the whole edited model as diffusers does, for ``from_pretrained``.
+
+        Unlike ``model.save_pretrained``, the folder is complete or absent, every file says what was
+        erased, and a model card is beside them.
+
+        Args:
+            folder: A new or empty folder.
+            model: The model this erasure is applied to.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: the erasure is not the last one applied to `model`.
+            FileExistsError: the folder is not empty.
+        """
+        history = _history.get(unwrapped(model), [])
+        place = _place(history, _States(model))
+        if place is None or place < 0 or not self._is_same(history[place].erasure):
+            raise ValueError("model: this erasure is not what was applied to it last; apply_ it")
+        with folder_atomically(Path(folder)) as staged:
+            whole: Any = unwrapped(model)
+            whole.save_pretrained(staged, safe_serialization=True)
+            for file in sorted(staged.glob("*.safetensors")):
+                patch(file, file, {}, self.metadata())
+            write_card(staged, self, use="component", component=self._component())
+        return Path(folder)
+
+    def metadata(self) -> dict[str, str]:
+        """What every exported file says about itself, as text: concepts with their anchors, config,
+        versions, seed and base hashes, the solve with its residual, and the report's SHA-256."""
+        values = {
+            "concepts": [concept.to_dict() for concept in self.concepts],
+            "config": self.config,
+            "provenance": self.provenance,
+            "solve": self.report.get("solve"),
+            "report_sha256": hashlib.sha256(encode_json(self.report).encode()).hexdigest(),
         }
-        metadata = {
-            "format": "pt",
-            "lora_adapter_metadata": _json({f"unet.{key}": adapter[key] for key in adapter}),
-        }
-        return _write(file, tensors, metadata)
+        return {f"realera_fast.{name}": encode_json(value) for name, value in values.items()}
+
+    # Without weights, and together with others
+
+    def prompt_map(self) -> PromptMap:
+        """The same erasure as a small module on prompt embeddings; the weights stay as they are.
+
+        Raises:
+            ValueError: noise alignment changed the layers one by one, which no map of prompts can.
+        """
+        if self.lora:
+            raise ValueError(
+                "this erasure has alignment factors, which act layer by layer and not on the "
+                "prompt; erase with EraseConfig(alignment=AlignmentConfig(enabled=False))"
+            )
+        return PromptMap(self.map, self.pooled_map)
+
+    def rebase(self, model: nn.Module) -> Erasure:
+        """The same factors for another state of the weights, as after withdrawing an earlier one.
+
+        The closed form does not depend on the weights, so it is what erasing there would give.
+        Alignment factors were trained on the old state and fit the new one about.
+
+        Args:
+            model: of the same architecture and text encoders; not changed.
+        """
+        self._layers(model)
+        if self.lora:
+            logger.warning("the alignment factors were trained on other weights: kept as they are")
+        history = [_entry(applied.erasure) for applied in _history.get(unwrapped(model), [])]
+        provenance = {**self.provenance, "base_hashes": base_hashes(model), "history": history}
+        return dataclasses.replace(self, provenance=provenance)
+
+    def withdraw_(self, model: nn.Module) -> tuple[Erasure, ...]:
+        """Takes this erasure out from under those that were applied after it.
+
+        The weights become what the others alone make of the base model. Without alignment that is
+        what erasing them alone gives.
+
+        Returns:
+            Those that were applied later, in order, for the weights as they are now: use these in
+            place of the old ones to undo or save them.
+
+        Raises:
+            ValueError: it is not applied to this model object in this process, or the weights
+                changed since.
+        """
+        history = _history.get(unwrapped(model), [])
+        places = [i for i, entry in enumerate(history) if self._is_same(entry.erasure)]
+        if not places or _place(history, _States(model)) != len(history) - 1:
+            raise ValueError(
+                "model: this erasure is not applied to it, or its weights changed since; reload "
+                "the base model, and apply the others to it with rebase"
+            )
+        kept = list(history)
+        layers = {name: layer for e in history for name, layer in e.erasure._layers(model).items()}
+        remaining = []
+        try:
+            with transaction(model, layers):
+                for entry in reversed(kept[places[-1] :]):
+                    entry.erasure.restore_(model)
+                for entry in kept[places[-1] + 1 :]:
+                    again = entry.erasure.rebase(model)
+                    withdrawn = [*again.provenance["history"], _entry(self, "withdrawn")]
+                    provenance = {**again.provenance, "history": withdrawn}
+                    again = dataclasses.replace(again, provenance=provenance)
+                    again.apply_(model)
+                    remaining.append(again)
+        except BaseException:
+            history[:] = kept
+            raise
+        return tuple(remaining)
+
+    def then(self, later: Erasure) -> Erasure:
+        """This erasure, then a later one, as one: a single file to apply to the base model.
+
+        Args:
+            later: made on the model that this one edited, or on the same base model.
+
+        Raises:
+            ValueError: it was made on another model.
+        """
+        made_on = [entry.get("fingerprint") for entry in later.provenance.get("history", [])]
+        if self.fingerprint not in made_on and later.provenance.get(
+            "base_hashes"
+        ) != self.provenance.get("base_hashes"):
+            raise ValueError("later: it was made on another model than this erasure, or than left")
+        lora = dict(later.lora)
+        for name, factors in self.lora.items():
+            taken = later._map_of(name)
+            # (W T + up down) T' = W T T' + up (down T')
+            down = factors.down
+            if taken is not None:
+                down = down + (down @ taken.left.to(down)) @ taken.right.to(down)
+            up = factors.up
+            if name in lora:
+                down, up = torch.cat((down, lora[name].down)), torch.cat((up, lora[name].up), 1)
+            lora[name] = LoraFactors(down.contiguous(), up.contiguous())
+        pooled = None
+        if self.pooled_map is not None and later.pooled_map is not None:
+            pooled = later.pooled_map.compose(self.pooled_map).compressed()
+        return Erasure(
+            # Weights are edited from the right: W T T' is the later map first.
+            later.map.compose(self.map).compressed(),
+            lora,
+            (*self.concepts, *later.concepts),
+            later.config,
+            {
+                **self.provenance,
+                "history": [
+                    *self.provenance.get("history", []), _entry(self), _entry(later),
+                ],
+            },
+            {"parts": [self.report, later.report]},
+            pooled_map=pooled,
+        )  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the factors and of the base model that they are for."""
+        digest = hashlib.sha256(encode_json(self.provenance.get("base_hashes")).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor_bytes(tensor))
+        return digest.hexdigest()
 
     # Inside
 
+    def _maps(self) -> list[ConceptMap]:
+        return [self.map, *([] if self.pooled_map is None else [self.pooled_map])]
+
+    def _map_of(self, name: str) -> ConceptMap | None:
+        """The map of what a layer takes; None for one that takes no text."""
+        stream = stream_of(name)
+        return {"sequence": self.map, "pooled": self.pooled_map}[stream] if stream else None
+
     def _changes(self, name: str) -> bool:
-        return name in self.lora or (self.map.rank > 0 and _takes_text(name))
+        concept_map = self._map_of(name)
+        return name in self.lora or (concept_map is not None and concept_map.rank > 0)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"map.left": self.map.left, "map.right": self.map.right}
+        if self.pooled_map is not None:
+            tensors |= {"pooled.left": self.pooled_map.left, "pooled.right": self.pooled_map.right}
         for name, factors in self.lora.items():
             tensors[f"lora.{name}.down"] = factors.down
             tensors[f"lora.{name}.up"] = factors.up
@@ -439,76 +745,84 @@ class Erasure:
 
     def _is_same(self, other: Erasure) -> bool:
         """The same factors for the same base: a loaded copy may undo what the original did."""
-        return self is other or self._fingerprint() == other._fingerprint()
+        return self is other or self.fingerprint == other.fingerprint
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(_json(self.provenance.get("base_hashes")).encode())
-        for name, tensor in sorted(self._tensors().items()):
-            digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(_bytes(tensor))
-        return digest.hexdigest()
+    def _component(self) -> str:
+        """What a pipeline calls the model."""
+        return "unet" if self.provenance.get("model_class", "UNet")[:4] == "UNet" else "transformer"
 
-    def _layers(self, unet: nn.Module) -> dict[str, nn.Linear]:
+    def _layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers of a model that this erasure is about, if it fits them in shape."""
-        layers = projections(unet)
-        width = next(iter(layers.values())).in_features
-        if width != self.map.width:
+        layers = projections(model)
+        pooled = "pooled" in streams(model).values()
+        if pooled != (self.pooled_map is not None):
             raise BaseModelMismatchError(
-                f"unet: it takes text of width {width}, the erasure is for {self.map.width}"
+                f"model: it takes {'a' if pooled else 'no'} pooled vector of the text, the erasure "
+                f"is for one that takes {'none' if pooled else 'one'}"
             )
-        if not all(_takes_text(name) for name in self.lora):
-            layers |= queries_and_outputs(unet)
+        for stream, concept_map in zip(STREAMS, self._maps(), strict=False):
+            try:
+                check_width(model, stream, concept_map.width)
+            except ValueError as error:
+                raise BaseModelMismatchError(
+                    f"model: it takes text of another width than {concept_map.width}, which the "
+                    "erasure is for"
+                ) from error
+        if not all(stream_of(name) for name in self.lora):
+            layers |= queries_and_outputs(model)
         for name, factors in self.lora.items():
             if name not in layers:
-                raise BaseModelMismatchError(f"unet: it has no projection {name!r}")
+                raise BaseModelMismatchError(f"model: it has no projection {name!r}")
             layer = layers[name]
-            got = (layer.out_features, layer.in_features)
+            taken = self._map_of(name)
+            takes = layer.in_features if taken is None else taken.width
+            got = (layer.out_features, takes)
             wanted = (factors.up.shape[0], factors.down.shape[1])
             if got != wanted:
                 raise BaseModelMismatchError(
-                    f"unet: {name} has {got[0]} output and {got[1]} input features, the erasure "
+                    f"model: {name} has {got[0]} output and {got[1]} input features, the erasure "
                     f"expects {wanted[0]} and {wanted[1]}"
                 )
         return layers
 
-    def _check_base(self, unet: nn.Module) -> None:
+    def _check_base(self, model: nn.Module) -> None:
         expected = self.provenance.get("base_hashes")
         if not expected:
             raise ValueError(
                 "provenance: holds no base_hashes, so the base model can't be recognized"
             )
-        got = base_hashes(unet)
+        got = base_hashes(model)
         # The widest dtype that both know (base_hashes lists it first): the narrower ones can't
         # tell weights apart whose difference is rounded away.
         common = next((dtype for dtype in got if dtype in expected), None)
         if common is None:
             raise BaseModelMismatchError(
-                f"unet: the erasure was made for weights in {', '.join(expected)}, which can't be "
+                f"model: the erasure was made for weights in {', '.join(expected)}, which can't be "
                 f"compared with {', '.join(got)}; load the model in one of the former"
             )
         if got[common] != expected[common]:
             raise BaseModelMismatchError(
-                f"unet: its projections have the {common} hash {got[common][:16]}, but the erasure "
-                f"was made for {expected[common][:16]}; load the base model it was made for, "
-                "without other edits"
+                f"model: its projections have the {common} hash {got[common][:16]}, but the "
+                f"erasure was made for {expected[common][:16]}; load the base model it was "
+                "made for, without other edits"
             )
 
-    def _base_weights(self, unet: nn.Module | None) -> dict[str, Tensor]:
+    def _base_weights(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Un-edited weights of what changes, from the model or from what was kept at its edit."""
-        if unet is None and self.map.rank == 0:
+        if model is None and not any(concept_map.rank for concept_map in self._maps()):
             return {}
-        models = list(_history) if unet is None else [unwrapped(unet)]
-        for model in models:
-            for entry in _history.get(model, []):
+        models = list(_history) if model is None else [unwrapped(model)]
+        for known in models:
+            for entry in _history.get(known, []):
                 if self._is_same(entry.erasure):
                     return dict(entry.originals)
-        if unet is None:
+        if model is None:
             raise ValueError(
-                "unet: the adapter is made from the base model's weights, and this erasure is not "
-                "applied to a model in this process; pass unet=, the base model"
+                "model: the adapter is made from the base model's weights, and this erasure is not "
+                "applied to a model in this process; pass model=, the base model"
             )
-        layers = self._layers(unet)
-        self._check_base(unet)
+        layers = self._layers(model)
+        self._check_base(model)
         return {n: layer.weight.detach() for n, layer in layers.items() if self._changes(n)}
 
     def _adapter_factors(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -516,14 +830,17 @@ class Erasure:
         found = {}
         for name in weights or self.lora:
             ups, downs = [], []
-            if self.map.rank and _takes_text(name):
+            concept_map = self._map_of(name)
+            if concept_map is not None and concept_map.rank:
                 weight = weights[name].to("cpu", torch.float64)
-                ups.append(weight @ self.map.left.to(weight))
-                downs.append(self.map.right.to(weight))
+                ups.append(weight[:, : concept_map.width] @ concept_map.left.to(weight))
+                downs.append(concept_map.right.to(weight))
             if name in self.lora:
                 ups.append(self.lora[name].up.to("cpu", torch.float64))
                 downs.append(self.lora[name].down.to("cpu", torch.float64))
             up, down = torch.cat(ups, 1), torch.cat(downs, 0)
+            if name in weights:
+                down = nn.functional.pad(down, (0, weights[name].shape[1] - down.shape[1]))
             if down.shape[0] >= min(up.shape[0], down.shape[1]):
                 u, s, vh = torch.linalg.svd(up @ down, full_matrices=False)
                 floor = s[0] * torch.finfo(torch.float64).eps * max(up.shape[0], down.shape[1])
@@ -537,17 +854,41 @@ class Erasure:
         return found
 
 
-def _takes_text(name: str) -> bool:
-    """Whether a layer's input is text, so that the closed form is about it."""
-    return name.endswith((".to_k", ".to_v"))
+def _entry(erasure: Erasure, action: str = "erased") -> dict[str, Any]:
+    """An erasure in the history of another."""
+    return {
+        "action": action,
+        "concepts": [concept.target for concept in erasure.concepts],
+        "fingerprint": erasure.fingerprint,
+        "seed": erasure.provenance.get("seed"),
+        "version": erasure.provenance.get("versions", {}).get("realera_fast"),
+    }
+
+
+def applied(model: nn.Module) -> tuple[Erasure, ...]:
+    """The erasures that are applied to a model object in this process, in order.
+
+    Those that were undone since are left out; where the weights were changed by something else,
+    nothing is known and the result is empty.
+    """
+    history = _history.get(unwrapped(model), [])
+    if not history:
+        return ()
+    place = _place(history, _States(model))
+    return () if place is None else tuple(entry.erasure for entry in history[: place + 1])
+
+
+def history_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What was erased from a model before, for the provenance of the next erasure."""
+    return [_entry(erasure) for erasure in applied(model)]
 
 
 class _States:
     """Hashes of a model's layers as they are stored now, each made when first asked for."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        self._layers: Mapping[str, nn.Linear] = projections(unet)
-        self._unet = unet
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: Mapping[str, nn.Linear] = projections(model)
+        self._unet = model
         self._found: dict[str, str] = {}
 
     def of(self, names: Iterable[str]) -> dict[str, str]:
@@ -591,58 +932,9 @@ def _forget_undone(history: list[_Application], now: _States) -> None:
         del history[place + 1 :]
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
-
-
 def _check_name(name: str) -> None:
     if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
         raise ValueError(f"not a module name: {name[:_MAX_NAME]!r}")
-
-
-# Writing
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Writes a safetensors file that is complete or absent.
-
-    The format is made here, not by the safetensors package, which orders the metadata by chance.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    chunks = []
-    end = 0
-    # Widest dtype first, like the safetensors package: all data is then aligned.
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
-        data = _bytes(tensor)
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + len(data)],
-        }
-        end += len(data)
-        chunks.append(data)
-    encoded = _json(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > _MAX_HEADER_BYTES:
-        raise ValueError(
-            f"report, config: {len(encoded)} bytes of JSON, at most {_MAX_HEADER_BYTES} are saved"
-        )
-    # A link keeps pointing where it did: its target is replaced.
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise ValueError(f"path: {path} is a folder; name a file in it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, len(encoded).to_bytes(8, "little"), encoded, *chunks)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"could not save, no file was changed: {error.strerror}", str(path)
-        ) from error
-    return path
 
 
 # Reading: nothing in a file is trusted
@@ -662,7 +954,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if size > _MAX_FILE_BYTES:
         raise ErasureFileError(f"is too large: {size} bytes, at most {_MAX_FILE_BYTES} are read")
     header = int.from_bytes(start, "little")
-    if header > min(size - 8, _MAX_HEADER_BYTES):
+    if header > min(size - 8, MAX_HEADER_BYTES):
         raise ErasureFileError(
             f"is truncated or not a safetensors file: a header of {header} bytes in {size}"
         )
@@ -674,9 +966,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
                 view = file.get_slice(name)
                 shapes[name] = (view.get_dtype(), tuple(view.get_shape()))
             _check_metadata(metadata)
-            inner = {key: shapes.pop(key) for key in list(shapes) if key.startswith("system.")}
-            if bool(inner) > ("system" in metadata):
-                raise ErasureFileError("has tensors of a system, but no description of it")
+            inner: dict[str, Any] = {}
+            for field in _SYSTEMS:
+                own = [key for key in shapes if key.startswith(f"{field}.")]
+                if bool(own) > (field in metadata):
+                    raise ErasureFileError(f"has tensors of a {field}, but no description of it")
+                inner |= {key: shapes.pop(key) for key in own}
             for key, (dtype, shape) in inner.items():
                 if dtype != "F64" or len(shape) != 2:
                     raise ErasureFileError(f"{key} has dtype {dtype}, shape {list(shape)}")
@@ -697,8 +992,8 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
             f"has format version {version[:20]!r}, this release reads {FORMAT_VERSION}; update it"
         )
     expected = {"format", "realera_fast", *_FIELDS}
-    if set(metadata) - {"system"} != expected:
-        odd = sorted((set(metadata) - {"system"}) ^ expected)[:5]
+    if set(metadata) - set(_SYSTEMS) != expected:
+        odd = sorted((set(metadata) - set(_SYSTEMS)) ^ expected)[:5]
         raise ErasureFileError(f"has missing or unknown metadata: {odd}")
 
 
@@ -709,7 +1004,8 @@ def _lora_names(tensors: Iterable[str]) -> list[str]:
 
 def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     names = _lora_names(shapes)
-    expected = {"map.left", "map.right"}
+    maps = ["map", *(["pooled"] if "pooled.left" in shapes else [])]
+    expected = {f"{field}.{side}" for field in maps for side in ("left", "right")}
     for name in names:
         _check_name(name)
         expected |= {f"lora.{name}.down", f"lora.{name}.up"}
@@ -717,21 +1013,24 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         odd = [key[:_MAX_NAME] for key in sorted(set(shapes) ^ expected)[:5]]
         raise ErasureFileError(f"has missing or unknown tensors: {odd}")
     for key, (dtype, shape) in shapes.items():
-        allowed = ("F32", "F64") if key.startswith("map.") else ("F32",)
+        allowed = ("F32", "F64") if key.split(".")[0] in maps else ("F32",)
         if dtype not in allowed:
             raise ErasureFileError(f"{key} has dtype {dtype}, expected {' or '.join(allowed)}")
         if len(shape) != 2:
             raise ErasureFileError(f"{key} has shape {list(shape)}, expected a matrix")
-    (left_dtype, left), (right_dtype, right) = shapes["map.left"], shapes["map.right"]
-    width, rank = left
-    if right != (rank, width) or right_dtype != left_dtype or width < 1 or rank > width:
-        raise ErasureFileError(
-            f"map.left {left_dtype} {list(left)} and map.right {right_dtype} {list(right)} "
-            "don't make a map [d, k] [k, d] with k <= d"
-        )
+    widths: dict[Stream | None, int] = {}
+    for field, stream in zip(maps, STREAMS, strict=False):
+        (left_dtype, left), (right_dtype, right) = shapes[f"{field}.left"], shapes[f"{field}.right"]
+        width, rank = left
+        if right != (rank, width) or right_dtype != left_dtype or width < 1 or rank > width:
+            raise ErasureFileError(
+                f"{field}.left {left_dtype} {list(left)} and {field}.right {right_dtype} "
+                f"{list(right)} don't make a map [d, k] [k, d] with k <= d"
+            )
+        widths[stream] = width
     for name in names:
         down, up = shapes[f"lora.{name}.down"][1], shapes[f"lora.{name}.up"][1]
-        features = width if _takes_text(name) else down[1]
+        features = widths.get(stream_of(name), down[1])
         fits = down[1] == features and up[1] == down[0] and min(features, up[0]) >= 1
         if not fits or not 1 <= down[0] <= max(features, up[0]):
             raise ErasureFileError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from realera_fast.concepts import Concept
-from realera_fast.text import TextModel
+from realera_fast.text import Span, Text
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ class AlignedPrompts:
     anchor: Tensor
     """`[p, t, d]` float32: the anchor prompts as encoded, unaligned: what the teacher is shown."""
     weight: Tensor
-    """`[p, t]` float32: 0 for begin-of-text; all templates weigh the same, however many context
-    words fill them; sums to 1."""
+    """`[p, t]` float32: 0 for rows that carry no text (begin-of-text, hidden padding); all
+    templates weigh the same, however many context words fill them; sums to 1."""
     plain: int
     """Number of the prompt that says the word most plainly: the longest without a context word."""
 
@@ -126,23 +126,16 @@ def prompts_of(
     )
 
 
-def _rows(
-    source_span: tuple[int, int],
-    source_end: int,
-    anchor_span: tuple[int, int],
-    anchor_end: int,
-    tokens: int,
-) -> list[int]:
+def _rows(source: Span, source_end: int, anchor: Span, anchor_end: int, tokens: int) -> list[int]:
     """For each source position the anchor position it is aligned with."""
-    start, stop = source_span
-    anchor_start, anchor_stop = anchor_span
     positions = []
     for position in range(tokens):
-        if position < start:
+        if position < source.start:
             aligned = position
-        elif position < stop:
+        elif position < source.stop:
             # An empty anchor has no tokens: what follows it (often end-of-text) stands in.
-            aligned = min(anchor_start + position - start, max(anchor_stop - 1, anchor_start))
+            last = max(anchor.stop - 1, anchor.start)
+            aligned = min(anchor.start + position - source.start, last)
         elif position <= source_end:
             aligned = anchor_end - (source_end - position)
         else:
@@ -158,10 +151,10 @@ class _Anchor:
     prompt: str
     hidden: Tensor
     """`[t, d]`."""
-    length: int
-    """Tokens of the anchor in it."""
+    span: Span
+    """Rows of the anchor in it."""
     end: int
-    """Position of end-of-text."""
+    """Row of its last token."""
 
 
 AnchorMemo: TypeAlias = dict[object, list[_Anchor]]
@@ -169,27 +162,37 @@ AnchorMemo: TypeAlias = dict[object, list[_Anchor]]
 
 
 def _anchors(
-    text: TextModel, anchor: str | None, filled: Sequence[tuple[str, str]], neutral: Sequence[str]
+    text: Text, anchor: str | None, filled: Sequence[tuple[str, str]], neutral: Sequence[str]
 ) -> list[_Anchor]:
     """The anchor in each `(template, context word)`; `None` is the mean over `neutral` words."""
     # A tokenizer that offers no words leaves the prompt without the concept as the neutral one.
     words = [anchor or ""] if anchor is not None or not neutral else list(neutral)
+    if len(words) > 1:
+        # Rows of words of one length stand at the same places.
+        lengths = [len(text.token_ids(word)) for word in words]
+        words = [w for w, n in zip(words, lengths, strict=True) if n == min(lengths)]
     prompts = [fill(template, word, extra) for template, extra in filled for word in words]
     distinct = list(dict.fromkeys(prompts))
     rows = dict(zip(distinct, text.encode(distinct), strict=True))
-    ends = dict(zip(distinct, text.end_of_text(text.tokenize(distinct)).tolist(), strict=True))
-    length = len(text.token_ids(words[0])) if words[0] else 0
+    ends = dict(zip(distinct, text.ends(distinct), strict=True))
     found = []
     for number, (template, extra) in enumerate(filled):
         part = prompts[number * len(words) : (number + 1) * len(words)]
         label = part[0] if len(words) == 1 else fill(template, "<mean word>", extra)
         hidden = torch.stack([rows[prompt] for prompt in part]).mean(dim=0)
-        found.append(_Anchor(label, hidden, length, ends[part[0]]))
+        span = text.span(_before(template, extra), words[0])
+        found.append(_Anchor(label, hidden, span, ends[part[0]]))
     return found
 
 
+def _before(template: str, context: str) -> str:
+    """What stands in front of the word in a filled template."""
+    text = template.split("{}")[0].replace("{word}", context)
+    return " ".join(text.split()) + (" " if text.endswith(" ") else "")
+
+
 def align(
-    text: TextModel,
+    text: Text,
     word: str,
     anchor: str | None,
     templates: Sequence[str],
@@ -223,8 +226,8 @@ def align(
     if not kept:
         raise ValueError(
             f"concept {word!r} (anchor {anchor!r}) needs more tokens than the text encoder holds "
-            f"({text.max_tokens} with begin- and end-of-text) in every template; {cut!r} would be "
-            "cut: use fewer words"
+            "(special tokens included) in every template; "
+            f"{cut!r} would be cut: use fewer words"
         )
     prompts = tuple(prompt for prompt, _, _ in kept)
     filled = tuple((template, extra) for _, template, extra in kept)
@@ -234,27 +237,16 @@ def align(
         memo[key] = _anchors(text, anchor, filled, neutral)
     anchors = memo[key]
     source = text.encode(prompts)
-    ends = text.end_of_text(text.tokenize(prompts)).tolist()
-    length = len(text.token_ids(word))
     index = []
-    for (_, template, extra), end, found in zip(kept, ends, anchors, strict=True):
-        start = 1 + len(text.token_ids(fill(template.split("{}")[0], "", extra)))
-        index.append(
-            _rows(
-                (start, start + length),
-                end,
-                (start, start + found.length),
-                found.end,
-                text.max_tokens,
-            )
-        )
+    for (_, template, extra), end, found in zip(kept, text.ends(prompts), anchors, strict=True):
+        span = text.span(_before(template, extra), word)
+        index.append(_rows(span, end, found.span, found.end, text.max_tokens))
     hidden = torch.stack([found.hidden for found in anchors])
     place = torch.tensor(index, device=hidden.device)
     destination = torch.gather(hidden, 1, place[..., None].expand_as(hidden))
     times = Counter(template for _, template, _ in kept)
-    share = [1.0 / (len(times) * times[t] * max(1, text.max_tokens - 1)) for _, t, _ in kept]
-    weight = torch.tensor(share, device=source.device)[:, None].repeat(1, text.max_tokens)
-    weight[:, 0] = 0.0
+    share = torch.tensor([1.0 / (len(times) * times[t]) for _, t, _ in kept], dtype=torch.float64)
+    weight = (share[:, None] * text.shares(prompts)).to(source.device, torch.float32)
     plain = max(range(len(kept)), key=lambda i: ("{word}" not in kept[i][1], len(prompts[i])))
     names = tuple(found.prompt for found in anchors)
     return AlignedPrompts(word, prompts, names, source, destination, hidden, weight, plain)
@@ -274,16 +266,18 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
 
     def __init__(
         self,
-        text: TextModel,
+        text: Text,
         concepts: Sequence[Concept],
         neighbors: Mapping[str, Sequence[str]],
         config: PairsConfig,
         *,
         avoid: Sequence[str] = (),
+        words: Sequence[str] | None = None,
     ) -> None:
         """
         Args:
             neighbors: mined words by target.
+            words: what `{word}` templates and the mean word are made of; `None` asks the tokenizer.
             avoid: words that stand neither in `{word}` templates nor in the mean word, such as the
                 concepts' own neighbors.
         """
@@ -291,7 +285,8 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         left_out = {w.casefold() for w in avoid} | {
             w.casefold() for concept in concepts for w in concept.words
         }
-        usable = [w for w in text.words(1000) if w.casefold() not in left_out]
+        every = text.words(1000) if words is None else words
+        usable = [w for w in every if w.casefold() not in left_out]
         self._context = _spread(usable, config.context_words)
         self._neutral = _spread(usable, config.neutral_words)
         named = [(i, word) for i, concept in enumerate(concepts) for word in concept.words]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast import attention
-from realera_fast.unet import unwrapped
+from realera_fast.denoiser import unwrapped
 
 _PROMPTS = 4
 """Prompts kept at a time, for pipelines that call the U-Net with several in a step."""

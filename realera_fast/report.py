@@ -99,12 +99,19 @@ class Movement:
         left = _sum(x, self._change, x) + 2 * _sum(x, self._mixed, z) + way
         return 1.0 - math.sqrt(max(0.0, left) / way)
 
-    def drifts(self, hidden: Tensor) -> list[float]:
-        """How far each of `[w, t, d]` prompts went, in their mean distances from their mean."""
-        x = hidden[:, 1:].to(self._change.device, torch.float64)
+    def drifts(self, hidden: Tensor, carries: Tensor) -> list[float]:
+        """How far each of `[w, t, d]` prompts went, in their mean distances from their mean.
+
+        Args:
+            carries: `[w, t]` bool, which rows carry text.
+        """
+        if not len(hidden):
+            return []
+        carries = carries.to(self._change.device)[..., None]
+        x = hidden.to(self._change.device, torch.float64) * carries
         # One word alone is not apart from anything: its own length is the measure then.
         center = x.mean(dim=0) if len(x) > 1 else torch.zeros_like(x[0])
-        apart = (x - center).flatten(0, 1)
+        apart = ((x - center) * carries).flatten(0, 1)
         spread = math.sqrt(max(0.0, _sum(apart, self._original, apart)) / max(1, len(x)))
         return [
             math.sqrt(max(0.0, _sum(prompt, self._change, prompt))) / max(spread, 1e-12)

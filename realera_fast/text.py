@@ -1,19 +1,27 @@
-"""Text encoder and tokenizer as one thing: prompts in, embeddings and token positions out."""
+"""Text encoders with their tokenizers: prompts in, embeddings and the places of words out."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera_fast import progress as progress_bars
 
 logger = logging.getLogger(__name__)
+
+Output = Literal["last", "penultimate", "pooled"]
+
+_BLOCK = 1 << 25
+"""Numbers of embeddings that are made together: 128 MiB."""
+_BEGINS = "\u2581"
+"""SentencePiece's mark at the beginning of a word."""
 
 
 def find_tokenizer(text_encoder: Any) -> Any:
@@ -55,21 +63,88 @@ def find_tokenizer(text_encoder: Any) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where a word stands in the rows of an embedded prompt."""
+
+    start: int
+    stop: int
+    """One past its last row; equal to `start` for an empty word."""
+
+
+class Text(Protocol):
+    """What the pairs, the vocabulary and the mining need of a source of text embeddings."""
+
+    width: int
+    """Features d of a row."""
+    max_tokens: int
+    """Rows t of a prompt."""
+    device: torch.device
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        ...
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that would not be seen; `""` if all is."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32 embeddings."""
+        ...
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        ...
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt: end-of-text where the tokenizer has one."""
+        ...
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
+        ...
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the tokenizer's vocabulary."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        ...
+
+
 class TextModel:
-    """A frozen text encoder with its tokenizer.
+    """A frozen text encoder with its tokenizer, read as one family of pipelines reads it.
 
     Args:
-        text_encoder: a CLIP-like text encoder; called as diffusers calls it,
-            `text_encoder(input_ids, attention_mask=...)[0]`.
+        text_encoder: a transformers text encoder.
         tokenizer: its tokenizer; `None` looks beside the encoder (`find_tokenizer`).
+        output: "last" hidden states; "penultimate" ones (SDXL, SD3); or the "pooled" vector, one
+            row a prompt.
+        max_tokens: rows of a prompt; `None` is what encoder and tokenizer hold.
+        masked: padding is hidden from the encoder and from the denoiser, so it carries no weight.
+        lowercase: prompts are lowercased and stripped first (PixArt, Sana).
+        instruction: text that stands before every prompt and is cut out of the embeddings but for
+            its last token (Sana).
     """
 
-    def __init__(self, text_encoder: Any, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        text_encoder: Any,
+        tokenizer: Any = None,
+        *,
+        output: Output = "last",
+        max_tokens: int | None = None,
+        masked: bool = False,
+        lowercase: bool = False,
+        instruction: str = "",
+    ) -> None:
         for argument, value in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
             if isinstance(value, tuple | list):
                 raise TypeError(
-                    f"{argument}: expected one, got {len(value)}; models with several text "
-                    "encoders (SDXL, SD3, FLUX) are not supported yet"
+                    f"{argument}: expected one, got {len(value)}; several text encoders are read "
+                    "together by realera_fast.families.text_streams"
                 )
         if not callable(text_encoder) or not hasattr(text_encoder, "config"):
             raise TypeError(
@@ -90,56 +165,109 @@ class TextModel:
                 "load them, or remove the offload hooks, before erasing"
             )
         self.device: torch.device = parameter.device
+        self.output, self.masked = output, masked
+        self._lowercase, self._instruction = lowercase, instruction
         config = text_encoder.config
         self.width: int = int(config.hidden_size)
+        if output == "pooled" and "Projection" in type(text_encoder).__name__:
+            self.width = int(config.projection_dim)
         positions = getattr(config, "max_position_embeddings", self.tokenizer.model_max_length)
-        self.max_tokens: int = int(min(self.tokenizer.model_max_length, positions))
-        self._use_mask = bool(getattr(config, "use_attention_mask", False))
+        held = int(min(self.tokenizer.model_max_length, positions))
+        self._length = held if max_tokens is None else min(max_tokens, held)
+        self.max_tokens: int = 1 if output == "pooled" else self._length
+        self._use_mask = masked or bool(getattr(config, "use_attention_mask", False))
+        plain, special = self.token_ids("a"), self._ids("a")
+        places = range(len(special) - len(plain) + 1)
+        lead = next((i for i in places if special[i : i + len(plain)] == plain), 0)
+        self._fingerprint: str | None = None
+        self._lead, self._specials = lead, len(special) - len(plain)
+        # Of the instruction's tokens one stays, in front of the prompt's.
+        self._cut = lead + len(self.token_ids(instruction)) - 2 if instruction else 0
 
     def token_ids(self, text: str) -> list[int]:
-        """Tokens of a text alone, without begin- and end-of-text, never cut."""
+        """Tokens of a text alone, without special ones, never cut."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that the encoder would not see; `""` if it sees all."""
-        tokens = self.token_ids(prompt)
-        room = self.max_tokens - 2
+        tokens = self.token_ids(self._prepared(prompt))
+        room = self._length - self._specials - bool(self._instruction)
         return self.tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """`[p, t]` int64 token ids, padded and cut to the encoder's length as diffusers does."""
-        return self.tokenizer(
-            list(prompts),
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        if self.output == "pooled":
+            return Span(0, 1)
+        start, stop = (
+            len(self.token_ids(self._instruction + self._prepared(text)))
+            for text in (before.rstrip(), before + word)
+        )
+        if not word:
+            stop = start
+        shift = self._lead - self._cut
+        return Span(start + shift, stop + shift)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt: end-of-text where the tokenizer has one."""
+        if self.output == "pooled":
+            return [0] * len(prompts)
+        found: list[int] = (self.tokenize(prompts)[1].sum(dim=1) - 1 - self._cut).tolist()
+        return found
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
+        if self.output == "pooled":
+            return torch.ones(len(prompts), 1, dtype=torch.float64)
+        # What stands before every prompt is the same vector in all of them, where the encoder is
+        # causal; a bidirectional one (T5) puts nothing before.
+        first = self._lead + bool(self._instruction)
+        counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64)
+        counts[:, first:] = 1.0
+        if self.masked:
+            rows = torch.arange(self.max_tokens)
+            counts *= rows <= torch.tensor(self.ends(prompts)).unsqueeze(1)
+        return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`[p, n]` int64 token ids, padded and cut as the family does, and `[p, n]` their mask."""
+        tokens = self.tokenizer(
+            [self._instruction + self._prepared(prompt) for prompt in prompts],
             padding="max_length",
-            max_length=self.max_tokens,
+            max_length=self._length + self._cut,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
+            padding_side="right",
+        )
+        return tokens.input_ids, tokens.attention_mask
 
     @torch.no_grad()
     def encode(
         self,
         prompts: Sequence[str],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: bool | None = False,
         desc: str = "encode",
     ) -> Tensor:
         """`[p, t, d]` float32 embeddings of the prompts, on the encoder's device.
 
         The encoder runs in its own dtype and in evaluation mode; its mode is put back.
+
+        Args:
+            batch_size: prompts encoded together; `None` is 64, or fewer where they are long.
         """
         if not prompts:
             return torch.zeros(0, self.max_tokens, self.width, device=self.device)
+        if batch_size is None:
+            batch_size = max(1, min(64, _BLOCK // (self._length * self.width)))
         training = {module: module.training for module in self.encoder.modules()}
         self.encoder.eval()
         hidden = []
         try:
             with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
                 for start in range(0, len(prompts), batch_size):
-                    ids = self.tokenize(prompts[start : start + batch_size]).to(self.device)
-                    mask = ids.ne(self.tokenizer.pad_token_id).long() if self._use_mask else None
-                    hidden.append(self.encoder(ids, attention_mask=mask)[0].float())
+                    ids, mask = self.tokenize(prompts[start : start + batch_size])
+                    hidden.append(self._states(ids.to(self.device), mask.to(self.device)))
                     bar.update(len(ids))
         finally:
             for module, flag in training.items():
@@ -152,29 +280,27 @@ class TextModel:
             )
         return rows
 
-    def end_of_text(self, ids: Tensor) -> Tensor:
-        """`[p]` position of the first end-of-text token of each `[t]` row of ids."""
-        return ids.eq(self.tokenizer.eos_token_id).int().argmax(dim=-1)
-
     def words(self, count: int) -> tuple[str, ...]:
         """Up to `count` whole words of the tokenizer's own vocabulary, most common first.
 
-        CLIP's byte-pair vocabulary marks a token that ends a word with `</w>` and numbers merges by
-        frequency, so the lowest ids are the most common words. Other tokenizers have no such mark
-        and give no words.
+        CLIP's byte-pair vocabulary marks a token that ends a word with `</w>`, SentencePiece's one
+        that begins a word with a low line; both number them by frequency, so the lowest ids are
+        the most common words. Other tokenizers have no such mark and give no words.
         """
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         words: list[str] = []
         for token, _ in vocabulary:
             if len(words) >= count:
                 break
-            word = token.removesuffix("</w>")
-            if token.endswith("</w>") and len(word) >= 3 and word.isascii() and word.isalpha():
+            word = token.removesuffix("</w>").removeprefix(_BEGINS)
+            if word != token and len(word) >= 3 and word.isascii() and word.isalpha():
                 words.append(word)
-        return tuple(words)
+        return tuple(dict.fromkeys(words))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the encoder's weights and the tokenizer's vocabulary: the cache key."""
+        """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -184,4 +310,85 @@ class TextModel:
             )
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
-        return digest.hexdigest()
+        read = (self.output, self._length, self.masked, self._lowercase, self._instruction)
+        digest.update(repr(read).encode())
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    # Inside
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, verbose=False).input_ids)
+
+    def _prepared(self, prompt: str) -> str:
+        return prompt.lower().strip() if self._lowercase else prompt
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        options = {"output_hidden_states": True} if self.output == "penultimate" else {}
+        output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+        if self.output == "pooled":
+            embeds = getattr(output, "text_embeds", None)
+            pooled: Tensor = output.pooler_output if embeds is None else embeds
+            return pooled.float().unsqueeze(1)
+        hidden: Tensor = output.hidden_states[-2] if self.output == "penultimate" else output[0]
+        if self._instruction:
+            hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self._length :]), dim=1)
+        return hidden.float()
+
+
+class JoinedText:
+    """Several encoders' embeddings of one prompt, side by side in each row (SDXL, SD3).
+
+    The tokenizers have to agree on where words stand; the first one says it.
+
+    Args:
+        parts: the encoders in the order of their features.
+        width: features of a row; zeros fill what the parts leave (SD3); `None` adds none.
+    """
+
+    def __init__(self, parts: Sequence[TextModel], width: int | None = None) -> None:
+        self.parts = tuple(parts)
+        self._own = sum(part.width for part in parts)
+        self.width = self._own if width is None else width
+        lengths = {part.max_tokens for part in parts}
+        if len(lengths) != 1 or self.width < self._own:
+            raise ValueError(
+                f"text_encoders: expected prompts of one length and at most {self.width} features "
+                f"together, got {sorted(lengths)} tokens and {self._own} features"
+            )
+        self.max_tokens = lengths.pop()
+        self.device = parts[0].device
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        return self.parts[0].token_ids(text)
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that would not be seen; `""` if all is."""
+        return max((part.overflow(prompt) for part in self.parts), key=len)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32 embeddings, on the first encoder's device."""
+        found = [part.encode(prompts).to(self.device) for part in self.parts]
+        return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        return self.parts[0].span(before, word)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt."""
+        return self.parts[0].ends(prompts)
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
+        return self.parts[0].shares(prompts)
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the first tokenizer's vocabulary."""
+        return self.parts[0].words(count)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        parts = [part.fingerprint() for part in self.parts]
+        return hashlib.sha256(f"{parts} {self.width}".encode()).hexdigest()

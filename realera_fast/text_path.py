@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realera_fast import attention, ops
 from realera_fast.concept_map import ConceptMap
+from realera_fast.denoiser import projections, unwrapped
 from realera_fast.lora import LoraParameters
-from realera_fast.unet import projections, unwrapped
 
 _SHORT = 256
 """Up to so many latent pixels PyTorch's fused attention loses on a CPU in half precision: its

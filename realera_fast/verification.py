@@ -22,11 +22,11 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
 from realera_fast.concepts import Concept
+from realera_fast.denoiser import base_hashes
 from realera_fast.erasure import Erasure
 from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
 from realera_fast.progress import bar
-from realera_fast.unet import base_hashes
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ concept are its *semantic neighbors*, found without any data (method: "Mining in
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.pairs import fill
-from realera_fast.text import TextModel
+from realera_fast.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,13 @@ class Vocabulary:
 
     words: tuple[str, ...]
     descriptors: Tensor
-    """`[w, d]` float32: the end-of-text row of each word, mean over the plain templates."""
+    """`[w, d]` float32: the last token's row of each word, mean over the plain templates."""
     gram: Tensor
     """`[d, d]` float64: second moments, summed over all prompts, mean over the rows of a prompt."""
     prompts: int
     """Number of prompts in `gram`."""
+    fingerprint: str
+    """Of the text that was read (`Text.fingerprint`)."""
 
     @property
     def mean(self) -> Tensor:
@@ -98,16 +101,16 @@ def _prompts(words: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
     return prompts
 
 
-def _mean_rows(hidden: Tensor) -> Pairs:
-    """Rows that keep their place: `[p, t, d]` without begin-of-text, a mean per prompt."""
-    rows = hidden[:, 1:].reshape(-1, hidden.shape[-1])
-    share = 1.0 / max(1, hidden.shape[1] - 1)
-    weight = torch.full((len(rows),), share, dtype=torch.float64, device=rows.device)
-    return Pairs(rows, rows, weight)
+def mean_rows(text: Text, prompts: Sequence[str], hidden: Tensor) -> Pairs:
+    """Rows of `[p, t, d]` prompts, to keep their place: their weights sum to 1 a prompt."""
+    weight = text.shares(prompts).to(hidden.device, torch.float64)
+    carries = weight > 0
+    rows = hidden[carries]
+    return Pairs(rows, rows, weight[carries])
 
 
 def _accumulate(
-    text: TextModel, prompts: Sequence[str], *, progress: bool | None, desc: str
+    text: Text, prompts: Sequence[str], *, progress: bool | None, desc: str
 ) -> tuple[Tensor, Tensor]:
     """Summed second moments `[d, d]` and end-of-text rows `[p, d]`, streamed in blocks."""
     from realera_fast import progress as progress_bars
@@ -119,49 +122,64 @@ def _accumulate(
         for start in range(0, len(prompts), block):
             part = prompts[start : start + block]
             hidden = text.encode(part)
-            equations.update(_mean_rows(hidden))
-            position = text.end_of_text(text.tokenize(part)).to(hidden.device)
-            ends.append(hidden[torch.arange(len(part), device=hidden.device), position])
+            equations.update(mean_rows(text, part, hidden))
+            ends.append(_ends(text, part, hidden))
             bar.update(len(part))
     rows = torch.cat(ends) if ends else torch.zeros(0, text.width, device=text.device)
     return equations.gram, rows
 
 
-def describe(text: TextModel, words: Sequence[str]) -> Tensor:
+def _ends(text: Text, prompts: Sequence[str], hidden: Tensor) -> Tensor:
+    """`[p, d]` row of the last token of each of `[p, t, d]` prompts."""
+    place = torch.tensor(text.ends(prompts), device=hidden.device)
+    return hidden[torch.arange(len(prompts), device=hidden.device), place]
+
+
+def describe(text: Text, words: Sequence[str]) -> Tensor:
     """`[w, d]` descriptors of any words, comparable with `Vocabulary.descriptors`."""
     prompts = [fill(template, word) for word in words for template in _DESCRIBED]
-    hidden = text.encode(prompts)
-    position = text.end_of_text(text.tokenize(prompts)).to(hidden.device)
-    rows = hidden[torch.arange(len(prompts), device=hidden.device), position]
+    rows = _ends(text, prompts, text.encode(prompts))
     return rows.view(len(words), len(_DESCRIBED), -1).mean(dim=1)
 
 
 def encode_vocabulary(
-    text: TextModel, config: VocabularyConfig, *, progress: bool | None = False
+    text: Text,
+    config: VocabularyConfig,
+    *,
+    words: Sequence[str] | None = None,
+    progress: bool | None = False,
 ) -> Vocabulary:
-    """Encodes the vocabulary, or reads it from the cache."""
-    words = text.words(config.words)
-    path = _cache_path(text, words) if config.cache and words else None
+    """Encodes the vocabulary, or reads it from the cache.
+
+    Args:
+        words: what is encoded; `None` asks the tokenizer.
+    """
+    words = text.words(config.words) if words is None else tuple(words)
+    fingerprint = text.fingerprint()
+    path = _cache_path(text, fingerprint, words) if config.cache and words else None
     if path is not None and (cached := _read(path, words)) is not None:
         logger.info("preserve prior read from %s", path)
-        return Vocabulary(
-            words, cached.descriptors.to(text.device), cached.gram.to(text.device), cached.prompts
+        return dataclasses.replace(
+            cached,
+            descriptors=cached.descriptors.to(text.device),
+            gram=cached.gram.to(text.device),
+            fingerprint=fingerprint,
         )
     if not words:
         empty = torch.zeros(0, text.width, device=text.device)
         gram = torch.zeros(text.width, text.width, dtype=torch.float64, device=text.device)
-        return Vocabulary((), empty, gram, 0)
+        return Vocabulary((), empty, gram, 0, fingerprint)
     prompts = [prompt for prompt, _ in _prompts(words)]
     gram, ends = _accumulate(text, prompts, progress=progress, desc="preserve prior")
     descriptors = ends.view(len(words), len(TEMPLATES), -1)[:, : len(_DESCRIBED)].mean(dim=1)
-    vocabulary = Vocabulary(words, descriptors, gram, len(prompts))
+    vocabulary = Vocabulary(words, descriptors, gram, len(prompts), fingerprint)
     if path is not None:
         _write(path, vocabulary)
     return vocabulary
 
 
 def preserve_gram(
-    text: TextModel, vocabulary: Vocabulary, excluded: Iterable[str]
+    text: Text, vocabulary: Vocabulary, excluded: Iterable[str]
 ) -> tuple[Tensor, int]:
     """The prior's mean second moments without every prompt that holds an excluded word.
 
@@ -182,12 +200,12 @@ def preserve_gram(
     return (vocabulary.gram - gram) / max(1, remaining), remaining
 
 
-def _cache_path(text: TextModel, words: Sequence[str]) -> Path | None:
+def _cache_path(text: Text, fingerprint: str, words: Sequence[str]) -> Path | None:
     from huggingface_hub import cached_assets_path
 
     key = hashlib.sha256(
         json.dumps(
-            [text.fingerprint(), list(words), TEMPLATES, text.max_tokens, text.device.type]
+            [fingerprint, list(words), TEMPLATES, text.max_tokens, text.device.type]
         ).encode()
     ).hexdigest()
     try:
@@ -208,6 +226,7 @@ def _read(path: Path, words: tuple[str, ...]) -> Vocabulary | None:
                 file.get_tensor("descriptors"),
                 file.get_tensor("gram"),
                 int(file.metadata()["prompts"]),
+                "",
             )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         logger.warning(

@@ -96,7 +96,7 @@ def test_what_can_not_be_stood_in_for_is_refused(spoil, message):
     unet = tiny_unet()
     spoil(unet)
     before = dict(unet.attn_processors)
-    with pytest.raises(ValueError, match=f"unet: .*{message}"):
+    with pytest.raises(ValueError, match=f"model: .*{message}"):
         attention.install(unet, Own())
     assert unet.attn_processors == before
 

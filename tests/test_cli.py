@@ -121,6 +121,7 @@ def test_info_json(run: Any) -> None:
 
 def test_erase_writes_what_was_asked(model: str, erased: Path) -> None:
     assert sorted(p.name for p in erased.iterdir()) == [
+        "complete.json",
         "erasure.safetensors",
         "lora",
         "pipeline",
@@ -170,6 +171,7 @@ def test_erase_reports_on_stdout_and_nothing_else_there(
     code, text, _ = run("erase", model, "-c", "cat=dog", "--save", "delta", "-o", out, *FAST)
     assert code == 0
     assert sorted(p.name for p in out.iterdir()) == [
+        "complete.json",
         "erasure.safetensors",
         "report.html",
         "report.json",
@@ -339,7 +341,7 @@ def test_full_folder_needs_force(run: Any, model: str, tmp_path: Path) -> None:
     (out / "pipeline" / "stale.bin").touch()
     command = ["erase", model, "-c", "cat=dog", "-o", out, "-q", *FAST]
     failed(run(*command), "not empty")
-    assert sorted(p.name for p in out.iterdir()) == ["mine.txt", "pipeline"]
+    assert sorted(p.name for p in out.iterdir()) == ["complete.json", "mine.txt", "pipeline"]
     assert run(*command, "--force")[0] == 0
     assert (out / "mine.txt").read_text() == "keep me"
     assert not (out / "pipeline" / "stale.bin").exists()
@@ -458,6 +460,7 @@ def test_verify(run: Any, model: str, erased: Path, tmp_path: Path) -> None:
     assert lines[2][2:] == ["untouched", "a", "dog"]
     assert sorted(p.name for p in out.iterdir()) == [
         "before_after.png",
+        "complete.json",
         "report.html",
         "report.json",
     ]

@@ -13,8 +13,8 @@ import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.closed_form import ClosedFormConfig
-from realera_fast.erase import neighbor_words
 from realera_fast.erasure import ErasureFileError
+from realera_fast.gathering import neighbor_words
 from realera_fast.mining import MiningConfig
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
@@ -217,11 +217,11 @@ def test_config_round_trip_and_unknown_fields():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"unet": lambda p: UNet2DModel(8, block_out_channels=(32, 32), layers_per_block=1,
+        ({"model": lambda p: UNet2DModel(8, block_out_channels=(32, 32), layers_per_block=1,
           down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)},
          ValueError, "cross-attention"),
-        ({"unet": lambda p: tiny_unet(width=48)}, ValueError, "width 32"),
-        ({"text_encoder": lambda p: tiny_text_encoder(width=48)}, ValueError, "width 48"),
+        ({"model": lambda p: tiny_unet(width=48)}, ValueError, "width 32"),
+        ({"text_encoders": lambda p: tiny_text_encoder(width=48)}, ValueError, "width 48"),
         ({"concepts": lambda p: ["cat", "cat"]}, ValueError, "named twice"),
         ({"concepts": lambda p: [""]}, ValueError, "empty"),
         ({"concepts": lambda p: ["cat=cat"]}, ValueError, "equals its anchor"),
@@ -239,17 +239,17 @@ def test_config_round_trip_and_unknown_fields():
 )  # fmt: skip
 def test_bad_input_is_named_and_changes_nothing(pipe, change, error, message):
     arguments = {
-        "unet": pipe.unet,
-        "text_encoder": pipe.text_encoder,
+        "model": pipe.unet,
+        "text_encoders": pipe.text_encoder,
         "concepts": ["cat"],
         "tokenizer": pipe.tokenizer,
         "config": CLOSED,
         "progress": False,
     } | {name: make(pipe) for name, make in change.items()}
-    before = weights(arguments["unet"])
+    before = weights(arguments["model"])
     with pytest.raises(error, match=message):
         realera_fast.erase(**arguments)
-    assert same(arguments["unet"], before)
+    assert same(arguments["model"], before)
 
 
 @pytest.mark.parametrize(

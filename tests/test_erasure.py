@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline, tiny_unet
 
 from realera_fast import erasure as erasures
+from realera_fast import safetensors_file
 from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
+from realera_fast.denoiser import base_hashes, projections, queries_and_outputs, transaction
 from realera_fast.erasure import BaseModelMismatchError, Erasure, ErasureFileError
 from realera_fast.lora import LoraFactors
-from realera_fast.unet import base_hashes, projections, queries_and_outputs, transaction
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CAT = Concept("cat", "dog", synonyms=("kitten",))
@@ -271,7 +272,7 @@ def test_apply_refuses_another_base_and_names_both_hashes():
     # A copy has no history: there the weights alone tell.
     with pytest.raises(BaseModelMismatchError, match="float32 hash"):
         erasure.apply_(copy.deepcopy(unet))
-    with pytest.raises(BaseModelMismatchError, match="takes text of width 48"):
+    with pytest.raises(BaseModelMismatchError, match="text of another width than 32"):
         erasure.apply_(tiny_unet(48))
 
 
@@ -703,9 +704,10 @@ def test_files_that_are_too_large(tmp_path, monkeypatch):
     with pytest.raises(ErasureFileError, match="is too large"):
         Erasure.load(path)
     monkeypatch.undo()
-    monkeypatch.setattr(erasures, "_MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(erasures, "MAX_HEADER_BYTES", 100)
     with pytest.raises(ErasureFileError, match="header of"):
         Erasure.load(path)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", 100)
     with pytest.raises(ValueError, match="at most 100 are saved"):
         make(tiny_unet()).save(path)
 
@@ -788,7 +790,7 @@ def test_stock_diffusers_loads_the_adapter_and_it_is_the_edit(
     erasure = make(unet, rank=rank, lora_rank=lora_rank, layers=layers)
     erasure.apply_(unet)
     file = erasure.save_lora(tmp_path)
-    assert os.listdir(tmp_path) == ["pytorch_lora_weights.safetensors"] == [file.name]
+    assert sorted(os.listdir(tmp_path)) == ["pytorch_lora_weights.md", file.name]
 
     reference = tiny_unet(dtype=dtype).to(torch.float64)
     for name, layer in projections(reference).items():
@@ -828,7 +830,7 @@ def test_a_rank_beyond_a_full_matrix_is_decomposed_layer_by_layer(tmp_path, rank
 def test_the_adapter_comes_from_base_edited_model_or_memory_alike(tmp_path):
     unet, base = tiny_unet(), tiny_unet()
     erasure = make(unet)
-    with pytest.raises(ValueError, match="pass unet=, the base model"):
+    with pytest.raises(ValueError, match="pass model=, the base model"):
         erasure.save_lora(tmp_path / "none")
     erasure.apply_(unet)
     files = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny_unet
 
+from realera_fast.denoiser import projections, queries_and_outputs
 from realera_fast.lora import LoraFactors, LoraParameters
-from realera_fast.unet import projections, queries_and_outputs
 
 
 def parameters(seed=1, **options) -> LoraParameters:

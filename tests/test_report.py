@@ -72,12 +72,14 @@ def test_drift_is_in_distances_between_words():
     before = weights()
     after = [w + 0.1 * torch.randn(w.shape) for w in before]
     hidden = torch.randn(6, 5, WIDTH)
-    found = Movement(before, after).drifts(hidden)
+    carries = torch.ones(6, 5, dtype=torch.bool)
+    carries[:, 0] = False
+    found = Movement(before, after).drifts(hidden, carries)
     x = hidden[:, 1:]
     spread = distance((x - x.mean(0)).flatten(0, 1), before) / len(x) ** 0.5
     change = [new - old for new, old in zip(after, before, strict=True)]
     assert found == pytest.approx([distance(prompt, change) / spread for prompt in x])
-    (alone,) = Movement(before, after).drifts(hidden[:1])
+    (alone,) = Movement(before, after).drifts(hidden[:1], carries[:1])
     assert alone == pytest.approx(distance(x[0], change) / distance(x[0], before))
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from realera_fast import training
 from realera_fast.concept_map import ConceptMap
+from realera_fast.denoiser import projections, queries_and_outputs
 from realera_fast.lora import LoraParameters
 from realera_fast.mining import Region
 from realera_fast.processes import Processes
 from realera_fast.text_path import TextPath
 from realera_fast.training import AlignmentConfig, Batch, DivergedError, Trainer, loss_of
 from realera_fast.trajectories import Points, Window
-from realera_fast.unet import projections, queries_and_outputs
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from baselines.peft_alignment import PlainLoop  # noqa: E402

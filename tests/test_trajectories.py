@@ -8,6 +8,7 @@ from tiny_models import tiny_pipeline
 
 from realera_fast import embedded, trajectories
 from realera_fast.concept_map import ConceptMap
+from realera_fast.denoiser import projections
 from realera_fast.lora import LoraParameters
 from realera_fast.mining import Region
 from realera_fast.pairs import align
@@ -16,7 +17,6 @@ from realera_fast.progress import bar
 from realera_fast.text import TextModel
 from realera_fast.text_path import TextPath
 from realera_fast.trajectories import Denoiser, Window, WindowFiller, word_numbers
-from realera_fast.unet import projections
 
 BEYOND = Region(-1.0, 0.5, 1.6)
 

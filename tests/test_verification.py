@@ -17,9 +17,9 @@ from PIL import Image
 from tiny_models import tiny_pipeline
 
 from realera_fast import Concept, EraseConfig, Erasure, erase
+from realera_fast.denoiser import base_hashes
 from realera_fast.metrics import Scores
 from realera_fast.page import ScoreLine, Table, write_html
-from realera_fast.unet import base_hashes
 from realera_fast.verification import (
     Row,
     before_after_grid,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from realera_fast.concept_map import ConceptMap
-from realera_fast.unet import projections
+from realera_fast.denoiser import projections
 
 
 class PlainLoop:

@@ -11,11 +11,11 @@ from peft import LoraConfig
 from tiny_models import tiny_unet
 from torch import nn
 
-from realera_fast.unet import (
+from realera_fast.denoiser import (
     base_hashes,
+    check_width,
     projections,
     queries_and_outputs,
-    text_width,
     transaction,
 )
 
@@ -40,7 +40,9 @@ def test_projections_are_the_key_and_value_maps_of_cross_attention():
     expected = [n for n, _ in unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
     assert set(found) == set(expected) and len(found) == 8
     assert all(found[name] is unet.get_submodule(name) for name in found)
-    assert text_width(unet) == 32
+    check_width(unet, "sequence", 32)
+    with pytest.raises(ValueError, match=r"width 31, but the model's .*to_k takes 32"):
+        check_width(unet, "sequence", 31)
 
 
 def test_projections_decide_the_output_for_a_text():

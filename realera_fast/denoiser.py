@@ -1,0 +1,410 @@
+"""The weights that text enters a denoiser through: find them, identify them, guard them.
+
+One rule finds them in every architecture: *the first linear maps that the text encoders' output
+meets*. What comes after them then sees edited text, whatever it is, and nothing else has to change.
+
+=========================  ==========================================  ==================
+architecture               maps of the token sequence                  of the pooled vector
+=========================  ==========================================  ==================
+U-Net (SD 1, 2)            ``to_k``, ``to_v`` of each cross-attention  none
+U-Net (SDXL, refiner)      the same                                    ``add_embedding.linear_1``
+SD3, FLUX                  ``context_embedder``                        ``text_embedder.linear_1``
+AuraFlow, Chroma, others   ``context_embedder``                        none
+PixArt, Sana               ``caption_projection.linear_1``             none
+=========================  ==========================================  ==================
+
+Models are duck-typed: nothing here imports diffusers, accelerate or peft, but their ways to make a
+weight that looks editable and isn't (fused projections, adapters, offloading, quantization) are
+known and refused with a message that says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Stream = Literal["sequence", "pooled"]
+"""How text enters: as a sequence of token embeddings, or as one vector a prompt."""
+
+STREAMS: tuple[Stream, ...] = ("sequence", "pooled")
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Weights that can be edited, widest first."""
+
+_TEXT = re.compile(r"encoder_hidden_states|text_embed|prompt|pooled|caption|context")
+"""Arguments of a denoiser that carry text."""
+_MASK = re.compile(r"mask$")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile`` or data parallelism wrapped it; else `model`."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def stream_of(name: str) -> Stream | None:
+    """Which text a layer of that module name takes; None if it takes none."""
+    if name.endswith((".to_k", ".to_v", "context_embedder", "caption_projection.linear_1")):
+        return "sequence"
+    if name.endswith(("text_embedder.linear_1", "add_embedding.linear_1")):
+        return "pooled"
+    return None
+
+
+def streams(model: nn.Module) -> dict[str, Stream]:
+    """Which text each text-conditioned linear map of a denoiser takes, by module name.
+
+    Only the structure counts: the weights may be on the meta device. The text's features are the
+    first columns of a weight; where there are more (SDXL's ``add_embedding``), they are not text.
+
+    Args:
+        model: a diffusers U-Net or transformer.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: text enters nowhere, or through something else than linear maps.
+    """
+    if not isinstance(model, nn.Module):
+        name = next((n for n in ("unet", "transformer") if hasattr(model, n)), "unet")
+        inner = getattr(model, name, None)
+        hint = f"; pass pipe.{name}" if isinstance(inner, nn.Module) else ""
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    model = unwrapped(model)
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise ValueError(
+            "model: its weights are sharded (FullyShardedDataParallel), so no process can edit "
+            "them; erase before wrapping it"
+        )
+    config = getattr(model, "config", None)
+    hidden = getattr(config, "encoder_hid_dim_type", None)
+    if hidden not in (None, "ip_image_proj"):
+        raise ValueError(
+            f"model: it transforms the text embeddings first (encoder_hid_dim_type={hidden!r}), "
+            "which is not supported"
+        )
+    added = getattr(config, "addition_embed_type", None)
+    if added not in (None, "text_time"):
+        raise ValueError(
+            f"model: it adds an embedding of addition_embed_type={added!r}, which is not supported"
+        )
+    names: list[str] = []
+    if getattr(model, "context_embedder", None) is not None:
+        names = ["context_embedder"]
+    elif getattr(model, "caption_projection", None) is not None:
+        names = ["caption_projection.linear_1"]
+    else:
+        for name, module in model.named_modules():
+            if getattr(module, "is_cross_attention", False):
+                names += [f"{name}.to_k", f"{name}.to_v"]
+    if not names:
+        raise ValueError(
+            f"model: {type(model).__name__} has no cross-attention layer, context_embedder or "
+            "caption_projection, so text does not enter it in a way that is known here; expected "
+            "a U-Net of Stable Diffusion or a transformer such as SD3, FLUX, PixArt or Sana"
+        )
+    if added == "text_time":
+        names.append("add_embedding.linear_1")
+    elif getattr(getattr(model, "time_text_embed", None), "text_embedder", None) is not None:
+        names.append("time_text_embed.text_embedder.linear_1")
+    found = {name: kind for name in names if (kind := stream_of(name)) is not None}
+    _check_arguments(model, set(found.values()))
+    return found
+
+
+def _check_arguments(model: nn.Module, known: set[Stream]) -> None:
+    """Refuses a denoiser with a way in for text that the rule doesn't know."""
+    allowed = {"encoder_hidden_states"} | ({"pooled_projections"} if "pooled" in known else set())
+    other = [
+        name
+        for name in inspect.signature(type(model).forward).parameters
+        if _TEXT.search(name) and not _MASK.search(name) and name not in allowed
+    ]
+    if other:
+        raise ValueError(
+            f"model: {type(model).__name__} takes text through {', '.join(other)} as well, which "
+            "is not supported"
+        )
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """The text-conditioned linear maps of a denoiser, checked to be editable in place.
+
+    Args:
+        model: a diffusers U-Net or transformer.
+
+    Returns:
+        Module name to ``nn.Linear``, those of the token sequence first, in the order of the module
+        tree; see `streams`. All share dtype and device, and those of the sequence their width.
+
+    Raises:
+        TypeError: `model` is not a module, or is a whole pipeline.
+        ValueError: text enters nowhere, or weights that an edit would not (or not correctly) reach.
+    """
+    kinds = streams(model)
+    model = unwrapped(model)
+    _refuse_adapters(model)
+    _refuse_offloading(model)
+    found: dict[str, nn.Linear] = {}
+    for name in kinds:
+        parent, _, leaf = name.rpartition(".")
+        owner: Any = None
+        with suppress(AttributeError):
+            owner = model.get_submodule(parent)
+        if getattr(owner, "is_cross_attention", False) and leaf == "to_k":
+            _check_attention(parent, owner)
+        found[name] = _checked(name, getattr(owner, leaf, None))
+    widths = {layer.in_features: name for name, layer in found.items() if kinds[name] == "sequence"}
+    if len(widths) > 1:
+        listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
+        raise ValueError(f"model: its text projections must share one text width, got {listed}")
+    _check_alike(found)
+    return found
+
+
+def queries_and_outputs(model: nn.Module) -> dict[str, nn.Linear]:
+    """``to_q`` and ``to_out.0`` of each cross-attention layer, which never see the text itself.
+
+    No closed form reaches them; adapters may. Checked like `projections`, which `model` must pass.
+
+    Raises:
+        ValueError: a layer that an edit would not (or not correctly) reach.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, module in unwrapped(model).named_modules():
+        if getattr(module, "is_cross_attention", False):
+            found[f"{name}.to_q"] = _checked(f"{name}.to_q", module.to_q)
+            output = module.to_out[0] if module.to_out is not None else None
+            found[f"{name}.to_out.0"] = _checked(f"{name}.to_out.0", output)
+    _check_alike(projections(model) | found)
+    return found
+
+
+def _check_alike(layers: Mapping[str, nn.Linear]) -> None:
+    """Refuses weights of different kinds, or with values that no edit survives."""
+    for what, value in (
+        ("dtype", lambda layer: layer.weight.dtype),
+        ("device", lambda layer: layer.weight.device),
+    ):
+        kinds = {value(layer): name for name, layer in layers.items()}
+        if len(kinds) > 1:
+            listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
+            raise ValueError(
+                f"model: its text projections must share one {what}, got {listed}; call "
+                "model.to(...) first"
+            )
+    # One reduction for all layers: a check of each in turn would wait for the GPU each time.
+    finite = torch.stack([layer.weight.detach().isfinite().all() for layer in layers.values()])
+    if not finite.all():
+        bad = [name for name, ok in zip(layers, finite.tolist(), strict=True) if not ok]
+        raise ValueError(
+            f"model: {bad[0]}.weight holds NaN or infinity"
+            + (f" (and {len(bad) - 1} more projections)" if len(bad) > 1 else "")
+            + "; reload the model"
+        )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    advice = "merge it (pipe.fuse_lora()) and unload it (pipe.unload_lora_weights()) first"
+    attached: Any = getattr(model, "peft_config", None)
+    if attached:
+        names = ", ".join(map(repr, attached))
+        raise ValueError(f"model: an adapter is attached ({names}); {advice}")
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ValueError(f"model: an adapter wraps {name}; {advice}")
+
+
+def _refuse_offloading(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        offloads = any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+        # diffusers keeps its own hooks, by name, in a registry on the module.
+        registry = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if offloads or any("offload" in key for key in registry):
+            raise ValueError(
+                f"model: the weights of {name or 'the model'} are offloaded, so an edit would not "
+                "last; erase before enabling offloading, or reload the model without it"
+            )
+
+
+def _check_attention(name: str, module: nn.Module) -> None:
+    # The processor decides: unfusing brings it back, but leaves `fused_projections` set.
+    processor = getattr(module, "processor", None)
+    fused = processor is None or type(processor).__name__.startswith("Fused")
+    if fused and getattr(module, "fused_projections", False):
+        raise ValueError(
+            f"model: {name} runs fused projections, which ignore its to_k and to_v weights; call "
+            "unfuse_qkv_projections() first, and fuse again after the erasure"
+        )
+    if getattr(module, "add_k_proj", None) is not None:
+        raise ValueError(
+            f"model: {name} takes its text through add_k_proj and add_v_proj "
+            "(AttnAddedKVProcessor), which is not supported"
+        )
+    if getattr(module, "norm_cross", None) is not None:
+        raise ValueError(
+            f"model: {name} normalizes the text embeddings itself (cross_attention_norm), which is "
+            "not supported"
+        )
+
+
+def _checked(name: str, layer: Any) -> nn.Linear:
+    weight = getattr(layer, "weight", None)
+    if weight is not None and weight.device.type == "meta":
+        raise ValueError(
+            f"model: {name}.weight is on the meta device (no values); load the weights first, "
+            "without device_map or offloading"
+        )
+    # Quantizers replace the layer, the parameter's class (bitsandbytes), the tensor's class
+    # (torchao) or only its dtype (float8 storage); a parametrization replaces the parameter.
+    plain = (
+        isinstance(layer, nn.Linear)
+        and type(weight) is nn.Parameter
+        and type(weight.data) is Tensor
+        and weight.dtype in _DTYPES
+    )
+    if not plain:
+        kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}"
+        dtype = "" if weight is None else f", {weight.dtype}"
+        raise ValueError(
+            f"model: {name} is quantized or not a plain linear layer ({kind}{dtype}); load the "
+            "model in float32, bfloat16 or float16 without quantization"
+        )
+    return layer
+
+
+def check_width(model: nn.Module, stream: Stream, width: int) -> None:
+    """Raises ValueError unless the maps of a stream take text of that many features."""
+    layers = projections(model)
+    takes = {n: layers[n].in_features for n, kind in streams(model).items() if kind == stream}
+    for name, features in takes.items():
+        # Beside the pooled text stand embedded sizes and crops, five or six numbers (SDXL).
+        size = getattr(getattr(unwrapped(model), "config", None), "addition_time_embed_dim", 0) or 0
+        beside = (5 * size, 6 * size) if name.startswith("add_embedding") else (0,)
+        if features - width not in beside:
+            raise ValueError(
+                f"text_encoders: their embeddings have width {width}, but the model's {name} takes "
+                f"{features}; pass the text encoders of this model"
+            )
+
+
+def weights_hash(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """SHA-256 over names, shapes and values, as `dtype`, whatever the order and device.
+
+    Args:
+        weights: `[o, d]` matrix of each name.
+        dtype: What the values are rounded to first.
+    """
+    digest = hashlib.sha256(f"realera_fast {dtype}".encode())
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().to(dtype).contiguous()
+        digest.update(f"\n{name} {list(weight.shape)}\n".encode())
+        digest.update(weight.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def base_hashes(model: nn.Module) -> dict[str, str]:
+    """Identifies the projection weights, also as they would be after loading in a narrower dtype.
+
+    Returns:
+        Dtype name ("float32" …) to SHA-256, for the stored dtype and each of fewer bytes. The
+        same checkpoint loaded in float32 and in bfloat16 agrees on "bfloat16".
+    """
+    weights = {name: layer.weight.detach().cpu() for name, layer in projections(model).items()}
+    stored = next(iter(weights.values())).dtype
+    return {
+        str(dtype).removeprefix("torch."): weights_hash(weights, dtype)
+        for dtype in _DTYPES
+        if dtype == stored or dtype.itemsize < stored.itemsize
+    }
+
+
+class Structure:
+    """What a model is built of and its flags, without values: children, adapters, gradients, modes.
+
+    Restoring takes out whatever was injected since, by peft or anyone else, and brings back the
+    very same modules. It holds references to the model: don't keep it longer than needed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._unet = model
+        self._children = [(module, dict(module._modules)) for module in model.modules()]
+        self._training = [(module, module.training) for module in model.modules()]
+        self._gradients = [(weight, weight.requires_grad) for weight in model.parameters()]
+        self._peft = {k: v for k, v in vars(model).items() if k in _PEFT_ATTRIBUTES}
+
+    def restore(self) -> None:
+        """Brings everything back; doing it twice does no harm."""
+        for module, children in self._children:
+            if module._modules != children:
+                module._modules.clear()
+                module._modules.update(children)
+        for key in _PEFT_ATTRIBUTES:
+            if key in self._peft:
+                vars(self._unet)[key] = self._peft[key]
+            else:
+                vars(self._unet).pop(key, None)
+        for module, training in self._training:
+            module.training = training
+        for weight, requires_grad in self._gradients:
+            weight.requires_grad_(requires_grad)
+
+
+_PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+
+
+@contextmanager
+def transaction(model: nn.Module, layers: Mapping[str, nn.Linear] | None = None) -> Iterator[None]:
+    """Any exception inside, Ctrl-C included, leaves the weights as they were, bit for bit.
+
+    They stay the same ``Parameter`` objects in the same storage, so optimizers, views and compiled
+    graphs of the caller stay valid. Adapters that were injected inside are taken out, and
+    ``requires_grad`` and training mode come back too. On success nothing is done.
+
+    Args:
+        layers: those whose weights are guarded; None is all text projections.
+    """
+    layers = projections(model) if layers is None else layers
+    structure = Structure(unwrapped(model))
+    # Copies rest on the CPU: on a GPU, memory is what an erasure is short of.
+    saved = [
+        (layer, layer.weight, layer.weight.data, layer.weight.detach().to("cpu", copy=True))
+        for layer in layers.values()
+    ]
+
+    def restore() -> None:
+        structure.restore()
+        with torch.no_grad():
+            for layer, parameter, storage, values in saved:
+                layer.weight = parameter
+                if parameter.data_ptr() != storage.data_ptr() or parameter.dtype != storage.dtype:
+                    parameter.data = storage
+                parameter.copy_(values)
+
+    try:
+        yield
+    except BaseException:
+        logger.info("restoring the weights")
+        while True:
+            try:
+                restore()
+                break
+            except KeyboardInterrupt:
+                # Another Ctrl-C, while restoring: it takes milliseconds, so start again.
+                continue
+        raise

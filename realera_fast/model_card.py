@@ -1,0 +1,118 @@
+"""A model card beside every exported file, by the conventions of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from realera_fast.concepts import Concept
+from realera_fast.files import write_atomically
+
+Use = Literal["lora-diffusers", "lora-kohya", "weights", "single-file", "component", "factors"]
+
+_HOW: Mapping[str, str] = {
+    "lora-diffusers": 'pipe.load_lora_weights("{folder}", weight_name="{file}")',
+    "lora-kohya": 'pipe.load_lora_weights("{folder}", weight_name="{file}")',
+    "weights": (
+        'pipe.{component}.load_state_dict(safetensors.torch.load_file("{file}"), strict=False)'
+    ),
+    "single-file": 'pipe = DiffusionPipeline.from_single_file("{file}")',
+    "component": 'pipe.{component} = type(pipe.{component}).from_pretrained("{folder}")',
+    "factors": 'realera_fast.Erasure.load("{file}").apply_(pipe.{component})',
+}
+_SHOWN = 100
+
+
+class Described(Protocol):
+    """What a card tells of an erasure."""
+
+    @property
+    def concepts(self) -> Sequence[Concept]:
+        """What was erased."""
+        ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Versions, seed and base hashes."""
+        ...
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """How it went."""
+        ...
+
+
+def write_card(path: Path, erasure: Described, *, use: Use, component: str) -> Path:
+    """Writes the card of a file beside it (``NAME.md``), or of a folder into it (``README.md``).
+
+    Args:
+        path: the file or folder that the card is about.
+        use: what it is; decides the line of code that loads it.
+        component: "unet" or "transformer".
+
+    Returns:
+        The path of the card.
+    """
+    from huggingface_hub import ModelCardData
+
+    is_folder = path.is_dir()
+    tags = ["concept-erasure", "realera_fast", "text-to-image"]
+    if use.startswith("lora"):
+        tags.insert(0, "lora")
+    base = erasure.provenance.get("base_model")
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base
+    )
+    how = _HOW[use].format(
+        folder=path if is_folder else path.parent, file=path.name, component=component
+    )
+    versions = erasure.provenance.get("versions", {})
+    hashes = erasure.provenance.get("base_hashes", {})
+    warnings = erasure.report.get("warnings", ())
+    lines = [
+        f"# {_plain(path.stem)}",
+        "",
+        "Concepts were removed from a text-to-image diffusion model with realera_fast, an "
+        "implementation of RealEra (arXiv 2410.09140).",
+        "",
+        "| erased | also | becomes | kind |",
+        "|---|---|---|---|",
+        *(
+            f"| {_plain(c.target)} | {_plain(', '.join(c.synonyms))} | {_plain(c.anchor_name)} | "
+            f"{c.kind} |"
+            for c in erasure.concepts[:_SHOWN]
+        ),
+    ]
+    if len(erasure.concepts) > _SHOWN:
+        lines.append(f"\nand {len(erasure.concepts) - _SHOWN} more, in the file's metadata.")
+    lines += ["", "```python", how, "```", ""]
+    lines += ["It fits one base model and no other:", ""]
+    lines += [f"- {dtype} SHA-256 `{value}`" for dtype, value in hashes.items()]
+    lines += ["", f"Made with {', '.join(f'{k} {v}' for k, v in versions.items()) or 'unknown'}."]
+    history = erasure.provenance.get("history", ())
+    if history:
+        lines += ["", "Before it:", ""]
+        lines += [
+            f"- {entry['action']} {_plain(', '.join(entry['concepts'][:_SHOWN]))}"
+            for entry in history
+        ]
+    if warnings:
+        lines += ["", "Warnings:", ""] + [f"- {_plain(text)}" for text in warnings]
+    lines += [
+        "",
+        "Erasure is no guarantee: determined prompts, image prompts or further training may bring "
+        "a concept back. Check it with `realera-fast verify`.",
+        "",
+    ]
+    card = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+    target = path / "README.md" if is_folder else path.with_suffix(".md")
+    write_atomically(target, card.encode())
+    return target
+
+
+def _plain(text: str) -> str:
+    """Text that means nothing to Markdown or HTML."""
+    for character in "\\`*_{}[]()#+!|<>&~":
+        text = text.replace(character, f"&#{ord(character)};")
+    return " ".join(text.split())
