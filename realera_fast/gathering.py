@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -191,12 +192,16 @@ def add_word(
     )
     if number is not None and config.mining.mode in ("gaussian", "covariance", "offset"):
         seed = philox.fold_seed(config.seed, number)
+        options = config.mining
+        if options.mode == "covariance" and prompts.source.shape[1] == 1:
+            # Pooled vectors vary in few directions: noise of their covariance misses the region.
+            options = replace(options, mode="gaussian")
         mining.add_neighbors(
             equations,
             *_moving(prompts),
-            config.mining,
+            options,
             seed=philox.fold_seed(seed, section) if section else seed,
-            covariance=prior if config.mining.mode == "covariance" else None,
+            covariance=prior if options.mode == "covariance" else None,
         )
     return equations
 
