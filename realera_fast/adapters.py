@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from realera_fast.safetensors_file import encode_json
 
@@ -51,16 +52,20 @@ def in_layout(
     if layout != "kohya":
         raise ValueError(f"layout: expected 'diffusers' or 'kohya', got {layout!r}")
     tensors = {}
+    rank = max(ranks.values())
     for name, (up, down) in factors.items():
         key = f"lora_unet_{_kohya_name(name, component, config)}"
-        tensors[f"{key}.lora_down.weight"] = down
-        tensors[f"{key}.lora_up.weight"] = up
-        tensors[f"{key}.alpha"] = torch.tensor(float(ranks[name]))
-    metadata = {"format": "pt", "ss_network_module": "networks.lora"}
-    if len(set(ranks.values())) == 1:
-        rank = str(next(iter(ranks.values())))
-        metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}
-    return tensors, metadata
+        # Loaders take one alpha for all layers (diffusers does): zeros make all ranks the same.
+        more = rank - ranks[name]
+        tensors[f"{key}.lora_down.weight"] = functional.pad(down, (0, 0, 0, more))
+        tensors[f"{key}.lora_up.weight"] = functional.pad(up, (0, more))
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    return tensors, {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+    }
 
 
 def _peft_metadata(ranks: Mapping[str, int], component: str) -> dict[str, str]:

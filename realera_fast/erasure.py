@@ -457,7 +457,8 @@ class Erasure:
             model: The base model, or the one this erasure was applied to. Not needed for a model
                 that it is applied to right now, or without a closed form.
             layout: Names of the keys: "diffusers", or "kohya" for A1111, ComfyUI and kohya's
-                scripts (Stable Diffusion 1, 2, XL and FLUX.1; needs `model`).
+                scripts (Stable Diffusion 1, 2, XL and FLUX.1; needs `model`). Diffusers loads the
+                latter too, but for FLUX.1, whose text layers it leaves out.
 
         Returns:
             The path of the file written; a model card is written beside it.
@@ -536,21 +537,20 @@ class Erasure:
             raise ValueError(f"path: {path} is the checkpoint itself; name another file")
         base = self._base_weights(model)
         replaced: dict[str, Tensor] = {}
-        with find_weights(checkpoint, base) as found:
-            for name, keys in found.items():
-                if not keys:
-                    raise BaseModelMismatchError(
-                        f"checkpoint: {checkpoint} does not hold the weight of {name}; expected "
-                        "the file that this model was loaded from (from_single_file)"
+        for name, keys in find_weights(checkpoint, base).items():
+            if not keys:
+                raise BaseModelMismatchError(
+                    f"checkpoint: {checkpoint} does not hold the weight of {name}; expected the "
+                    "file that this model was loaded from (from_single_file)"
+                )
+            for key, tensor in keys.items():
+                edited = self.edited_weights({name: tensor})[name]
+                if key in replaced and not torch.equal(replaced[key], edited):
+                    raise ValueError(
+                        f"checkpoint: {key} is the weight of several layers that are edited "
+                        "differently, so it can't be told whose it is"
                     )
-                for key, tensor in keys.items():
-                    edited = self.edited_weights({name: tensor})[name]
-                    if key in replaced and not torch.equal(replaced[key], edited):
-                        raise ValueError(
-                            f"checkpoint: {key} is the weight of several layers that are edited "
-                            "differently, so it can't be told whose it is"
-                        )
-                    replaced[key] = edited.clone()
+                replaced[key] = edited
         patch(checkpoint, path, replaced, self.metadata())
         write_card(path, self, use="single-file", component=self._component())
         return path

@@ -65,7 +65,7 @@ def encode_json(value: Any) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as they stand in a file."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
