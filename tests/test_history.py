@@ -1,0 +1,179 @@
+"""Erasures on top of one another: stacked, withdrawn, joined, and remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_families import CLOSED, weights
+from tiny_families import denoise, sd1, sdxl
+from tiny_models import tiny_pipeline
+
+from realera_fast import Erasure, erase
+from realera_fast.erasure import BaseModelMismatchError, applied
+from realera_fast.lora import LoraFactors
+
+
+def erased(pipe, *concepts):
+    return [erase(pipe, [concept], config=CLOSED, progress=False) for concept in concepts]
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+def near(got, expected, base) -> bool:
+    """Equal but for the rounding of the weights' dtype, seen against the whole change."""
+    change = sum(float((expected[n] - base[n]).norm() ** 2) for n in base) ** 0.5
+    apart = sum(float((expected[n] - got[n]).norm() ** 2) for n in base) ** 0.5
+    return change > 0 and apart < 1e-5 * change
+
+
+@pytest.mark.parametrize("build", [sd1, sdxl])
+def test_what_was_erased_first_can_be_withdrawn(build):
+    pipe, alone = build(), build()
+    base = weights(pipe.unet)
+    first, second = erased(pipe, "cat=dog", "ship=tree")
+    (again,) = first.withdraw_(pipe.unet)
+    erased(alone, "ship=tree")
+    assert near(weights(pipe.unet), weights(alone.unet), base)
+    assert same(weights(pipe.unet), weights(alone.unet)), "the same factors on the same weights"
+    assert torch.equal(denoise(pipe), denoise(alone))
+    assert [entry["action"] for entry in again.provenance["history"]] == ["withdrawn"]
+    assert again.provenance["history"][0]["concepts"] == ["cat"]
+    again.restore_(pipe.unet)
+    assert same(weights(pipe.unet), base)
+    with pytest.raises(ValueError, match="not applied to this model"):
+        second.restore_(pipe.unet)
+
+
+def test_one_of_three_is_withdrawn_and_the_others_stay():
+    pipe, alone = sd1(), sd1()
+    base = weights(pipe.unet)
+    _, middle, _ = erased(pipe, "cat=dog", "ship=tree", "van=art")
+    remaining = middle.withdraw_(pipe.unet)
+    erased(alone, "cat=dog", "van=art")
+    assert same(weights(pipe.unet), weights(alone.unet))
+    assert [e.concepts[0].target for e in applied(pipe.unet)] == ["cat", "van"]
+    assert [entry["concepts"] for entry in remaining[0].provenance["history"]] == [
+        ["cat"],
+        ["ship"],
+    ]
+    for erasure in reversed(applied(pipe.unet)):
+        erasure.restore_(pipe.unet)
+    assert same(weights(pipe.unet), base)
+
+
+def test_the_last_one_is_withdrawn_like_it_is_restored():
+    pipe = sd1()
+    first, last = erased(pipe, "cat=dog", "ship=tree")
+    assert last.withdraw_(pipe.unet) == ()
+    assert [e.fingerprint for e in applied(pipe.unet)] == [first.fingerprint]
+
+
+def test_history_tells_what_was_erased_before():
+    pipe = sd1()
+    first, second = erased(pipe, "cat=dog", "ship=tree")
+    assert first.provenance["history"] == []
+    (entry,) = second.provenance["history"]
+    assert entry["action"] == "erased" and entry["concepts"] == ["cat"]
+    assert entry["fingerprint"] == first.fingerprint and entry["seed"] == CLOSED.seed
+    second.restore_(pipe.unet)
+    first.restore_(pipe.unet)
+    assert erased(pipe, "van=art")[0].provenance["history"] == []
+
+
+def test_a_failed_withdrawal_leaves_everything_as_it_was(monkeypatch):
+    pipe = sd1()
+    first, second = erased(pipe, "cat=dog", "ship=tree")
+    before = weights(pipe.unet)
+
+    def broken(self, model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Erasure, "rebase", broken)
+        with pytest.raises(KeyboardInterrupt):
+            first.withdraw_(pipe.unet)
+    assert same(weights(pipe.unet), before)
+    assert [e.fingerprint for e in applied(pipe.unet)] == [first.fingerprint, second.fingerprint]
+    second.restore_(pipe.unet)
+    first.restore_(pipe.unet)
+    assert same(weights(pipe.unet), weights(sd1().unet))
+
+
+def test_withdrawing_what_is_not_there_is_refused():
+    pipe = sd1()
+    (first,) = erased(pipe, "cat=dog")
+    with pytest.raises(ValueError, match="is not applied to it, or its weights changed"):
+        first.withdraw_(sd1().unet)
+    with torch.no_grad():
+        next(iter(pipe.unet.mid_block.attentions[0].transformer_blocks)).attn2.to_k.weight.add_(1)
+    with pytest.raises(ValueError, match="its weights changed since"):
+        first.withdraw_(pipe.unet)
+
+
+def test_in_another_process_the_rest_is_put_on_the_base_model(tmp_path):
+    pipe, other, alone = sd1(), sd1(), sd1()
+    _, second = erased(pipe, "cat=dog", "ship=tree")
+    loaded = Erasure.load(second.save(tmp_path / "second.safetensors"))
+    with pytest.raises(BaseModelMismatchError):
+        loaded.apply_(other.unet)
+    loaded.rebase(other.unet).apply_(other.unet)
+    erased(alone, "ship=tree")
+    assert same(weights(other.unet), weights(alone.unet))
+
+
+@pytest.mark.parametrize("build", [sd1, sdxl])
+def test_two_erasures_are_one(tmp_path, build):
+    pipe, other = build(), build()
+    base = weights(pipe.unet)
+    first, second = erased(pipe, "cat=dog", "ship=tree")
+    joined = Erasure.load(first.then(second).save(tmp_path / "both.safetensors"))
+    joined.apply_(other.unet)
+    assert near(weights(other.unet), weights(pipe.unet), base)
+    assert [c.target for c in joined.concepts] == ["cat", "ship"]
+    assert [e["concepts"] for e in joined.provenance["history"]] == [["cat"], ["ship"]]
+    joined.restore_(other.unet)
+    assert same(weights(other.unet), base)
+
+
+def test_two_erasures_with_adapters_are_one():
+    pipe = tiny_pipeline()
+    names = [n for n, m in pipe.unet.named_modules() if n.endswith("attn2.to_v")]
+    generator = torch.Generator().manual_seed(0)
+    base = weights(pipe.unet)
+
+    def with_adapters(erasure, chosen):
+        lora = {}
+        for name in chosen:
+            rows = pipe.unet.get_submodule(name).out_features
+            lora[name] = LoraFactors(
+                torch.randn(2, 32, generator=generator), torch.randn(rows, 2, generator=generator)
+            )
+        return dataclasses.replace(erasure, lora=lora)
+
+    (first,) = erased(pipe, "cat=dog")
+    first.restore_(pipe.unet)
+    first = with_adapters(first, names[:2])
+    first.apply_(pipe.unet)
+    (second,) = erased(pipe, "ship=tree")
+    second.restore_(pipe.unet)
+    second = with_adapters(second, names[1:3])
+    second.apply_(pipe.unet)
+    both = weights(pipe.unet)
+    other = tiny_pipeline()
+    joined = first.then(second)
+    assert {len(f.down) for f in joined.lora.values()} == {2, 4}
+    joined.apply_(other.unet)
+    assert near(weights(other.unet), both, base)
+
+
+def test_erasures_of_different_models_are_not_joined():
+    first, second = erased(sd1(), "cat=dog")[0], erased(sd1(seed=4), "ship=tree")[0]
+    with pytest.raises(ValueError, match="made on another model"):
+        first.then(second)
+    # Two of the same base model are: their maps compose.
+    third = erased(sd1(), "ship=tree")[0]
+    assert first.then(third).map.rank
