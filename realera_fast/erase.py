@@ -207,7 +207,7 @@ def erase(
     run = ""
     if checkpoint_dir is not None:
         folder = Path(checkpoint_dir)
-        noise = scheduler or (alignment.find_scheduler(model) if alignable else None)
+        noise = (scheduler or alignment.find_scheduler(model)) if alignable else None
         run = _run(texts, parsed, kept_words, config, provenance, noise, latents)
     solved: dict[str, tuple[Solution, IncrementalSystem | None, Tensor]] = {}
     for stream, sections in texts.items():
@@ -345,7 +345,8 @@ def _run(
         [concept.to_dict() for concept in concepts], list(kept), config.to_dict(),
         provenance["base_hashes"], provenance["versions"],
         [text.fingerprint() for sections in texts.values() for text in sections],
-        dict(getattr(scheduler, "config", {})),
+        # Private entries come in an order of chance.
+        {k: v for k, v in dict(getattr(scheduler, "config", {})).items() if k[0] != "_"},
         denoisers.weights_hash(latents or {}, torch.float32),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

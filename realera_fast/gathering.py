@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 30.0
 """Time between two checkpoints."""
+_TOGETHER = 32
+"""Concepts that are described together."""
 
 
 class _Saved:
@@ -93,11 +95,15 @@ def neighbor_words(
     best = torch.full((len(vocabulary.words),), -torch.inf)
     owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
-        for place, concept in enumerate(concepts):
-            score = vocabulary.similarity(describe(text, concept.words).mean(dim=0)).cpu()
-            owner[score > best] = place
-            best = torch.maximum(best, score)
-            bar.update(1)
+        for start in range(0, len(concepts), _TOGETHER):
+            part = concepts[start : start + _TOGETHER]
+            described = describe(text, [word for concept in part for word in concept.words])
+            own = described.split([len(concept.words) for concept in part])
+            for place, rows in enumerate(own, start=start):
+                score = vocabulary.similarity(rows.mean(dim=0)).cpu()
+                owner[score > best] = place
+                best = torch.maximum(best, score)
+            bar.update(len(part))
     for index, word in enumerate(vocabulary.words):
         if word.casefold() not in taken and float(best[index]) >= config.word_cosine:
             found[concepts[int(owner[index])].target].append((float(best[index]), word))

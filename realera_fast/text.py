@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -180,6 +181,8 @@ class TextModel:
         places = range(len(special) - len(plain) + 1)
         lead = next((i for i in places if special[i : i + len(plain)] == plain), 0)
         self._fingerprint: str | None = None
+        # A few templates come before all words.
+        self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
         self._lead, self._specials = lead, len(special) - len(plain)
         # Of the instruction's tokens one stays, in front of the prompt's.
         self._cut = lead + len(self.token_ids(instruction)) - 2 if instruction else 0
@@ -198,12 +201,8 @@ class TextModel:
         """Rows of a word that follows the text `before` in a prompt."""
         if self.output == "pooled":
             return Span(0, 1)
-        start, stop = (
-            len(self.token_ids(self._instruction + self._prepared(text)))
-            for text in (before.rstrip(), before + word)
-        )
-        if not word:
-            stop = start
+        start = self._tokens_before(before.rstrip())
+        stop = self._count(before + word) if word else start
         shift = self._lead - self._cut
         return Span(start + shift, stop + shift)
 
@@ -316,6 +315,9 @@ class TextModel:
         return self._fingerprint
 
     # Inside
+
+    def _count(self, text: str) -> int:
+        return len(self.token_ids(self._instruction + self._prepared(text)))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, verbose=False).input_ids)

@@ -1,0 +1,176 @@
+"""Many concepts: bounded memory, progress, and going on after a run was cut off."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import CLOSED
+from tiny_families import FAMILIES, flux, sd1
+from torch.testing import assert_close
+
+from realera_fast import Erasure, erase
+from realera_fast import gathering as gathering_module
+from realera_fast.checkpoint import CheckpointError
+from realera_fast.closed_form import NormalEquations, Pairs
+from realera_fast.concept_file import ConceptFileError, read_concepts
+from realera_fast.pairs import PairsConfig
+
+ONE = replace(CLOSED, pairs=PairsConfig(templates={"object": ("a photo of a {}",)}))
+LIST = [f"{'abcdefgh'[i % 8]}{'ijklmnop'[i // 8]}=dog" for i in range(40)]
+
+RUN = """
+import os, resource, signal, sys
+sys.path.insert(0, {tests!r})
+from test_gathering import LIST, ONE
+from tiny_families import FAMILIES
+from realera_fast import checkpoint, erase
+from realera_fast import gathering
+from realera_fast.concept_file import read_concepts
+
+def run(family, concepts, folder, kill_at):
+    count = 0
+    save = checkpoint.save
+    def counting(*arguments):
+        nonlocal count
+        save(*arguments)
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.save = counting
+    gathering.SECONDS = 0.0
+    pipe = FAMILIES[family]()
+    return erase(pipe, concepts, config=ONE, checkpoint_dir=folder, resume=True, progress=False)
+"""
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess[str]:
+    script = RUN.format(tests=str(Path(__file__).parent)) + code
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True,
+                          text=True, check=False, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "kill_at"), [("sd1", 1), ("sd1", 33), ("flux", 25), ("flux", 61)]
+)
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, family, kill_at):
+    killed = python(f"run({family!r}, LIST, {str(tmp_path / 'c')!r}, {kill_at})")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = sorted(p.name for p in (tmp_path / "c").iterdir())
+    assert left == (["pooled.safetensors", "sequence.safetensors"] if kill_at > 40 else
+                    ["sequence.safetensors"])  # fmt: skip
+    resumed, whole = FAMILIES[family](), FAMILIES[family]()
+    seen = []
+    original = gathering_module.add_word
+
+    def counting(*arguments, **options):
+        if options["number"] is not None:
+            seen.append(1)
+        return original(*arguments, **options)
+
+    gathering_module.add_word = counting
+    try:
+        got = erase(resumed, LIST, config=ONE, checkpoint_dir=tmp_path / "c", resume=True,
+                    progress=False)  # fmt: skip
+    finally:
+        gathering_module.add_word = original
+    streams = 2 if family == "flux" else 1
+    assert len(seen) == streams * len(LIST) - kill_at, "what was read is not read again"
+    expected = erase(whole, LIST, config=ONE, progress=False)
+    assert torch.equal(got.map.left, expected.map.left)
+    assert torch.equal(got.map.right, expected.map.right)
+    if got.pooled_map is not None and expected.pooled_map is not None:
+        assert torch.equal(got.pooled_map.left, expected.pooled_map.left)
+    assert os.listdir(tmp_path / "c") == [], "nothing is left behind"
+
+
+def test_a_checkpoint_of_another_list_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gathering_module, "SECONDS", 0.0)
+    monkeypatch.setattr("realera_fast.checkpoint.remove", lambda folder, name: None)
+    erase(sd1(), LIST[:5], config=ONE, checkpoint_dir=tmp_path, progress=False)
+    assert os.listdir(tmp_path) == ["sequence.safetensors"]
+    pipe = sd1()
+    before = pipe.unet.state_dict()["conv_in.weight"].clone()
+    with pytest.raises(CheckpointError, match="of another run"):
+        erase(pipe, LIST[:6], config=ONE, checkpoint_dir=tmp_path, resume=True, progress=False)
+    assert torch.equal(before, pipe.unet.state_dict()["conv_in.weight"])
+    # Without resume it is replaced.
+    erase(sd1(), LIST[:6], config=ONE, checkpoint_dir=tmp_path, progress=False)
+
+
+def test_ten_thousand_concepts_take_no_more_memory_than_ten(tmp_path):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [a + b + c + "q" for a in letters for b in letters for c in letters]
+    for count in (10, 10_000):
+        (tmp_path / f"{count}.csv").write_text(
+            "target,anchor\n" + "".join(f"{word},dog\n" for word in words[:count])
+        )
+    code = """
+from tiny_models import tiny_text_encoder
+name, target = sys.argv[1:3]
+found = erase(FAMILIES["sd1"](), read_concepts(name), config=ONE, progress=True)
+found.save(target)
+print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    script = tmp_path / "run.py"
+    script.write_text(RUN.format(tests=str(Path(__file__).parent)) + code)
+    peaks = {}
+    for count in (10, 10_000):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", script, tmp_path / f"{count}.csv",
+             tmp_path / f"{count}.safetensors"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-2000:]
+        number, peak = result.stdout.split()
+        assert int(number) == count
+        peaks[count] = int(peak) / 1024
+        if count == 10_000:
+            assert "concepts:" in result.stderr and "/10000" in result.stderr
+    # The prompts alone would be 10,000 x 77 x 32 float32: 99 MB, their anchors as much again.
+    assert peaks[10_000] < peaks[10] + 60
+    loaded = Erasure.load(tmp_path / "10000.safetensors")
+    assert len(loaded.concepts) == 10_000 and loaded.map.rank <= 32
+
+
+def test_a_bad_line_stops_before_anything_is_written(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("target,anchor\n" + "\n".join(f"a{i},dog" for i in range(50)) + "\nx,x\n")
+    with pytest.raises(ConceptFileError, match="line 52: .*equals its anchor"):
+        erase(sd1(), read_concepts(path), config=ONE, checkpoint_dir=tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["list.csv"]
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_equations_come_back_from_their_tensors(count):
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(number):
+        return torch.randn(number, 8, generator=generator)
+
+    whole = NormalEquations(8)
+    for _ in range(3):
+        source = rows(count)
+        whole.update(Pairs(source, rows(count), torch.rand(count, generator=generator)))
+        stay = rows(2)
+        whole.update(Pairs(stay, stay, torch.ones(2)))
+    again = NormalEquations(8)
+    again.load_tensors({k: v.clone() for k, v in whole.tensors().items()}, whole.rows)
+    first, second = (e.solve(ridge=0.5) for e in (whole, again))
+    assert torch.equal(first.map.left, second.map.left) and first.info == second.info
+    assert_close(whole.gram, again.gram, rtol=0, atol=0)
+    empty = NormalEquations(8)
+    empty.load_tensors(NormalEquations(8).tensors(), 0)
+    assert empty.is_empty
+
+
+def test_kept_systems_take_no_checkpoint(tmp_path):
+    config = replace(ONE, closed_form=replace(ONE.closed_form, keep_system=True))
+    erase(flux(), LIST[:3], config=config, checkpoint_dir=tmp_path, progress=False)
+    assert os.listdir(tmp_path) == []
