@@ -6,6 +6,7 @@ begins with ``error:``; ``--debug`` shows the traceback), 2 wrong usage, 130 int
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -25,13 +26,14 @@ import torch
 import typer
 
 from realera_fast import __version__, ops
+from realera_fast.concept_file import read_concepts
 from realera_fast.concepts import KINDS, Concept, parse_concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.denoiser import projections
 from realera_fast.erase import erase as erase_concepts
-from realera_fast.erasure import Erasure
+from realera_fast.erasure import Erasure, read_description
+from realera_fast.families import components_of, text_streams
 from realera_fast.files import folder_atomically
-from realera_fast.text import TextModel
 
 PROGRAM = "realera-fast"
 
@@ -42,7 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """Names of ``--dtype``."""
 
-SAVED = ("pipeline", "delta", "lora")
+SAVED = ("pipeline", "delta", "lora", "kohya", "weights", "single-file")
 """Names of ``--save``."""
 
 
@@ -64,7 +66,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A diffusers pipeline folder, the id of a cached one, or 'embedded'.",
+        help="A diffusers pipeline folder, the id of a cached one, a single .safetensors "
+        "checkpoint (with --base), or 'embedded'.",
         show_default=False,
     ),
 ]
@@ -96,6 +99,15 @@ Dtype = Annotated[
 Variant = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Variant of the weight files, such as fp16."),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="For a MODEL that is one file: a pipeline folder of the same architecture, for the "
+        "configuration and the tokenizers, which a single file does not hold.",
+        show_default=False,
+    ),
 ]
 Mining = Annotated[
     str | None,
@@ -147,7 +159,7 @@ def erase(
     model: Model,
     out: Out,
     concept: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--concept",
             "-c",
@@ -155,7 +167,16 @@ def erase(
             help="What to erase, and what it becomes; may be given several times.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    concepts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--concepts",
+            metavar="FILE",
+            help="A list of concepts: .csv, .tsv, .json, .jsonl, .yaml or .txt.",
+            show_default=False,
+        ),
+    ] = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -180,7 +201,8 @@ def erase(
         str,
         typer.Option(
             metavar="LIST",
-            help="What to write: pipeline (folder), delta (small file), lora (adapter).",
+            help="What to write: pipeline (folder), delta (small file), lora (adapter), kohya "
+            "(the same for A1111 and ComfyUI), weights (edited tensors), single-file.",
         ),
     ] = "pipeline,delta",
     mining: Mining = None,
@@ -192,11 +214,12 @@ def erase(
     dtype: Dtype = "fp32",
     device: Device = None,
     variant: Variant = None,
+    base: Base = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep a checkpoint of the LoRA stage here; with one in it, go on from there.",
+            help="Keep checkpoints of the run here; with one in it, go on from there.",
             show_default=False,
         ),
     ] = None,
@@ -214,6 +237,9 @@ def erase(
       pipeline/            the edited model, for DiffusionPipeline.from_pretrained
       erasure.safetensors  the delta, for 'apply', 'verify' and Erasure.load
       lora/                an adapter, for pipe.load_lora_weights
+      kohya.safetensors    the same with the keys of A1111 and ComfyUI
+      weights.safetensors  the edited tensors
+      model.safetensors    a single-file checkpoint, where MODEL is one
       report.html, report.json
 
     \b
@@ -223,28 +249,31 @@ def erase(
           --preserve Monet --save delta,lora --device cuda -o out/no-artists
       realera-fast erase CompVis/stable-diffusion-v1-4 -c cat --synonym kitten \\
           --config settings.json --no-align --seed 7 -o out/no-cat
+      realera-fast erase ./xl.safetensors --base ./sdxl --concepts brands.csv \\
+          --save delta,single-file --checkpoint out/run -o out/no-brands
     """
     wanted = _save_list(save)
-    concepts, preserved = _concepts(concept, kind, synonym or [], preserve or [])
+    if "single-file" in wanted and not Path(model).expanduser().is_file():
+        raise _usage("--save", "single-file needs a MODEL that is a single file")
+    concepts, preserved = _concepts(
+        concept or [], concepts_file, kind, synonym or [], preserve or []
+    )
     settings = _settings(config, mining=mining, no_align=no_align, seed=seed)
     _check_dtype(dtype)
     _start(quiet)
     if dry_run:
         _check_output(out, force)
-        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
         _echo_plan(pipe, concepts, preserved, settings, out, wanted)
         return
     with _output_folder(out, force) as folder:
-        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
         if "pipeline" in wanted:
             _check_space(pipe, folder)
-        second = getattr(pipe, "text_encoder_2", None)
+        edited = components_of(pipe).model
         erasure = erase_concepts(
-            pipe.unet,
-            pipe.text_encoder if second is None else (pipe.text_encoder, second),
+            pipe,
             concepts,
-            tokenizer=pipe.tokenizer,
-            scheduler=pipe.scheduler,
             preserve=preserved,
             config=settings,
             checkpoint_dir=checkpoint,
@@ -254,7 +283,13 @@ def erase(
         if "delta" in wanted:
             erasure.save(folder / "erasure.safetensors")
         if "lora" in wanted:
-            erasure.save_lora(folder / "lora", pipe.unet)
+            erasure.save_lora(folder / "lora", edited)
+        if "kohya" in wanted:
+            erasure.save_lora(folder / "kohya.safetensors", edited, layout="kohya")
+        if "weights" in wanted:
+            erasure.save_weights(folder / "weights.safetensors", edited)
+        if "single-file" in wanted:
+            erasure.save_single_file(folder / "model.safetensors", Path(model).expanduser(), edited)
         if "pipeline" in wanted:
             pipe.save_pretrained(folder / "pipeline", safe_serialization=True)
         _write_report(erasure, folder, model)
@@ -263,35 +298,56 @@ def erase(
     typer.echo(f"\nwrote {', '.join(written)} to {out}")
 
 
-@app.command(short_help="Apply a saved delta to a model.")
+@app.command(short_help="Apply saved deltas to a model.")
 def apply(
     model: Model,
-    delta: Delta,
+    deltas: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DELTA...",
+            help="Files that 'erase' wrote, in the order in which they were made.",
+            show_default=False,
+        ),
+    ],
     out: Out,
+    rebase: Annotated[
+        bool,
+        typer.Option(
+            "--rebase",
+            help="Apply deltas to other weights than they were made on, as when an earlier one is "
+            "left out. The closed form is then what erasing there would give.",
+        ),
+    ] = False,
     dtype: Dtype = "fp32",
     device: Device = None,
     variant: Variant = None,
+    base: Base = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Apply a saved delta to a model and write the edited pipeline to DIR.
+    """Apply saved deltas to a model and write the edited pipeline to DIR.
 
-    The delta must have been made from the same base weights.
+    A delta must have been made from the weights that it meets: the base model's, or those that the
+    deltas before it left. To withdraw an earlier one, leave it out and pass --rebase.
 
     \b
-    Example:
+    Examples:
       realera-fast apply ./sd14 out/no-cat/erasure.safetensors -o out/sd14-no-cat
+      realera-fast apply ./sd14 brands.safetensors faces.safetensors -o out/both
+      realera-fast apply ./sd14 faces.safetensors --rebase -o out/sd14-no-faces
     """
     _check_dtype(dtype)
-    erasure = Erasure.load(delta)
+    erasures = [Erasure.load(delta) for delta in deltas]
     _start(quiet)
     with _output_folder(out, force) as folder:
-        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
         _check_space(pipe, folder)
-        erasure.apply_(pipe.unet)
+        edited = components_of(pipe).model
+        for erasure in erasures:
+            (erasure.rebase(edited) if rebase else erasure).apply_(edited)
         pipe.save_pretrained(folder, safe_serialization=True)
-    names = ", ".join(repr(concept.target) for concept in erasure.concepts)
+    names = ", ".join(repr(c.target) for erasure in erasures for c in erasure.concepts)
     typer.echo(f"wrote a pipeline without {names or 'any change'} to {out}")
 
 
@@ -330,9 +386,33 @@ def verify(
     batch_size: Annotated[
         int, typer.Option(metavar="N", help="Pictures drawn together.", min=1)
     ] = 4,
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder with a CLIP model (transformers, safetensors): scores and judges.",
+            show_default=False,
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="What CLIP chooses from; may be given several times (default: what was erased, "
+            "and the words that were watched).",
+        ),
+    ] = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A Python callable from a picture to what it shows; may be given several times.",
+        ),
+    ] = None,
     dtype: Dtype = "fp32",
     device: Device = None,
     variant: Variant = None,
+    base: Base = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -342,15 +422,22 @@ def verify(
     MODEL is the model the delta was made from. Writes before_after.png, report.html and
     report.json into DIR.
 
+    Without --prompt it draws what was erased, and of the words that the erasure watched the
+    three that moved most and the three that moved least.
+
     \b
     Examples:
       realera-fast verify embedded out/no-cat/erasure.safetensors \\
           -p "a photo of a cat" --untouched "a photo of a dog" -o out/check
+      realera-fast verify ./sd14 out/no-cat/erasure.safetensors --clip ./clip \\
+          --label cat --label dog --detector mypackage.nudity:detect -o out/check
       realera-fast verify ./sd14 out/no-van-gogh/erasure.safetensors \\
           -p "Starry night by Van Gogh" --seeds 1,2,3 --device cuda -o out/check
     """
     from realera_fast import embedded
+    from realera_fast.clip_judge import ClipJudge
     from realera_fast.files import write_atomically
+    from realera_fast.page import numbers as numbers_of
     from realera_fast.page import write_html
     from realera_fast.verification import before_after_grid
     from realera_fast.verification import verify as verify_pictures
@@ -358,7 +445,16 @@ def verify(
     _check_dtype(dtype)
     numbers = _seeds(seeds)
     erasure = Erasure.load(delta)
+    detectors = {name: _callable(name) for name in detector or ()}
     _start(quiet)
+    judge: Any = None
+    if clip is not None:
+        watched = [word["word"] for word in erasure.report.get("words", ())]
+        named = [word for concept in erasure.concepts for word in concept.words]
+        labels = label or list(dict.fromkeys([*named, *watched]))
+        judge = ClipJudge.from_pretrained(clip, device=_device(device), things=labels)
+    elif model == "embedded":
+        judge = embedded.load_judge()
     sampling: dict[str, Any] = {"steps": 25, "guidance": 7.5}
     if model == "embedded":
         table = embedded.words().sampling
@@ -366,7 +462,7 @@ def verify(
         height, width = height or table.get("height"), width or table.get("width")
     sampling |= {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     with _output_folder(out, force) as folder:
-        pipe = _load(model, dtype=dtype, device=device, variant=variant)
+        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
         found = verify_pictures(
             pipe,
             erasure,
@@ -376,7 +472,9 @@ def verify(
             height=height,
             width=width,
             batch_size=batch_size,
-            judge=embedded.load_judge() if model == "embedded" else None,
+            judge=judge,
+            scorer=judge if clip is not None else None,
+            detectors=detectors,
             progress=False if quiet else None,
             **sampling,
         )
@@ -389,31 +487,58 @@ def verify(
             summary=f"{model}, each pair of pictures from the same seed.",
             rows=found.rows,
             warnings=warnings,
+            tables=[numbers_of(found.rows)],
             report=erasure.report,
-            provenance={**erasure.provenance, "sampling": found.settings},
+            provenance={
+                **erasure.provenance,
+                "sampling": found.settings,
+                "evaluators": found.evaluators,
+            },
         )
         outcome = found.to_dict() | {"provenance": dict(erasure.provenance)}
         write_atomically(folder / "report.json", _json(outcome).encode())
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    lines = [("change of pixels", "group", "prompt")]
-    lines += [(f"{100 * row.change:.1f} %", row.group, row.prompt) for row in found.rows]
-    typer.echo(_columns(lines, right=(0,)))
+    lines = [("change of pixels", "of text", "group", "prompt")]
+    lines += [
+        (
+            f"{100 * row.change:.1f} %",
+            f"{100 * (row.text_change or 0):.1f} %",
+            row.group,
+            row.prompt,
+        )
+        for row in found.rows
+    ]
+    typer.echo(_columns(lines, right=(0, 1)))
     typer.echo(f"\nwrote before_after.png, report.html, report.json to {out}")
 
 
-@app.command(short_help="Print versions, devices and operations.")
+@app.command(short_help="Print what a file holds, or versions and devices.")
 def info(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A file that this program wrote: a delta, an adapter, weights, a model.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print versions, devices, and which implementation serves each operation.
+    """Print what was erased in a FILE, how, and on top of what; without one, versions, devices,
+    and which implementation serves each operation.
 
     \b
     Examples:
       realera-fast info
-      realera-fast info --json
+      realera-fast info out/no-cat/erasure.safetensors
+      realera-fast info out/no-cat/lora/pytorch_lora_weights.safetensors --json
     """
+    if file is not None:
+        described = read_description(file)
+        typer.echo(_json(described) if as_json else _told(described), nl=not as_json)
+        return
     found = _info()
     if as_json:
         typer.echo(_json(found), nl=False)
@@ -590,13 +715,33 @@ def _check_dtype(name: str) -> None:
         raise _usage("--dtype", f"expected one of {', '.join(DTYPES)}, got {name!r}")
 
 
+def _callable(name: str) -> Any:
+    """The object that MODULE:NAME means."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _usage("--detector", f"{name!r}: {error}; expected module:function") from error
+    if not callable(found):
+        raise _usage("--detector", f"{name!r} is a {type(found).__name__}, not a callable")
+    return found
+
+
 def _concepts(
-    words: Sequence[str], kind: str, synonyms: Sequence[str], preserve: Sequence[str]
+    words: Sequence[str],
+    file: Path | None,
+    kind: str,
+    synonyms: Sequence[str],
+    preserve: Sequence[str],
 ) -> tuple[tuple[Concept, ...], list[str]]:
     if kind not in KINDS:
         raise _usage("--kind", f"expected one of {', '.join(KINDS)}, got {kind!r}")
+    if bool(words) == (file is not None):
+        raise _usage("--concept", "expected --concept, or --concepts with a file")
     if synonyms and len(words) != 1:
         raise _usage("--synonym", f"needs exactly one --concept, got {len(words)}")
+    if file is not None:
+        return parse_concepts(read_concepts(file, kind=kind), preserve=preserve), list(preserve)
     try:
         concepts = [parse_concept(word, kind=kind) for word in words]
         if synonyms:
@@ -640,7 +785,9 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _load(model: str, *, dtype: str, device: str | None, variant: str | None) -> Any:
+def _load(
+    model: str, *, dtype: str, device: str | None, variant: str | None, base: Path | None
+) -> Any:
     """The pipeline, offline, from safetensors alone."""
     where = _device(device)
     if model == "embedded":
@@ -655,10 +802,7 @@ def _load(model: str, *, dtype: str, device: str | None, variant: str | None) ->
     folder = Path(model).expanduser()
     is_folder = folder.is_dir()
     if folder.is_file():
-        raise CommandError(
-            f"{model} is a file, not a pipeline folder; convert a single-file checkpoint with "
-            "diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-        )
+        return _load_file(folder, base, DTYPES[dtype]).to(where)
     if is_folder and not (folder / "model_index.json").is_file():
         raise CommandError(f"{model} is not a diffusers pipeline folder: no model_index.json in it")
     if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
@@ -682,12 +826,37 @@ def _load(model: str, *, dtype: str, device: str | None, variant: str | None) ->
             f"cannot load {model}: {' '.join(str(error).split())} (weights must be safetensors; "
             "for files named like model.fp16.safetensors pass --variant fp16)"
         ) from error
-    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
+    try:
+        components_of(pipe)
+    except TypeError as error:
         raise CommandError(
-            f"{type(pipe).__name__} has no U-Net with a text encoder; "
-            "models of the Stable Diffusion family are supported"
-        )
+            f"{type(pipe).__name__} has no U-Net or transformer with a text encoder"
+        ) from error
     return pipe.to(where)
+
+
+def _load_file(file: Path, base: Path | None, dtype: torch.dtype) -> Any:
+    """A pipeline from a single-file checkpoint, through diffusers' own loader."""
+    import diffusers
+
+    if file.suffix != ".safetensors":
+        raise CommandError(f"{file}: expected a .safetensors file; a pickle can run anything")
+    if base is None or not (base / "model_index.json").is_file():
+        raise CommandError(
+            f"{file} is a single file; pass --base with a pipeline folder of the same "
+            "architecture, for its configuration and tokenizers"
+        )
+    name = json.loads((base / "model_index.json").read_text())["_class_name"]
+    kind: Any = getattr(diffusers, name, None)
+    if not hasattr(kind, "from_single_file"):
+        raise CommandError(f"--base {base}: {name} can't be loaded from a single file")
+    try:
+        return kind.from_single_file(
+            str(file), config=str(base), dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CommandError(f"cannot load {file} as {name}: {reason}") from error
 
 
 def _is_cached(model: str) -> bool:
@@ -792,6 +961,42 @@ def _summary(erasure: Erasure) -> str:
     return "\n".join(text)
 
 
+def _told(described: Mapping[str, Any]) -> str:
+    """What `info FILE` prints."""
+    concepts = described["concepts"]
+    provenance = described.get("provenance", {})
+    lines = [("", "erased", "also", "becomes", "kind")]
+    for value in concepts[:50]:
+        concept = Concept.from_dict(value)
+        lines.append(
+            ("", concept.target, ", ".join(concept.synonyms) or "-", concept.anchor_name,
+             concept.kind)
+        )  # fmt: skip
+    text = [f"{described['file']}: {described['holds']}", _columns(lines)]
+    if len(concepts) > 50:
+        text.append(f"and {len(concepts) - 50} more")
+    text.append("")
+    rows = [("", "seed", str(provenance.get("seed", "-")))]
+    rows += [("", name, str(v)) for name, v in provenance.get("versions", {}).items()]
+    rows += [("", f"base {name}", v) for name, v in provenance.get("base_hashes", {}).items()]
+    solve = described.get("solve") or {}
+    rows += [("", f"solve {k}", f"{v:.3g}" if isinstance(v, float) else str(v))
+             for k, v in solve.items() if not isinstance(v, dict)]  # fmt: skip
+    if described.get("report_sha256"):
+        rows.append(("", "report SHA-256", described["report_sha256"]))
+    text.append(_columns(rows))
+    history = provenance.get("history", [])
+    if history:
+        text.append("\nhistory, oldest first")
+        text.append(
+            _columns([
+                ("", entry["action"], ", ".join(entry["concepts"][:10]), entry["fingerprint"][:16])
+                for entry in history
+            ])
+        )  # fmt: skip
+    return "\n".join(text)
+
+
 def _echo_plan(
     pipe: Any,
     concepts: Sequence[Concept],
@@ -800,11 +1005,12 @@ def _echo_plan(
     out: Path,
     wanted: Sequence[str],
 ) -> None:
-    layers = projections(pipe.unet)
-    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    parts = components_of(pipe)
+    layers = projections(parts.model)
+    text = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"][0]
     weight = next(iter(layers.values())).weight
     dtype = str(weight.dtype).removeprefix("torch.")
-    typer.echo(f"would edit {len(layers)} projections of {type(pipe.unet).__name__} ({dtype})")
+    typer.echo(f"would edit {len(layers)} projections of {type(parts.model).__name__} ({dtype})")
     lines = [("", "word", "kind", "becomes", "tokens")]
     for concept in concepts:
         for word in concept.words:

@@ -49,8 +49,10 @@ from realera_fast.model_card import Use, write_card
 from realera_fast.prompt_map import PromptMap
 from realera_fast.safetensors_file import (
     MAX_HEADER_BYTES,
+    SafetensorsFileError,
     encode_json,
     patch,
+    read_header,
     tensor_bytes,
     write,
 )
@@ -865,6 +867,55 @@ def _entry(erasure: Erasure, action: str = "erased") -> dict[str, Any]:
     }
 
 
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of this library says about itself, whichever format it is of.
+
+    Returns:
+        ``file`` and ``holds``, and what was written: ``concepts``, ``config``, ``provenance`` (with
+        its history), ``solve``, ``report_sha256``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ErasureFileError: it is no safetensors file, or says nothing about an erasure.
+    """
+    path = Path(path)
+    try:
+        header = read_header(path)
+    except SafetensorsFileError as error:
+        raise ErasureFileError(str(error)) from error
+    kind = next(
+        (
+            name
+            for ending, name in _HOLDS.items()
+            if any(k.endswith(ending) for k in header.entries)
+        ),
+        "edited tensors",
+    )
+    metadata = header.metadata
+    if "realera_fast" in metadata:
+        metadata = Erasure.load(path).metadata()
+    fields = ("concepts", "config", "provenance", "solve", "report_sha256")
+    if not all(f"realera_fast.{field}" in metadata for field in fields):
+        raise ErasureFileError(f"{path}: says nothing about an erasure")
+    try:
+        found = {field: _json_value(field, metadata[f"realera_fast.{field}"]) for field in fields}
+        if not isinstance(found["concepts"], list) or not isinstance(found["provenance"], dict):
+            raise ErasureFileError("its concepts are no list, or its provenance is no object")
+        _concepts(found["concepts"])
+        _check_provenance(found["provenance"])
+    except ErasureFileError as error:
+        raise ErasureFileError(f"{path}: {error}") from error.__cause__
+    return {"file": str(path), "holds": kind, **found}
+
+
+_HOLDS = {
+    "map.left": "the factors of an erasure (a delta)",
+    ".lora_A.weight": "an adapter (diffusers)",
+    ".lora_down.weight": "an adapter (kohya)",
+}
+"""What a file is, by the end of a key in it."""
+
+
 def applied(model: nn.Module) -> tuple[Erasure, ...]:
     """The erasures that are applied to a model object in this process, in order.
 
@@ -1040,6 +1091,14 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
 
 
 def _parsed(field: str, text: str) -> Any:
+    value = _json_value(field, text)
+    kind = list if field == "concepts" else dict
+    if not isinstance(value, kind):
+        raise ErasureFileError(f"its {field} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _json_value(field: str, text: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1055,9 +1114,6 @@ def _parsed(field: str, text: str) -> Any:
             elif isinstance(item, list):
                 inner += item
         level, depth = inner, depth + 1
-    kind = list if field == "concepts" else dict
-    if not isinstance(value, kind):
-        raise ErasureFileError(f"its {field} is a {type(value).__name__}, not a {kind.__name__}")
     return value
 
 

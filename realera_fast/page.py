@@ -141,6 +141,32 @@ def write_html(
     write_atomically(path, page.encode())
 
 
+def numbers(rows: Sequence[Row]) -> Table:
+    """What was measured of each prompt, beside its pictures."""
+    scores = list(dict.fromkeys(name for row in rows for name in row.scores))
+    detectors = list(dict.fromkeys(name for row in rows for name in row.detected))
+    header = ["prompt", "", "pixels, %", "text, %"]
+    header += [f"{name} {side}" for name in scores for side in ("before", "after")]
+    header += [f"{name} {side}" for name in detectors for side in ("before", "after")]
+    lines = []
+    for row in rows:
+        text = None if row.text_change is None else round(100 * row.text_change, 2)
+        line: list[Any] = [row.prompt, GROUPS[row.group], round(100 * row.change, 2), text]
+        for name in scores:
+            line += [round(value, 2) for value in row.scores.get(name, (math.nan, math.nan))]
+        for name in detectors:
+            line += [", ".join(said) for said in row.detected.get(name, ((), ()))]
+        lines.append(tuple(line))
+    return Table(
+        title="Numbers",
+        header=tuple(header),
+        rows=tuple(lines),
+        note="pixels: mean difference of the pictures before and after. text: how much of what "
+        "enters the model for this prompt changed. clip: 100 times the cosine between picture and "
+        "prompt.",
+    )
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -7,12 +7,13 @@ a judge; where there is one (any classifier with a ``classify`` method), `judge_
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import io
 import logging
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
+from torch import Tensor
 
 from realera_fast.concepts import Concept
-from realera_fast.denoiser import base_hashes
+from realera_fast.denoiser import base_hashes, projections, stream_of
 from realera_fast.erasure import Erasure
+from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
 from realera_fast.progress import bar
@@ -46,6 +49,18 @@ smallest difference an 8-bit pixel can show."""
 
 BLANK = 2.0
 """Standard deviation over the pixels, of 255, below which a picture counts as blank."""
+
+
+Detector = Callable[[Image.Image], Any]
+"""Anything that says something of a picture: a label, a number, a list of what it found."""
+
+
+class Scorer(Protocol):
+    """Anything that says how well pictures fit prompts."""
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """`[n]` scores of picture i and prompt i, higher is better."""
+        ...
 
 
 class Judge(Protocol):
@@ -80,6 +95,16 @@ class Row:
 
     seen_after: tuple[str, ...] = ()
     """`[s]` what a judge saw in `after`; empty without a judge."""
+
+    text_change: float | None = None
+    """|W' x - W x| / |W x| of the prompt x over the maps that its tokens enter the model through;
+    None where it was not measured."""
+
+    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean score before and after by name, such as ``clip``."""
+
+    detected: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    """What each detector said of the pictures before and after, as text."""
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -116,10 +141,14 @@ class Verification:
     warnings: tuple[str, ...] = field(default=())
     """What a reader must not overlook, such as erased prompts whose pictures did not change."""
 
+    evaluators: Mapping[str, Any] = field(default_factory=dict)
+    """Who judged: class, version and hash of each judge, scorer and detector."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: everything but the pictures."""
         return {
             "settings": dict(self.settings),
+            "evaluators": dict(self.evaluators),
             "warnings": list(self.warnings),
             "prompts": [
                 {
@@ -127,6 +156,10 @@ class Verification:
                     "group": row.group,
                     "seeds": list(row.seeds),
                     "pixel_change": row.change,
+                    "text_change": row.text_change,
+                    "scores": {k: list(v) for k, v in row.scores.items()},
+                    "seen": [list(row.seen_before), list(row.seen_after)],
+                    "detected": {k: [list(x) for x in v] for k, v in row.detected.items()},
                 }
                 for row in self.rows
             ],
@@ -265,6 +298,8 @@ def verify(
     width: int | None = None,
     batch_size: int = 4,
     judge: Judge | None = None,
+    scorer: Scorer | None = None,
+    detectors: Mapping[str, Detector] | None = None,
     progress: bool | None = None,
 ) -> Verification:
     """Draws every prompt before and after the erasure, from the same seeds.
@@ -273,10 +308,12 @@ def verify(
     happens in between.
 
     Args:
-        pipe: A diffusers text-to-image pipeline with a ``unet``.
+        pipe: A diffusers text-to-image pipeline with a ``unet`` or a ``transformer``.
         erasure: What to compare.
         prompts: Prompts to draw; one that contains a target or a synonym is shown as such. None
-            draws every target and every synonym of `erasure` alone.
+            draws every target and every synonym of `erasure` alone, and of the words that its
+            report watched the three that moved most (near relatives) and the three that moved
+            least (untouched).
         untouched: Further prompts, shown as untouched whatever they contain.
         seeds: `[s]` seeds, the same for every prompt.
         steps: Denoising steps.
@@ -284,14 +321,20 @@ def verify(
         height: In pixels; None takes the pipeline's own.
         width: In pixels; None takes the pipeline's own.
         batch_size: Pictures drawn together.
-        judge: Names what the pictures show; None shows the seeds instead.
+        judge: Names what the pictures show (`clip_judge.ClipJudge`, or any other); None shows the
+            seeds instead.
+        scorer: Says how well pictures fit their prompts (`ClipJudge` does).
+        detectors: By name, any callables from a picture to what they found in it.
         progress: Draw bars; None follows the pipeline's and diffusers' own switches.
 
     Returns:
         Pictures, settings and warnings. `before_after_grid` and `write_html` show the rows.
     """
+    relatives: Sequence[str] = ()
     if prompts is None:
         prompts = [word for concept in erasure.concepts for word in concept.words]
+        relatives, quiet = _watched(erasure)
+        untouched = untouched or quiet
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a sequence of strings, got one: write [{prompts!r}]")
     if not prompts and not untouched:
@@ -299,6 +342,7 @@ def verify(
     if not seeds:
         raise ValueError("seeds is empty: name at least one")
     grouped = [(group_of(prompt, erasure.concepts), prompt) for prompt in prompts]
+    grouped += [("relative", prompt) for prompt in relatives]
     grouped += [("untouched", prompt) for prompt in untouched]
     grouped.sort(key=lambda entry: list(GROUPS).index(entry[0]))
     every_prompt = [prompt for _, prompt in grouped for _ in seeds]
@@ -319,10 +363,21 @@ def verify(
         )
         return [tuple(pictures[i : i + len(seeds)]) for i in range(0, len(pictures), len(seeds))]
 
-    with _applied(pipe.unet, erasure, False):
+    parts = components_of(pipe)
+    with _applied(parts.model, erasure, False):
         before = draw("before:")
-    with _applied(pipe.unet, erasure, True):
+        weights = {n: x.weight.detach() for n, x in projections(parts.model).items()}
+        changes = text_changes(pipe, weights, erasure, [prompt for _, prompt in grouped])
+    with _applied(parts.model, erasure, True):
         after = draw("after:")
+
+    def told(detector: Detector, pictures: Sequence[Image.Image]) -> tuple[str, ...]:
+        return tuple(str(detector(picture)) for picture in pictures)
+
+    def mean(pictures: Sequence[Image.Image], prompt: str) -> float:
+        assert scorer is not None
+        return float(scorer.score(pictures, [prompt] * len(pictures)).mean())
+
     rows = tuple(
         Row(
             group=group,
@@ -332,11 +387,68 @@ def verify(
             after=new,
             seen_before=tuple(judge.classify(old)[0]) if judge else (),
             seen_after=tuple(judge.classify(new)[0]) if judge else (),
+            text_change=change,
+            scores={"clip": (mean(old, prompt), mean(new, prompt))} if scorer else {},
+            detected={
+                name: (told(detector, old), told(detector, new))
+                for name, detector in (detectors or {}).items()
+            },
         )
-        for (group, prompt), old, new in zip(grouped, before, after, strict=True)
+        for (group, prompt), old, new, change in zip(grouped, before, after, changes, strict=True)
     )
+    evaluators = {"judge": judge, "scorer": scorer, **(detectors or {})}
     settings = sampling_settings(pipe, steps=steps, guidance=guidance) | {"seeds": list(seeds)}
-    return Verification(rows=rows, settings=settings, warnings=tuple(picture_warnings(rows)))
+    return Verification(
+        rows=rows,
+        settings=settings,
+        warnings=tuple(picture_warnings(rows)),
+        evaluators={name: _identity(who) for name, who in evaluators.items() if who is not None},
+    )
+
+
+def _watched(erasure: Erasure, count: int = 3) -> tuple[list[str], list[str]]:
+    """Words that moved most and least of those that an erasure's report watched."""
+    words = [w for w in erasure.report.get("words", ()) if w.get("drift") is not None]
+    words.sort(key=lambda word: -word["drift"])
+    count = min(count, len(words) // 2)
+    least = [word["word"] for word in words[len(words) - count :]]
+    return [word["word"] for word in words[:count]], least
+
+
+def text_changes(
+    pipe: Any, weights: Mapping[str, Tensor], erasure: Erasure, prompts: Sequence[str]
+) -> list[float]:
+    """How much of each prompt's entry into the model changes: |W' x - W x| / |W x|.
+
+    Args:
+        weights: `[o, d]` un-edited weight of each text-conditioned map.
+    """
+    parts = components_of(pipe)
+    takes = {n: w for n, w in weights.items() if stream_of(n) == "sequence"}
+    edited = erasure.edited_weights(takes)
+    found = torch.zeros(2, len(prompts), dtype=torch.float64)
+    streams = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
+    for section in streams["sequence"]:
+        rows = section.encode(prompts) * (section.shares(prompts) > 0)[..., None].to(section.device)
+        for name, weight in takes.items():
+            states = rows.to(weight.device)
+            for place, matrix in enumerate((edited[name].float() - weight.float(), weight.float())):
+                found[place] += (states @ matrix.mT).double().square().sum((1, 2)).cpu()
+    change, whole = found.sqrt()
+    return (change / whole.clamp_min(1e-30)).tolist()
+
+
+def _identity(who: Any) -> Any:
+    """What pins an evaluator: what it says of itself, or where it is from."""
+    if callable(getattr(who, "identity", None)):
+        return who.identity()
+    of = who if inspect.isfunction(who) else type(who)
+    package = (of.__module__ or "").split(".")[0]
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return {"name": f"{of.__module__}.{of.__qualname__}", "version": version}
 
 
 def group_of(prompt: str, concepts: Sequence[Concept]) -> Group:
@@ -366,14 +478,19 @@ def picture_warnings(rows: Sequence[Row]) -> Iterator[str]:
 def sampling_settings(pipe: Any, *, steps: int, guidance: float) -> dict[str, Any]:
     """What it takes to draw the same pictures again: sampler, numbers, dtype and device."""
     scheduler = pipe.scheduler
+    model = getattr(pipe, component_name(pipe))
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return {
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in sorted(config.items()) if _is_plain(v)},
         "steps": steps,
         "guidance_scale": guidance,
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "device": str(pipe.unet.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("realera_fast", "torch", "diffusers", "transformers")
+        },
     }
 
 
@@ -512,19 +629,19 @@ def _silenced(pipe: Any) -> Iterator[bool]:
 
 
 @contextmanager
-def _applied(unet: Any, erasure: Erasure, wanted: bool) -> Iterator[None]:
+def _applied(model: Any, erasure: Erasure, wanted: bool) -> Iterator[None]:
     """Holds the model with or without `erasure` inside, and puts it back as it was after."""
     hashes = erasure.provenance.get("base_hashes", {})
-    is_base = any(hashes.get(dtype) == value for dtype, value in base_hashes(unet).items())
+    is_base = any(hashes.get(dtype) == value for dtype, value in base_hashes(model).items())
     is_applied = not is_base
     if is_applied and not wanted:
-        erasure.restore_(unet)
+        erasure.restore_(model)
     elif wanted and not is_applied:
-        erasure.apply_(unet)
+        erasure.apply_(model)
     try:
         yield
     finally:
         if is_applied and not wanted:
-            erasure.apply_(unet)
+            erasure.apply_(model)
         elif wanted and not is_applied:
-            erasure.restore_(unet)
+            erasure.restore_(model)

@@ -17,6 +17,7 @@ from tiny_models import tiny_pipeline
 
 import realera_fast
 from realera_fast import Erasure, cli
+from realera_fast.files import MARKER
 
 FAST = ["--mining", "none", "--no-align"]
 """Options under which a tiny model is erased in a fraction of a second."""
@@ -298,7 +299,7 @@ def test_missing_models(run: Any, tmp_path: Path) -> None:
     failed(run("erase", "owner/never-downloaded", *out), "hf download owner/never-downloaded")
     file = tmp_path / "model.safetensors"
     file.touch()
-    failed(run("erase", file, *out), "from_single_file")
+    failed(run("erase", file, *out), "pass --base with a pipeline folder")
     assert not (tmp_path / "out").exists()
 
 
@@ -341,8 +342,9 @@ def test_full_folder_needs_force(run: Any, model: str, tmp_path: Path) -> None:
     (out / "pipeline" / "stale.bin").touch()
     command = ["erase", model, "-c", "cat=dog", "-o", out, "-q", *FAST]
     failed(run(*command), "not empty")
-    assert sorted(p.name for p in out.iterdir()) == ["complete.json", "mine.txt", "pipeline"]
+    assert sorted(p.name for p in out.iterdir()) == ["mine.txt", "pipeline"]
     assert run(*command, "--force")[0] == 0
+    assert "pipeline/unet/config.json" in json.loads((out / MARKER).read_text())["files"]
     assert (out / "mine.txt").read_text() == "keep me"
     assert not (out / "pipeline" / "stale.bin").exists()
     assert (out / "pipeline" / "model_index.json").is_file()
@@ -456,8 +458,8 @@ def test_verify(run: Any, model: str, erased: Path, tmp_path: Path) -> None:
     code, text, _ = run("verify", model, delta, *options)
     assert code == 0
     lines = [line.split() for line in text.splitlines()]
-    assert lines[1][2:] == ["erased", "a", "cat"]
-    assert lines[2][2:] == ["untouched", "a", "dog"]
+    assert lines[1][4:] == ["erased", "a", "cat"]
+    assert lines[2][4:] == ["untouched", "a", "dog"]
     assert sorted(p.name for p in out.iterdir()) == [
         "before_after.png",
         "complete.json",

@@ -44,6 +44,7 @@ ORDER = (
         "mining",
         "incremental",
         "concepts",
+        "concept_file",
         "text",
         "families",
         "pairs",
@@ -51,7 +52,17 @@ ORDER = (
     ),
     *("lora", "text_path", "trajectories", "training", "checkpoint", "alignment", "config"),
     *("gathering", "report", "adapters", "single_file", "model_card"),
-    *("erasure", "erase", "verification", "page", "embedded", "demo", "cli", "__main__"),
+    *(
+        "erasure",
+        "erase",
+        "clip_judge",
+        "verification",
+        "page",
+        "embedded",
+        "demo",
+        "cli",
+        "__main__",
+    ),
 )
 """Every module; each may import only those before it. `__init__` belongs to the last ones."""
 

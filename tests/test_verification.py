@@ -258,7 +258,13 @@ def test_verify_restores_the_model_when_drawing_fails(
 
 def test_verify_draws_the_erased_words_by_default(erasure: Erasure) -> None:
     found = verify(tiny_pipeline(), erasure, seeds=[0], steps=2, judge=ColorJudge())
-    assert [(r.group, r.prompt) for r in found.rows] == [("erased", "cat"), ("synonym", "kitten")]
+    drawn = [(r.group, r.prompt) for r in found.rows]
+    assert drawn[:2] == [("erased", "cat"), ("synonym", "kitten")]
+    # Of the watched words those that moved most are near relatives, those that moved least not.
+    watched = {w["word"]: w["drift"] for w in erasure.report["words"] if w["drift"] is not None}
+    ranked = sorted(watched, key=lambda word: -watched[word])
+    assert drawn[2:5] == [("relative", word) for word in ranked[:3]]
+    assert sorted(drawn[5:]) == sorted(("untouched", word) for word in ranked[-3:])
     assert all(r.seen_before[0] in ("red", "green") for r in found.rows)
 
 
