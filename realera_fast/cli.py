@@ -6,7 +6,6 @@ begins with ``error:``; ``--debug`` shows the traceback), 2 wrong usage, 130 int
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import logging
@@ -17,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -34,15 +33,9 @@ from realera_fast.erase import erase as erase_concepts
 from realera_fast.erasure import Erasure, read_description
 from realera_fast.families import components_of, text_streams
 from realera_fast.files import folder_atomically
+from realera_fast.loading import DTYPES, find_device, load_pipeline
 
 PROGRAM = "realera-fast"
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""Names of ``--dtype``."""
 
 SAVED = ("pipeline", "delta", "lora", "kohya", "weights", "single-file")
 """Names of ``--save``."""
@@ -259,15 +252,15 @@ def erase(
         concept or [], concepts_file, kind, synonym or [], preserve or []
     )
     settings = _settings(config, mining=mining, no_align=no_align, seed=seed)
-    _check_dtype(dtype)
+    _check_placement(dtype, device)
     _start(quiet)
     if dry_run:
         _check_output(out, force)
-        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
         _echo_plan(pipe, concepts, preserved, settings, out, wanted)
         return
     with _output_folder(out, force) as folder:
-        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
         if "pipeline" in wanted:
             _check_space(pipe, folder)
         edited = components_of(pipe).model
@@ -337,11 +330,11 @@ def apply(
       realera-fast apply ./sd14 brands.safetensors faces.safetensors -o out/both
       realera-fast apply ./sd14 faces.safetensors --rebase -o out/sd14-no-faces
     """
-    _check_dtype(dtype)
+    _check_placement(dtype, device)
     erasures = [Erasure.load(delta) for delta in deltas]
     _start(quiet)
     with _output_folder(out, force) as folder:
-        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
         _check_space(pipe, folder)
         edited = components_of(pipe).model
         for erasure in erasures:
@@ -439,20 +432,23 @@ def verify(
     from realera_fast.files import write_atomically
     from realera_fast.page import numbers as numbers_of
     from realera_fast.page import write_html
-    from realera_fast.verification import before_after_grid
+    from realera_fast.verification import before_after_grid, find_detector
     from realera_fast.verification import verify as verify_pictures
 
-    _check_dtype(dtype)
+    _check_placement(dtype, device)
     numbers = _seeds(seeds)
     erasure = Erasure.load(delta)
-    detectors = {name: _callable(name) for name in detector or ()}
+    try:
+        detectors = {name: find_detector(name) for name in detector or ()}
+    except ValueError as error:
+        raise _usage("--detector", str(error)) from error
     _start(quiet)
     judge: Any = None
     if clip is not None:
         watched = [word["word"] for word in erasure.report.get("words", ())]
         named = [word for concept in erasure.concepts for word in concept.words]
         labels = label or list(dict.fromkeys([*named, *watched]))
-        judge = ClipJudge.from_pretrained(clip, device=_device(device), things=labels)
+        judge = ClipJudge.from_pretrained(clip, device=find_device(device), things=labels)
     elif model == "embedded":
         judge = embedded.load_judge()
     sampling: dict[str, Any] = {"steps": 25, "guidance": 7.5}
@@ -462,7 +458,7 @@ def verify(
         height, width = height or table.get("height"), width or table.get("width")
     sampling |= {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     with _output_folder(out, force) as folder:
-        pipe = _load(model, dtype=dtype, device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
         found = verify_pictures(
             pipe,
             erasure,
@@ -591,7 +587,7 @@ def demo(
         out,
         DemoConfig(thing=thing, style=style),
         erase_config=settings,
-        device=_device(device),
+        device=find_device(device),
         progress=False if quiet else None,
     )
     typer.echo(result.text())
@@ -710,21 +706,13 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _check_dtype(name: str) -> None:
-    if name not in DTYPES:
-        raise _usage("--dtype", f"expected one of {', '.join(DTYPES)}, got {name!r}")
-
-
-def _callable(name: str) -> Any:
-    """The object that MODULE:NAME means."""
-    module, _, attribute = name.partition(":")
+def _check_placement(dtype: str, device: str | None) -> None:
+    if dtype not in DTYPES:
+        raise _usage("--dtype", f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _usage("--detector", f"{name!r}: {error}; expected module:function") from error
-    if not callable(found):
-        raise _usage("--detector", f"{name!r} is a {type(found).__name__}, not a callable")
-    return found
+        torch.device(device or "cpu")
+    except RuntimeError:
+        raise _usage("--device", f"no such device: {device!r}") from None
 
 
 def _concepts(
@@ -771,100 +759,6 @@ def _settings(
     if no_align:
         config = replace(config, alignment=replace(config.alignment, enabled=False))
     return config if seed is None else replace(config, seed=seed)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise _usage("--device", f"no such device: {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CommandError(f"--device {name}: this PyTorch ({torch.__version__}) sees no GPU")
-    return device
-
-
-def _load(
-    model: str, *, dtype: str, device: str | None, variant: str | None, base: Path | None
-) -> Any:
-    """The pipeline, offline, from safetensors alone."""
-    where = _device(device)
-    if model == "embedded":
-        from realera_fast import embedded
-
-        if not (embedded.FOLDER / "pipeline" / "model_index.json").is_file():
-            raise CommandError("this installation does not hold the embedded model")
-        embedded_pipe: Any = embedded.load_pipeline(DTYPES[dtype])
-        return embedded_pipe.to(where)
-    from diffusers import DiffusionPipeline
-
-    folder = Path(model).expanduser()
-    is_folder = folder.is_dir()
-    if folder.is_file():
-        return _load_file(folder, base, DTYPES[dtype]).to(where)
-    if is_folder and not (folder / "model_index.json").is_file():
-        raise CommandError(f"{model} is not a diffusers pipeline folder: no model_index.json in it")
-    if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise CommandError(f"{model}: no such folder")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(folder) if is_folder else model,
-            dtype=DTYPES[dtype],
-            variant=variant,
-            local_files_only=True,
-            # A pickle can run anything on loading; there is no switch to allow it.
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        if not is_folder and not _is_cached(model):
-            raise CommandError(
-                f"{model!r} is neither a folder nor in the Hugging Face cache; "
-                f"download it first: hf download {model}"
-            ) from error
-        raise CommandError(
-            f"cannot load {model}: {' '.join(str(error).split())} (weights must be safetensors; "
-            "for files named like model.fp16.safetensors pass --variant fp16)"
-        ) from error
-    try:
-        components_of(pipe)
-    except TypeError as error:
-        raise CommandError(
-            f"{type(pipe).__name__} has no U-Net or transformer with a text encoder"
-        ) from error
-    return pipe.to(where)
-
-
-def _load_file(file: Path, base: Path | None, dtype: torch.dtype) -> Any:
-    """A pipeline from a single-file checkpoint, through diffusers' own loader."""
-    import diffusers
-
-    if file.suffix != ".safetensors":
-        raise CommandError(f"{file}: expected a .safetensors file; a pickle can run anything")
-    if base is None or not (base / "model_index.json").is_file():
-        raise CommandError(
-            f"{file} is a single file; pass --base with a pipeline folder of the same "
-            "architecture, for its configuration and tokenizers"
-        )
-    name = json.loads((base / "model_index.json").read_text())["_class_name"]
-    kind: Any = getattr(diffusers, name, None)
-    if not hasattr(kind, "from_single_file"):
-        raise CommandError(f"--base {base}: {name} can't be loaded from a single file")
-    try:
-        return kind.from_single_file(
-            str(file), config=str(base), dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CommandError(f"cannot load {file} as {name}: {reason}") from error
-
-
-def _is_cached(model: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    with suppress(ValueError):
-        return isinstance(try_to_load_from_cache(model, "model_index.json"), str)
-    return False
 
 
 def _check_output(out: Path, force: bool) -> Path:

@@ -7,6 +7,7 @@ a judge; where there is one (any classifier with a ``classify`` method), `judge_
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import io
@@ -402,7 +403,7 @@ def verify(
         rows=rows,
         settings=settings,
         warnings=tuple(picture_warnings(rows)),
-        evaluators={name: _identity(who) for name, who in evaluators.items() if who is not None},
+        evaluators={name: identity_of(who) for name, who in evaluators.items() if who is not None},
     )
 
 
@@ -438,7 +439,23 @@ def text_changes(
     return (change / whole.clamp_min(1e-30)).tolist()
 
 
-def _identity(who: Any) -> Any:
+def find_detector(name: str) -> Detector:
+    """The callable that ``module:name`` means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r}: {error}; expected module:function") from error
+    if not callable(found):
+        raise ValueError(f"{name!r} is a {type(found).__name__}, expected a callable")
+    return found
+
+
+def identity_of(who: Any) -> Any:
     """What pins an evaluator: what it says of itself, or where it is from."""
     if callable(getattr(who, "identity", None)):
         return who.identity()

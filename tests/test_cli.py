@@ -374,7 +374,7 @@ def test_unwritable_output_fails_before_the_model_loads(
 
     # Root may write anywhere, so the refusal of the file system is simulated.
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli, "load_pipeline", load)
     result = run("erase", model, "-c", "cat", "-o", tmp_path / "out")
     failed(result, "cannot write --out")
     assert "Permission denied" in result[2]

@@ -59,6 +59,7 @@ ORDER = (
         "verification",
         "page",
         "embedded",
+        "loading",
         "demo",
         "cli",
         "__main__",
