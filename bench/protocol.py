@@ -195,7 +195,8 @@ def scored(
         return {"CLIP_e": e, "CLIP_s": s, "H_a": apart}, said
     if rates["erased"] is None or rates["kept"] is None:
         raise SystemExit("nothing to score: a protocol needs erased and kept words")
-    return Scores(rates["erased"], rates["kept"], rates["unnamed"]).percentages(), said
+    found = Scores(acc_e=rates["erased"], acc_s=rates["kept"], acc_g=rates["unnamed"])
+    return found.percentages(), said
 
 
 def _labels(found: Any) -> Sequence[Any]:

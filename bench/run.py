@@ -4,7 +4,7 @@ python bench/run.py closed_form            # full: bench/results/closed_form.jso
 python bench/run.py closed_form --quick    # under a minute; says last which targets were met
 python bench/run.py closed_form --plot     # docs/closed_form.png from the committed rows
 
-The same for `perturb`, `alignment` and `full_size` (no plot).
+The same for `perturb`, `alignment`, and without a plot `full_size` and `entry_maps`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-CASES = ("closed_form", "perturb", "alignment", "full_size")
+CASES = ("closed_form", "perturb", "alignment", "full_size", "entry_maps")
 """Modules beside this file, each with `main(arguments) -> int`."""
 
 
