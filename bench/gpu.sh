@@ -16,6 +16,7 @@ python3 bench/run.py perturb --out "$out/perturb.jsonl" >> "$out/perturb.log" 2>
 python3 bench/run.py alignment --profile "$out/alignment_profile.txt" > "$out/alignment.log" 2>&1
 python3 bench/run.py alignment --quick --out "$out/alignment_quick.jsonl" | tee -a "$out/alignment.log"
 python3 bench/run.py alignment --out "$out/alignment.jsonl" >> "$out/alignment.log" 2>&1
+python3 bench/run.py full_size --out "$out/full_size.jsonl" | tee "$out/full_size.log"
 env -u TRITON_INTERPRET python3 -m pytest -q tests/aot > "$out/aot.log" 2>&1
 tail -n 1 "$out/aot.log"
 if command -v compute-sanitizer > /dev/null; then

@@ -270,6 +270,63 @@ def alignment_lines() -> list[str]:
     ]  # fmt: skip
 
 
+def full_size_lines() -> list[str]:
+    """Stages of an erasure from Stable Diffusion 1.4 at full size."""
+    found = rows("full_size.jsonl")
+    if not found:
+        return []
+    body = [
+        (
+            f"{row['concepts']}", f"{row['words']}", row["dtype"], row["stage"],
+            f"{row['seconds']:,.2f}", f"{row['peak_mb']:,}",
+            f"{row['file_mb']:.1f}" if "file_mb" in row else "",
+        )
+        for row in found
+    ]  # fmt: skip
+    first = found[0]
+    where = first["cpu"] if first["device"] == "cpu" else first["device"]
+    return [
+        f"One run on {where}, {first['threads']} thread(s), torch {first['torch']}, commit "
+        f"{first['commit']}. Random weights of the real shapes; peak memory is that of the whole "
+        "process (on a GPU: of its allocator), model included. No noise alignment.",
+        "",
+        *table(("concepts", "prior words", "dtype", "stage", "s", "peak MiB", "file MB"), body),
+        "",
+    ]
+
+
+def entry_map_lines() -> list[str]:
+    """Edits of models with joint attention, at the entry of the text or in each block."""
+    found = rows("entry_maps.jsonl")
+    if not found:
+        return []
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["name"], row["edit"]), []).append(row)
+
+    def spread(values: Sequence[float]) -> str:
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+    body = [
+        [
+            name, edit, *(spread([row[key] for row in part]) for key in ("erased", "kept")),
+            # With an edited pooled vector this would show what the edit does to the anchor's.
+            spread([row["tokens"] for row in part]) if edit in ("sequence", "blocks") else "",
+        ]
+        for (name, edit), part in groups.items()
+    ]  # fmt: skip
+    seeds = len({row["seed"] for row in found})
+    return [
+        "What is left of a concept's prediction, what others lose, and what is left where only the "
+        "token sequence tells of the concept: 0 is best, 1 is no edit. Randomly initialized models "
+        f"of the stock classes, {seeds} seeds, commit {found[0]['commit']}; what the numbers mean "
+        "is in `bench/entry_maps.py`.",
+        "",
+        *table(("model", "edit", "erased", "kept", "tokens"), body),
+        "",
+    ]
+
+
 def generated() -> str:
     lines = [*model_lines()]
     for kind, title in (("object", "Objects"), ("style", "Styles")):
@@ -288,6 +345,12 @@ def generated() -> str:
     alignment = alignment_lines()
     if alignment:
         lines += ["### Noise alignment", "", *alignment]
+    for title, part in (
+        ("Stable Diffusion 1.4 at full size", full_size_lines()),
+        ("Where to edit models with joint attention", entry_map_lines()),
+    ):
+        if part:
+            lines += [f"### {title}", "", *part]
     return "\n".join(lines).strip()
 
 
