@@ -115,6 +115,7 @@ def align_noise(
     empty: Tensor,
     config: AlignmentConfig,
     mining_config: mining.MiningConfig,
+    pooled_map: ConceptMap | None = None,
     noise_factor: Tensor | None = None,
     latents: Mapping[str, Tensor] | None = None,
     seed: int,
@@ -137,6 +138,8 @@ def align_noise(
             `prompts`.
         preserve: `[p, t, d]` prompts that keep their prediction.
         empty: `[1, t, d]` embedding of the empty prompt, for guidance.
+        pooled_map: the closed form of the pooled vector, for SDXL; every prompt then has the vector
+            as its last row (`text.TextWithPooled`).
         noise_factor: `[d, d]` shape of the neighbors' noise (`mining.sample`), for mining in
             "covariance" mode.
         latents: `[n, c, h, w]` encoded pictures by word (VAE latents times its scaling factor);
@@ -177,8 +180,9 @@ def align_noise(
         use_rslora=config.use_rslora, seed=seed, device=device,
     )  # fmt: skip
     path = TextPath(
-        unet, concept_map, lora, mixed_precision=config.mixed_precision, compiled=config.compile
-    )
+        unet, concept_map, lora, pooled_map=pooled_map, mixed_precision=config.mixed_precision,
+        compiled=config.compile,
+    )  # fmt: skip
 
     def denoiser(steps: int) -> Denoiser:
         return Denoiser(

@@ -31,7 +31,7 @@ from realera_fast.config import EraseConfig
 from realera_fast.denoiser import projections
 from realera_fast.erase import erase as erase_concepts
 from realera_fast.erasure import Erasure, read_description
-from realera_fast.families import components_of, text_streams
+from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import folder_atomically
 from realera_fast.loading import DTYPES, find_device, load_pipeline
 
@@ -285,6 +285,7 @@ def erase(
             erasure.save_single_file(folder / "model.safetensors", Path(model).expanduser(), edited)
         if "pipeline" in wanted:
             pipe.save_pretrained(folder / "pipeline", safe_serialization=True)
+            erasure.annotate(folder / "pipeline" / component_name(pipe))
         _write_report(erasure, folder, model)
         written = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
     typer.echo(_summary(erasure))
@@ -338,8 +339,10 @@ def apply(
         _check_space(pipe, folder)
         edited = components_of(pipe).model
         for erasure in erasures:
-            (erasure.rebase(edited) if rebase else erasure).apply_(edited)
+            last = erasure.rebase(edited) if rebase else erasure
+            last.apply_(edited)
         pipe.save_pretrained(folder, safe_serialization=True)
+        last.annotate(folder / component_name(pipe))
     names = ", ".join(repr(c.target) for erasure in erasures for c in erasure.concepts)
     typer.echo(f"wrote a pipeline without {names or 'any change'} to {out}")
 
@@ -594,7 +597,9 @@ def demo(
     typer.echo(f"\n{sum(result.seconds.values()):.0f} seconds: ", nl=False)
     typer.echo(", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items()))
     width = max(map(len, FILES))
-    about = ("pictures, same seeds", "everything on one page", "all numbers", "the delta")
+    about = (
+        "pictures, same seeds", "everything on one page", "all numbers", "the delta", "its card",
+    )  # fmt: skip
     for name, text in zip(FILES, about, strict=True):
         typer.echo(f"  {result.folder / name!s:<{width + len(str(result.folder)) + 1}}  {text}")
 

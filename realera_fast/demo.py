@@ -41,7 +41,7 @@ from realera_fast.verification import (
 
 logger = logging.getLogger(__name__)
 
-FILES = ("before_after.png", "report.html", "report.json", "erasure.safetensors")
+FILES = ("before_after.png", "report.html", "report.json", "erasure.safetensors", "erasure.md")
 """What `run_demo` writes."""
 
 

@@ -27,11 +27,11 @@ from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, history_of
-from realera_fast.families import components_of, is_pipeline, text_streams
+from realera_fast.families import components_of, family_of, is_pipeline, text_streams
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.pairs import ConceptPrompts, fill
-from realera_fast.text import Text
+from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -138,12 +138,13 @@ def erase(
         CheckpointError: the checkpoint is broken or of another run (a ValueError).
     """
     if is_pipeline(model):
-        if concepts is not None or text_encoders is None or tokenizer is not None:
+        if (concepts is None) == (text_encoders is None) or tokenizer is not None:
             raise TypeError(
                 "erase: with a pipeline expected erase(pipe, concepts) without text encoders or "
                 "tokenizers; with its parts, pass pipe.unet or pipe.transformer first"
             )
-        pipe, concepts = components_of(model), text_encoders
+        pipe = components_of(model)
+        concepts = text_encoders if concepts is None else concepts
         model, text_encoders, tokenizer = pipe.model, pipe.text_encoders, pipe.tokenizers
         scheduler = pipe.scheduler if scheduler is None else scheduler
     elif concepts is None:
@@ -163,7 +164,8 @@ def erase(
             "scheduler: expected a diffusers scheduler such as pipe.scheduler, got "
             f"{type(scheduler).__name__}"
         )
-    alignable = config.alignment.enabled and _alignable(model)
+    count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
+    alignable = config.alignment.enabled and family_of(model, count).aligned
     if resume and checkpoint_dir is None:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
     if alignable:
@@ -231,6 +233,8 @@ def erase(
     concept_map = solution.map.to("cpu")
     pooled_map = None if pooled is None else pooled.map.to("cpu")
     prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone)
+    # Alignment shows the model whole prompts, with their pooled vector.
+    shown = text if pooled is None else TextWithPooled(text, texts["pooled"][0])
 
     stayers = _stayers(vocabulary, gone, kept_words)
     aligned = alignment.NOT_ALIGNED
@@ -246,10 +250,11 @@ def erase(
                     model,
                     scheduler or alignment.find_scheduler(model),
                     solution.map,
-                    prompts=prompts,
-                    watched=ConceptPrompts(text, parsed, near, config.pairs, avoid=gone),
-                    preserve=text.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
-                    empty=text.encode([""]),
+                    prompts=ConceptPrompts(shown, parsed, mined, config.pairs, avoid=gone),
+                    watched=ConceptPrompts(shown, parsed, near, config.pairs, avoid=gone),
+                    preserve=shown.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
+                    empty=shown.encode([""]),
+                    pooled_map=None if pooled is None else pooled.map,
                     config=config.alignment,
                     mining_config=config.mining,
                     noise_factor=(
@@ -290,14 +295,8 @@ def erase(
 
 
 _NO_ALIGNMENT = (
-    "noise alignment runs on U-Nets with one text encoder; this model has the closed form alone"
+    "noise alignment runs on Stable Diffusion 1, 2 and XL; this model has the closed form alone"
 )
-
-
-def _alignable(model: Any) -> bool:
-    """Whether the noise alignment knows how to run this denoiser."""
-    kinds = denoisers.streams(model)
-    return "pooled" not in kinds.values() and all(n.endswith((".to_k", ".to_v")) for n in kinds)
 
 
 def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:

@@ -366,7 +366,7 @@ class Erasure:
         Equal erasures give equal bytes. Missing folders are made.
 
         Returns:
-            The path written.
+            The path written; a model card is written beside it.
 
         Raises:
             OSError: the folder can't be written or the disk is full; an older file stays as it was.
@@ -400,7 +400,9 @@ class Erasure:
                     "that can be loaded; save dataclasses.replace(erasure, system=None, "
                     "pooled_system=None)"
                 )
-        return write(Path(path), tensors, metadata)
+        path = write(Path(path), tensors, metadata)
+        write_card(path, self, use="factors", component=self._component())
+        return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Erasure:
@@ -486,7 +488,7 @@ class Erasure:
         tensors, metadata = in_layout(factors, layout, self._component(), options)
         write(file, tensors, metadata | self.metadata())
         use: Use = "lora-kohya" if layout == "kohya" else "lora-diffusers"
-        write_card(file, self, use=use, component=self._component())
+        write_card(file, self, use=use, component=self._component(), alone=file != path)
         return file
 
     def save_weights(self, path: str | os.PathLike[str], model: nn.Module) -> Path:
@@ -581,10 +583,18 @@ class Erasure:
         with folder_atomically(Path(folder)) as staged:
             whole: Any = unwrapped(model)
             whole.save_pretrained(staged, safe_serialization=True)
-            for file in sorted(staged.glob("*.safetensors")):
-                patch(file, file, {}, self.metadata())
-            write_card(staged, self, use="component", component=self._component())
+            self.annotate(staged)
         return Path(folder)
+
+    def annotate(self, folder: str | os.PathLike[str]) -> None:
+        """Writes what was erased into a folder that diffusers saved an edited model to.
+
+        Each of its safetensors files gets the metadata, and the folder a model card.
+        """
+        folder = Path(folder)
+        for file in sorted(folder.glob("*.safetensors")):
+            patch(file, file, {}, self.metadata())
+        write_card(folder, self, use="component", component=self._component())
 
     def metadata(self) -> dict[str, str]:
         """What every exported file says about itself, as text: concepts with their anchors, config,

@@ -54,6 +54,8 @@ class Family:
     """What stands one after the other in the token sequence; each of encoders side by side."""
     pooled: tuple[Reading, ...] = ()
     """Pooled vectors, side by side."""
+    aligned: bool = False
+    """Whether the noise alignment knows how to run the denoiser."""
     padded: bool = False
     """Whether zeros fill a section up to the width that the denoiser takes."""
 
@@ -66,11 +68,12 @@ def _sana_instruction() -> str:
     return "\n".join(parameters["complex_human_instruction"].default or ())
 
 
-_STABLE_DIFFUSION = Family("Stable Diffusion", ((Reading(0),),))
+_STABLE_DIFFUSION = Family("Stable Diffusion", ((Reading(0),),), aligned=True)
 _SDXL = Family(
     "Stable Diffusion XL",
     ((Reading(0, "penultimate"), Reading(1, "penultimate")),),
     (Reading(1, "pooled"),),
+    aligned=True,
 )
 _REFINER = Family(
     "Stable Diffusion XL refiner",

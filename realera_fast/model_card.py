@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from realera_fast.concepts import Concept
 from realera_fast.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 Use = Literal["lora-diffusers", "lora-kohya", "weights", "single-file", "component", "factors"]
 
@@ -43,13 +46,18 @@ class Described(Protocol):
         ...
 
 
-def write_card(path: Path, erasure: Described, *, use: Use, component: str) -> Path:
+def write_card(
+    path: Path, erasure: Described, *, use: Use, component: str, alone: bool = False
+) -> Path:
     """Writes the card of a file beside it (``NAME.md``), or of a folder into it (``README.md``).
+
+    A card that can't be written is warned of: the file that it is about is there.
 
     Args:
         path: the file or folder that the card is about.
         use: what it is; decides the line of code that loads it.
         component: "unet" or "transformer".
+        alone: the file is what its folder is for: the card is the folder's.
 
     Returns:
         The path of the card.
@@ -106,8 +114,13 @@ def write_card(path: Path, erasure: Described, *, use: Use, component: str) -> P
         "",
     ]
     card = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
-    target = path / "README.md" if is_folder else path.with_suffix(".md")
-    write_atomically(target, card.encode())
+    target = path.with_suffix(".md")
+    if is_folder or alone:
+        target = (path if is_folder else path.parent) / "README.md"
+    try:
+        write_atomically(target, card.encode())
+    except OSError as error:
+        logger.warning("no model card was written to %s: %s", target, error.strerror)
     return target
 
 

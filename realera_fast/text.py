@@ -394,3 +394,55 @@ class JoinedText:
         """SHA-256 of everything that the embeddings depend on."""
         parts = [part.fingerprint() for part in self.parts]
         return hashlib.sha256(f"{parts} {self.width}".encode()).hexdigest()
+
+
+class TextWithPooled:
+    """A token sequence whose last row is the pooled vector (SDXL), for noise alignment.
+
+    Zeros fill the row up. It carries no weight: the closed form has the vector as a stream of its
+    own.
+    """
+
+    def __init__(self, sequence: Text, pooled: Text) -> None:
+        """
+        Args:
+            pooled: of at most as many features as the sequence has.
+        """
+        self.sequence, self.pooled = sequence, pooled
+        self.width, self.device = sequence.width, sequence.device
+        self.max_tokens = sequence.max_tokens + 1
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        return self.sequence.token_ids(text)
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that would not be seen; `""` if all is."""
+        return self.sequence.overflow(prompt)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t + 1, d]` float32 embeddings."""
+        row = self.pooled.encode(prompts).to(self.device)
+        row = nn.functional.pad(row, (0, self.width - self.pooled.width))
+        return torch.cat((self.sequence.encode(prompts), row), dim=1)
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        return self.sequence.span(before, word)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt."""
+        return self.sequence.ends(prompts)
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t + 1]` float64 weights of the rows, a sum of 1 each."""
+        return nn.functional.pad(self.sequence.shares(prompts), (0, 1))
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the tokenizer's vocabulary."""
+        return self.sequence.words(count)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        both = f"{self.sequence.fingerprint()} {self.pooled.fingerprint()}"
+        return hashlib.sha256(both.encode()).hexdigest()

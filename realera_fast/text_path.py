@@ -18,12 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realera_fast import attention, ops
 from realera_fast.concept_map import ConceptMap
-from realera_fast.denoiser import projections, unwrapped
+from realera_fast.denoiser import projections, stream_of, unwrapped
 from realera_fast.lora import LoraParameters
 
 _SHORT = 256
 """Up to so many latent pixels PyTorch's fused attention loses on a CPU in half precision: its
 backward pass costs 5 ms a layer whatever the length."""
+
+_VAE_SCALE = 8
+"""Pixels of a latent's side, in every autoencoder of Stable Diffusion."""
 
 Model = Literal["original", "edited", "aligned"]
 """The base weights; with the closed form; with the closed form and the LoRA factors."""
@@ -35,6 +38,8 @@ class Conditioning:
 
     states: Tensor
     """`[b, t, d]` the prompts' embeddings."""
+    pooled: Tensor | None
+    """`[b, q]` their pooled vectors, edited where the model is; None where it takes none."""
     projected: Mapping[str, Tensor]
     """`[b, t, o]` by projection name."""
     adapted: bool
@@ -53,6 +58,7 @@ class TextPath:
         concept_map: ConceptMap,
         lora: LoraParameters,
         *,
+        pooled_map: ConceptMap | None = None,
         mixed_precision: Literal["no", "bf16"] = "no",
         compiled: bool = False,
     ) -> None:
@@ -60,6 +66,8 @@ class TextPath:
         Args:
             unet: the original `UNet2DConditionModel`.
             concept_map: the closed form, T = I + L R.
+            pooled_map: that of the pooled vector, for SDXL: prompts then have it as their last row
+                (`text.TextWithPooled`). An edited map of it is an edited vector.
             lora: the factors; their text layers are some of the U-Net's projections.
             mixed_precision: "bf16" computes a float32 U-Net under autocast.
             compiled: run the student through `torch.compile`.
@@ -67,7 +75,12 @@ class TextPath:
         # A compiled model would be compiled again for every model that is run here.
         self.unet: Any = unwrapped(unet)
         self.lora = lora
-        self._layers = projections(unet)
+        self._pooled_map = pooled_map
+        self._layers = {
+            name: layer
+            for name, layer in projections(unet).items()
+            if stream_of(name) == "sequence"
+        }
         weight = next(iter(self._layers.values())).weight
         self.device = weight.device
         self._autocast = mixed_precision == "bf16" and weight.dtype == torch.float32
@@ -96,6 +109,11 @@ class TextPath:
 
     def condition(self, states: Tensor, model: Model) -> Conditioning:
         """Keys and values of all layers for `[b, t, d]` prompts: one product, LoRA included."""
+        pooled = None
+        if self._pooled_map is not None:
+            states, pooled = states[:, :-1], states[:, -1, : self._pooled_map.width]
+            pooled = pooled.to(self.device)
+            pooled = (pooled if model == "original" else self._pooled_map(pooled)).to(self.dtype)
         states = states.to(self.device, self.dtype)
         parts: Sequence[Tensor]
         if model == "original":
@@ -109,7 +127,7 @@ class TextPath:
         for name, part in zip(self._names, parts, strict=True):
             bias = self._layers[name].bias
             projected[name] = part if bias is None else part + bias.detach().to(self.dtype)
-        return Conditioning(states, projected, model == "aligned")
+        return Conditioning(states, pooled, projected, model == "aligned")
 
     def _products(self, states: Tensor, *, adapted: bool) -> Sequence[Tensor]:
         rows = states.flatten(0, 1)
@@ -151,9 +169,19 @@ class TextPath:
             self._attention(latents),
         ):
             noise = forward(
-                latents.to(dtype), timesteps, encoder_hidden_states=prompts.states
-            ).sample
+                latents.to(dtype), timesteps, encoder_hidden_states=prompts.states,
+                added_cond_kwargs=self._added(latents, prompts),
+            ).sample  # fmt: skip
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
+
+    def _added(self, latents: Tensor, prompts: Conditioning) -> dict[str, Tensor] | None:
+        """What SDXL takes beside the tokens: the pooled vector, and a picture that is not cut."""
+        if prompts.pooled is None:
+            return None
+        height, width = (_VAE_SCALE * side for side in latents.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+        sizes = sizes.to(prompts.pooled.dtype).expand(len(latents), -1)
+        return {"text_embeds": prompts.pooled, "time_ids": sizes}
 
     def _attention(self, latents: Tensor) -> contextlib.AbstractContextManager[None]:
         """The implementation of attention that is faster for latents `[b, c, h, w]`."""

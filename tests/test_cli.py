@@ -123,6 +123,7 @@ def test_info_json(run: Any) -> None:
 def test_erase_writes_what_was_asked(model: str, erased: Path) -> None:
     assert sorted(p.name for p in erased.iterdir()) == [
         "complete.json",
+        "erasure.md",
         "erasure.safetensors",
         "lora",
         "pipeline",
@@ -173,6 +174,7 @@ def test_erase_reports_on_stdout_and_nothing_else_there(
     assert code == 0
     assert sorted(p.name for p in out.iterdir()) == [
         "complete.json",
+        "erasure.md",
         "erasure.safetensors",
         "report.html",
         "report.json",
@@ -180,7 +182,7 @@ def test_erase_reports_on_stdout_and_nothing_else_there(
     lines = text.splitlines()
     assert lines[0].split() == ["word", "role", "becomes", "moved", "drift"]
     assert lines[1].split()[:3] == ["cat", "target", "dog"]
-    assert lines[-1] == f"wrote erasure.safetensors, report.html, report.json to {out}"
+    assert lines[-1] == f"wrote erasure.md, erasure.safetensors, report.html, report.json to {out}"
     assert [p.name for p in out.parent.iterdir()] == ["er"]
     # Readable by others, as any file a user makes.
     assert os.stat(out).st_mode & 0o777 == 0o777 & ~_umask()

@@ -53,8 +53,8 @@ def test_a_transformer_is_erased_saved_and_verified(run, models, tmp_path):
                        "--save", "pipeline,delta,lora,kohya,weights")  # fmt: skip
     assert code == 0, err
     assert {p.name for p in out.iterdir()} == {
-        "complete.json", "erasure.safetensors", "kohya.md", "kohya.safetensors", "lora", "pipeline",
-        "report.html", "report.json", "weights.md", "weights.safetensors",
+        "complete.json", "erasure.md", "erasure.safetensors", "kohya.md", "kohya.safetensors",
+        "lora", "pipeline", "report.html", "report.json", "weights.md", "weights.safetensors",
     }  # fmt: skip
     from diffusers import FluxPipeline
 
@@ -118,7 +118,10 @@ def test_info_tells_what_a_file_holds(run, models, tmp_path):
         told[file] = json.loads(text)
     digests = {value["report_sha256"] for value in told.values()}
     assert len(digests) == 1 and len(digests.pop()) == 64
-    code, _, err = run("info", out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    whole = out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    code, text, _ = run("info", whole)
+    assert code == 0 and "edited tensors" in text and "cat" in text
+    code, _, err = run("info", models / "sd1" / "unet" / whole.name)
     assert code == 1 and "says nothing about an erasure" in err
     assert run("info", tmp_path / "nothing.safetensors")[0] == 1
 

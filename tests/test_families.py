@@ -21,7 +21,10 @@ from realera_fast.alignment import AlignmentConfig
 from realera_fast.closed_form import ClosedFormConfig
 from realera_fast.denoiser import check_width, projections, stream_of, streams
 from realera_fast.families import components_of, family_of, is_pipeline, text_streams
+from realera_fast.lora import LoraParameters
 from realera_fast.pairs import PairsConfig
+from realera_fast.text import TextWithPooled
+from realera_fast.text_path import TextPath
 from realera_fast.vocabulary import VocabularyConfig
 
 CLOSED = EraseConfig(
@@ -453,9 +456,67 @@ def test_alignment_runs_with_v_prediction():
     assert erasure.report["alignment"]["steps"] == 2
 
 
+TRAINED = AlignmentConfig(steps=3, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=0,
+                          evaluation_steps=0)  # fmt: skip
+
+
+def test_alignment_runs_on_two_text_encoders():
+    pipe, other = sdxl(), sdxl()
+    before = weights(pipe.unet)
+    config = EraseConfig(alignment=TRAINED, vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs)
+    erasure = edited(pipe, config=config)
+    assert erasure.report["alignment"]["steps"] == 3 and len(erasure.lora) == 16
+    assert not any("alignment" in text for text in erasure.report["warnings"])
+    closed = edited(other)
+    assert torch.equal(closed.map.left, edited(sdxl(), config=CLOSED).map.left)
+    erasure.restore_(pipe.unet)
+    assert all(torch.equal(t, before[n]) for n, t in weights(pipe.unet).items())
+
+
+@torch.no_grad()
+def test_alignment_shows_sdxl_what_its_pipeline_does():
+    pipe = sdxl()
+    streams_by_name = streams_of(pipe)
+    (sequence,), (pooled,) = streams_by_name["sequence"], streams_by_name["pooled"]
+    shown = TextWithPooled(sequence, pooled)
+    erasure = edited(pipe)
+    erasure.restore_(pipe.unet)
+    layers = {n: layer for n, layer in projections(pipe.unet).items() if n.endswith("to_k")}
+    lora = LoraParameters(layers, {}, r=2, lora_alpha=2, seed=0)
+    path = TextPath(pipe.unet, erasure.map, lora, pooled_map=erasure.pooled_map)
+    states = shown.encode(PROMPTS)
+    assert states.shape == (2, 78, 80) and not states[:, -1, 48:].any()
+    assert not shown.shares(PROMPTS)[:, -1].any()
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([10, 500])
+    stock = encoded(pipe, PROMPTS)
+    # The pipeline's own numbers beside the vector: sizes and crops of a 64 pixel picture.
+    ids = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, 48).expand(2, -1)
+    added = {"text_embeds": stock["pooled_prompt_embeds"], "time_ids": ids}
+
+    def through_the_pipeline():
+        return pipe.unet(
+            z, t, encoder_hidden_states=stock["prompt_embeds"], added_cond_kwargs=added
+        ).sample
+
+    with path.installed():
+        original = path.predict(z, t, path.condition(states, "original"))
+        seen = path.predict(z, t, path.condition(states, "edited"))
+        # Factors that add nothing yet.
+        aligned = path.predict(z, t, path.condition(states, "aligned"))
+    assert torch.allclose(original, through_the_pipeline(), rtol=1e-4, atol=1e-4)
+    apart = (seen - original).norm()
+    erasure.apply_(pipe.unet)
+    assert (seen - through_the_pipeline()).norm() < 1e-3 * apart
+    assert (aligned - seen).norm() < 1e-3 * apart
+
+
 def test_without_alignment_the_report_says_so():
     erasure = edited(
         auraflow(), config=EraseConfig(vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs)
     )
-    assert any("noise alignment runs on U-Nets" in text for text in erasure.report["warnings"])
+    assert any(
+        "noise alignment runs on Stable Diffusion 1, 2 and XL" in text
+        for text in erasure.report["warnings"]
+    )
     assert erasure.concepts == (Concept("cat", "dog"),)
