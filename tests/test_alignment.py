@@ -289,7 +289,7 @@ def test_resuming_a_finished_run_changes_nothing(parts, tmp_path):
     first = run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a")
     again = run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a", resume=True)
     assert same(first, again) and first.losses == again.losses
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.ALIGNMENT + ".safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{checkpoint.ALIGNMENT}.safetensors"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(parts, tmp_path):
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_another_run_is_refused(parts, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "other"])
 def test_a_broken_checkpoint_is_refused(parts, tmp_path, content):
-    path = tmp_path / checkpoint.ALIGNMENT + ".safetensors"
+    path = tmp_path / f"{checkpoint.ALIGNMENT}.safetensors"
     if content == "other":
         save_file({"x": torch.zeros(1)}, path)
     else:
