@@ -1157,3 +1157,14 @@ def _check_provenance(provenance: Mapping[str, Any]) -> None:
     )
     if not valid:
         raise ErasureFileError("its provenance holds no valid base_hashes")
+    history = provenance.get("history", [])
+    known = isinstance(history, list) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("action"), str)
+        and isinstance(entry.get("fingerprint"), str)
+        and isinstance(entry.get("concepts"), list)
+        and all(isinstance(word, str) for word in entry["concepts"])
+        for entry in history
+    )
+    if not known:
+        raise ErasureFileError("its provenance holds a history that is none")

@@ -117,7 +117,8 @@ def _accumulate(
 
     equations = NormalEquations(text.width, device=text.device)
     ends = []
-    block = 64
+    # As many prompts as make 128 MiB of embeddings.
+    block = max(1, min(64, (1 << 25) // (text.max_tokens * text.width)))
     with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
         for start in range(0, len(prompts), block):
             part = prompts[start : start + block]

@@ -263,29 +263,21 @@ def test_a_pipeline_and_its_parts_give_the_same():
     )
 
 
-def test_a_modular_pipeline_is_taken_like_a_classic_one():
-    from diffusers import ModularPipeline
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_a_modular_pipeline_is_taken_like_a_classic_one(name):
+    from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusionXLAutoBlocks
 
-    class Loaded(ModularPipeline):
-        """One whose components were loaded: attributes of the same names."""
-
-        def __init__(self, pipe):
-            self.__dict__["parts"] = pipe.components
-
-        def __getattr__(self, name):
-            if name in self.__dict__["parts"]:
-                return self.__dict__["parts"][name]
-            raise AttributeError(name)
-
-    pipe, plain = flux(), flux()
-    modular = Loaded(pipe)
-    assert is_pipeline(modular) and not is_pipeline(pipe.transformer)
+    pipe, plain = FAMILIES[name](), FAMILIES[name]()
+    modular = {"sdxl": StableDiffusionXLAutoBlocks, "flux": FluxAutoBlocks}[name]().init_pipeline()
+    known = modular._component_specs
+    modular.update_components(
+        **{part: value for part, value in pipe.components.items() if value and part in known}
+    )
+    assert is_pipeline(modular) and not is_pipeline(components_of(pipe).model)
     edited(modular)
     edited(plain)
-    assert all(
-        torch.equal(t, plain.transformer.state_dict()[n])
-        for n, t in pipe.transformer.state_dict().items()
-    )
+    expected = weights(components_of(plain).model)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(components_of(pipe).model).items())
 
 
 @pytest.mark.parametrize(

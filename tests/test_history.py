@@ -11,7 +11,12 @@ from tiny_families import denoise, sd1, sdxl
 from tiny_models import tiny_pipeline
 
 from realera_fast import Erasure, erase
-from realera_fast.erasure import BaseModelMismatchError, applied
+from realera_fast.erasure import (
+    BaseModelMismatchError,
+    ErasureFileError,
+    applied,
+    read_description,
+)
 from realera_fast.lora import LoraFactors
 
 
@@ -123,6 +128,19 @@ def test_in_another_process_the_rest_is_put_on_the_base_model(tmp_path):
     loaded.rebase(other.unet).apply_(other.unet)
     erased(alone, "ship=tree")
     assert same(weights(other.unet), weights(alone.unet))
+
+
+@pytest.mark.parametrize(
+    "history", [{}, ["erased"], [{"action": "erased", "concepts": [1], "fingerprint": ""}], [{}]]
+)
+def test_a_hostile_history_is_refused(tmp_path, monkeypatch, history):
+    (erasure,) = erased(sd1(), "cat=dog")
+    odd = dataclasses.replace(erasure, provenance={**erasure.provenance, "history": history})
+    monkeypatch.setattr("realera_fast.erasure.write_card", lambda *_, **__: None)
+    file = odd.save(tmp_path / "odd.safetensors")
+    for read in (Erasure.load, read_description):
+        with pytest.raises(ErasureFileError, match="a history that is none"):
+            read(file)
 
 
 @pytest.mark.parametrize("build", [sd1, sdxl])
