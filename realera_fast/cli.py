@@ -418,8 +418,8 @@ def verify(
     MODEL is the model the delta was made from. Writes before_after.png, report.html and
     report.json into DIR.
 
-    Without --prompt it draws what was erased, and of the words that the erasure watched the
-    three that moved most and the three that moved least.
+    Without --prompt it draws what was erased, words just outside its neighborhood, and words
+    that moved least.
 
     \b
     Examples:

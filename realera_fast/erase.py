@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -180,7 +181,9 @@ def erase(
     provenance = _provenance(model, config)
     if not parsed:
         logger.warning("concepts is empty: nothing is erased")
-        empty_report = report.Report((), {}, {}, dict.fromkeys(layers, 0.0), {}, {}, ()).to_dict()
+        empty_report = report.Report(
+            (), {}, {}, {}, dict.fromkeys(layers, 0.0), {}, {}, ()
+        ).to_dict()
         identity = [ConceptMap.identity(sections[0].width) for sections in texts.values()]
         result = Erasure(
             identity[0], {}, (), config.to_dict(), provenance, empty_report,
@@ -197,9 +200,10 @@ def erase(
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
-        near = neighbor_words(
+        around = neighbor_words(
             text, vocabulary, parsed, config.mining, keep=kept_words, progress=progress
         )
+        near = around.near
         gone = [w for c in parsed for w in (*c.words, *near[c.target])]
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
         if config.mining.mode == "vocabulary":
@@ -280,6 +284,7 @@ def erase(
                 before, edited, prompts, kept_words, stayers, text, solution, aligned, mined,
                 progress,
             )  # fmt: skip
+            found["relatives"] = around.relatives
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
             if config.alignment.enabled and not alignable:
@@ -418,7 +423,11 @@ def _provenance(model: Any, config: EraseConfig) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     weight = next(iter(denoisers.projections(model).values())).weight
+    name = str(getattr(getattr(denoisers.unwrapped(model), "config", None), "_name_or_path", ""))
+    is_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
     return {
+        # A hub id; a path on this machine is nobody's business.
+        "base_model": name if is_id else None,
         "versions": versions,
         "model_class": type(denoisers.unwrapped(model)).__name__,
         "dtype": str(weight.dtype).removeprefix("torch."),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 30.0
 """Time between two checkpoints."""
+_RELATIVES = 3
+"""Words just outside a neighborhood that are named in the report."""
 _TOGETHER = 32
 """Concepts that are described together."""
 
@@ -68,6 +70,16 @@ class _Saved:
         self._last = time.monotonic()
 
 
+@dataclass(frozen=True)
+class Neighborhood:
+    """Words of the tokenizer around concepts, by target, nearest first."""
+
+    near: dict[str, tuple[str, ...]]
+    """Inside the neighborhood; a word near two concepts goes to the nearer one."""
+    relatives: dict[str, tuple[str, ...]]
+    """The first few outside of it: what a reader should look at."""
+
+
 def neighbor_words(
     text: Text,
     vocabulary: Vocabulary,
@@ -76,18 +88,17 @@ def neighbor_words(
     *,
     keep: Sequence[str] = (),
     progress: bool | None = False,
-) -> dict[str, tuple[str, ...]]:
-    """Words of the tokenizer that lie in the neighborhood of each concept, nearest first.
+) -> Neighborhood:
+    """Words of the tokenizer that lie in the neighborhood of each concept, and just outside.
 
     Args:
         keep: words that are never neighbors (preserved words and anchors).
-
-    Returns:
-        Neighbor words by target; a word near two concepts goes to the nearer one.
     """
     found: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
+    beyond: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
     if not vocabulary.words or not concepts:
-        return {target: () for target in found}
+        nothing: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
+        return Neighborhood(nothing, nothing)
     taken = {word.casefold() for c in concepts for word in (*c.words, c.destination or "")}
     taken |= {word.casefold() for word in keep}
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
@@ -105,12 +116,17 @@ def neighbor_words(
                 best = torch.maximum(best, score)
             bar.update(len(part))
     for index, word in enumerate(vocabulary.words):
-        if word.casefold() not in taken and float(best[index]) >= config.word_cosine:
-            found[concepts[int(owner[index])].target].append((float(best[index]), word))
-    return {
-        target: tuple(word for _, word in sorted(words, reverse=True)[: config.max_words])
-        for target, words in found.items()
-    }
+        if word.casefold() not in taken:
+            into = found if float(best[index]) >= config.word_cosine else beyond
+            into[concepts[int(owner[index])].target].append((float(best[index]), word))
+
+    def nearest(words: list[tuple[float, str]], count: int) -> tuple[str, ...]:
+        return tuple(word for _, word in sorted(words, reverse=True)[:count])
+
+    return Neighborhood(
+        {target: nearest(words, config.max_words) for target, words in found.items()},
+        {target: nearest(words, _RELATIVES) for target, words in beyond.items()},
+    )
 
 
 def gather(

@@ -72,23 +72,24 @@ def write_card(
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base
     )
-    how = _HOW[use].format(
-        folder=path if is_folder else path.parent, file=path.name, component=component
-    )
+    how = _HOW[use].format(folder="path/to/this/folder", file=path.name, component=component)
+    neighbors = erasure.report.get("neighbors", {})
     versions = erasure.provenance.get("versions", {})
     hashes = erasure.provenance.get("base_hashes", {})
     warnings = erasure.report.get("warnings", ())
     lines = [
-        f"# {_plain(path.stem)}",
+        f"# Without {_plain(', '.join(c.target for c in erasure.concepts[:5]))}"
+        + (" and others" if len(erasure.concepts) > 5 else ""),
         "",
         "Concepts were removed from a text-to-image diffusion model with realera_fast, an "
         "implementation of RealEra (arXiv 2410.09140).",
         "",
-        "| erased | also | becomes | kind |",
-        "|---|---|---|---|",
+        "| erased | also named | neighbors that were mined | becomes | kind |",
+        "|---|---|---|---|---|",
         *(
-            f"| {_plain(c.target)} | {_plain(', '.join(c.synonyms))} | {_plain(c.anchor_name)} | "
-            f"{c.kind} |"
+            f"| {_plain(c.target)} | {_plain(', '.join(c.synonyms))} | "
+            f"{_plain(', '.join(neighbors.get(c.target, ())[:_SHOWN]))} | "
+            f"{_plain(c.anchor_name)} | {c.kind} |"
             for c in erasure.concepts[:_SHOWN]
         ),
     ]
@@ -126,6 +127,5 @@ def write_card(
 
 def _plain(text: str) -> str:
     """Text that means nothing to Markdown or HTML."""
-    for character in "\\`*_{}[]()#+!|<>&~":
-        text = text.replace(character, f"&#{ord(character)};")
-    return " ".join(text.split())
+    safe = (f"&#{ord(c)};" if c in "\\`*_{}[]()#+!|<>&~" else c for c in text)
+    return " ".join("".join(safe).split())

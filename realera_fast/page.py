@@ -67,6 +67,7 @@ _TITLES: Mapping[str, tuple[str, str]] = {
         "drift: the distance moved, in distances between words, for words that should stay.",
     ),
     "neighbors": ("Mined neighbors", "Words that nobody named and that were erased as well."),
+    "relatives": ("Near relatives", "The nearest words outside the neighborhood, which stay."),
     "solve": ("The least-squares solve", ""),
     "layers": (
         "Change by layer",

@@ -48,6 +48,8 @@ class Report:
     words: tuple[WordReport, ...]
     neighbors: Mapping[str, tuple[str, ...]]
     """Mined neighbor words by target."""
+    relatives: Mapping[str, tuple[str, ...]]
+    """The nearest words outside the neighborhood, which stay, by target."""
     solve: Mapping[str, Any]
     """Method, condition estimate, residual ratio, rank, dropped mass, rows."""
     layers: Mapping[str, float]

@@ -312,9 +312,8 @@ def verify(
         pipe: A diffusers text-to-image pipeline with a ``unet`` or a ``transformer``.
         erasure: What to compare.
         prompts: Prompts to draw; one that contains a target or a synonym is shown as such. None
-            draws every target and every synonym of `erasure` alone, and of the words that its
-            report watched the three that moved most (near relatives) and the three that moved
-            least (untouched).
+            draws every target and every synonym of `erasure` alone, the words of its report that
+            lie just outside the neighborhood (near relatives), and three that moved least.
         untouched: Further prompts, shown as untouched whatever they contain.
         seeds: `[s]` seeds, the same for every prompt.
         steps: Denoising steps.
@@ -408,12 +407,16 @@ def verify(
 
 
 def _watched(erasure: Erasure, count: int = 3) -> tuple[list[str], list[str]]:
-    """Words that moved most and least of those that an erasure's report watched."""
+    """Near relatives of what was erased, and words that moved least, by its report."""
+    near = erasure.report.get("relatives", {}).values()
+    # One of each concept, then the next of each: a long list is not drawn as a whole.
+    longest = max(map(len, near), default=0)
+    turns = [words[i] for i in range(longest) for words in near if i < len(words)]
+    relatives = list(dict.fromkeys(turns))[:count]
     words = [w for w in erasure.report.get("words", ()) if w.get("drift") is not None]
+    words = [w for w in words if w["word"] not in relatives]
     words.sort(key=lambda word: -word["drift"])
-    count = min(count, len(words) // 2)
-    least = [word["word"] for word in words[len(words) - count :]]
-    return [word["word"] for word in words[:count]], least
+    return relatives, [word["word"] for word in words[-count:]]
 
 
 def text_changes(

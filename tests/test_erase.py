@@ -172,13 +172,16 @@ def test_neighbor_words_are_near_and_never_named(pipe):
     vocabulary = encode_vocabulary(text, VocabularyConfig(cache=False))
     concepts = [Concept("cat", "dog"), Concept("van gogh", kind="style")]
     config = MiningConfig(word_cosine=-1.0, max_words=100)
-    found = neighbor_words(text, vocabulary, concepts, config, keep=["ship"])
+    around = neighbor_words(text, vocabulary, concepts, config, keep=["ship"])
+    found = around.near
+    near = {word for words in found.values() for word in words}
+    assert not near & {word for words in around.relatives.values() for word in words}
     words = [*found["cat"], *found["van gogh"]]
     assert len(words) == len(set(words))
     assert not {"cat", "dog", "ship", "van", "gogh", "art"} & set(words)
     assert set(words) | {"cat", "dog", "ship", "van", "gogh", "art"} >= set(vocabulary.words)
     narrow = dataclasses.replace(config, word_cosine=1.0)
-    assert not any(neighbor_words(text, vocabulary, concepts, narrow).values())
+    assert not any(neighbor_words(text, vocabulary, concepts, narrow).near.values())
 
 
 def test_preserved_words_move_less(pipe):

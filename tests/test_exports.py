@@ -417,8 +417,9 @@ def test_a_card_is_plain_text_whatever_a_concept_is_called(tmp_path):
     path.touch()
     text = write_card(path, hostile, use="weights", component="unet").read_text()
     assert "<script" not in text and "](y)" not in text and "](http" not in text
-    (row,) = [line for line in text.splitlines() if "script" in line]
-    assert row.count("|") == 5
+    (row,) = [line for line in text.splitlines() if "script" in line and line[0] == "|"]
+    assert row.count("|") == 6
+    assert str(tmp_path) not in text, "a card says nothing of the machine"
 
 
 # No weights at all
