@@ -167,6 +167,11 @@ def erase(
         )
     count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
     alignable = config.alignment.enabled and family_of(model, count).aligned
+    if not (alignable or config.closed_form.enabled):
+        raise ValueError(
+            "config: closed_form.enabled=False leaves nothing to do, as noise alignment is off or "
+            "does not run on this model"
+        )
     if resume and checkpoint_dir is None:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
     if alignable:
@@ -237,9 +242,6 @@ def erase(
     concept_map = solution.map.to("cpu")
     pooled_map = None if pooled is None else pooled.map.to("cpu")
     prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone)
-    # Alignment shows the model whole prompts, with their pooled vector.
-    shown = text if pooled is None else TextWithPooled(text, texts["pooled"][0])
-
     stayers = _stayers(vocabulary, gone, kept_words)
     aligned = alignment.NOT_ALIGNED
     before = {name: module.weight.detach().clone() for name, module in layers.items()}
@@ -249,6 +251,12 @@ def erase(
     with denoisers.transaction(model, guarded):
         moves = solution.map.rank or not config.closed_form.enabled
         if alignable and moves:
+            # The model is shown whole prompts, with their pooled vector.
+            shown = text if pooled is None else TextWithPooled(text, texts["pooled"][0])
+            empty = shown.encode([""])
+            if pooled is not None:
+                # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
+                empty = torch.zeros_like(empty)
             with clock.stage("alignment"):
                 aligned = align_noise(
                     model,
@@ -257,7 +265,7 @@ def erase(
                     prompts=ConceptPrompts(shown, parsed, mined, config.pairs, avoid=gone),
                     watched=ConceptPrompts(shown, parsed, near, config.pairs, avoid=gone),
                     preserve=shown.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
-                    empty=shown.encode([""]),
+                    empty=empty,
                     pooled_map=None if pooled is None else pooled.map,
                     config=config.alignment,
                     mining_config=config.mining,

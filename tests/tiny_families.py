@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,7 @@ PIECES = (*WORDS, "drawing", "an", "next", "to", "house", "bird", "car", "boat",
 _LETTERS = [chr(code) for code in range(33, 127)]
 
 
-def t5_tokenizer(length: int = 512) -> T5Tokenizer:
+def t5_tokenizer(length: int = 128) -> T5Tokenizer:
     """A stock ``T5Tokenizer`` with `PIECES` as whole tokens and letters for the rest."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"\u2581{word}", -1.0 - 0.01 * i) for i, word in enumerate(PIECES)]
@@ -70,10 +71,15 @@ def t5_tokenizer(length: int = 512) -> T5Tokenizer:
 
 
 def gemma_tokenizer(length: int = 512) -> GemmaTokenizer:
-    """A stock ``GemmaTokenizer`` with `PIECES`, in front of a space or not, as whole tokens."""
+    """A stock ``GemmaTokenizer`` with `PIECES`, in front of a space or not, as whole tokens.
+
+    So are the words of Sana's instruction, which would be two thousand letters.
+    """
+    default = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
+    spoken = dict.fromkeys(re.findall(r"[A-Za-z]{2,}", " ".join(default.default)))
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *_LETTERS]
     merges: list[tuple[str, str]] = []
-    for word in PIECES:
+    for word in dict.fromkeys((*PIECES, *spoken)):
         for start in (word[0], "\u2581"):
             parts = [start, *(word[1:] if start == word[0] else word)]
             while len(parts) > 1:
