@@ -212,8 +212,17 @@ def generate(
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "image" in accepted and "height" not in accepted:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} starts from a picture; expected a text-to-image pipeline "
+            "(a refiner is judged by the pictures of the pipeline that it is part of)"
+        )
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     options |= {k: v for k, v in (("height", height), ("width", width)) if v is not None}
+    if "use_resolution_binning" in accepted and (height or width):
+        # PixArt and Sana would draw at the nearest size they were trained for.
+        options["use_resolution_binning"] = False
     batches = [
         range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)
     ]
@@ -229,7 +238,7 @@ def generate(
         ) as steps_bar,
     ):
         # Every stock pipeline calls back after a step; others advance the bar batch by batch.
-        calls_back = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
+        calls_back = "callback_on_step_end" in accepted
         if calls_back:
 
             def advance(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from realera_fast.lora import LoraParameters
 from realera_fast.pairs import PairsConfig
 from realera_fast.text import TextWithPooled
 from realera_fast.text_path import TextPath
+from realera_fast.verification import verify
 from realera_fast.vocabulary import VocabularyConfig
 
 CLOSED = EraseConfig(
@@ -242,6 +243,28 @@ def test_edited_weights_equal_the_prompt_map(family):
     apart = (weights_edited - original).norm()
     assert (mapped - weights_edited).norm() < 1e-3 * apart
     assert apart > 1e-3 * original.norm()
+
+
+def test_before_and_after_are_drawn_for_every_family(family):
+    name, pipe = family
+    erasure = edited(pipe)
+    side = 32 if name == "sana" else 16
+    options = {"seeds": [0], "steps": 2, "height": side, "width": side, "progress": False}
+    model = components_of(pipe).model
+    before = weights(model)
+    try:
+        if name == "refiner":
+            with pytest.raises(ValueError, match="starts from a picture"):
+                verify(pipe, erasure, **options)
+        else:
+            found = verify(pipe, erasure, **options)
+            assert {row.group for row in found.rows} >= {"erased", "relative", "untouched"}
+            (row,) = [row for row in found.rows if row.group == "erased"]
+            assert row.prompt == "cat" and row.change > 0 and row.text_change > 0
+            assert row.before[0].size == (side, side)
+        assert all(torch.equal(t, before[n]) for n, t in weights(model).items())
+    finally:
+        erasure.restore_(model)
 
 
 # Several encoders, pipelines, refusals
