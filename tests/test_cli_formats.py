@@ -139,10 +139,8 @@ def test_deltas_are_stacked_and_one_is_withdrawn(run, models, tmp_path):
     assert run("erase", models / "sd1", "-c", "ship=tree", "-o", tmp_path / "alone")[0] == 0
     first, second = (tmp_path / name / "erasure.safetensors" for name in "ab")
     assert run("apply", models / "sd1", first, second, "-o", tmp_path / "both")[0] == 0
-    assert all(
-        torch.equal(t, weights(tmp_path / "b" / "pipeline")[n])
-        for n, t in weights(tmp_path / "both").items()
-    )
+    expected = weights(tmp_path / "b" / "pipeline")
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "both").items())
     code, _, err = run("apply", models / "sd1", second, "-o", tmp_path / "rest")
     assert code == 1 and "was made for" in err
     assert run("apply", models / "sd1", second, "--rebase", "-o", tmp_path / "rest")[0] == 0
