@@ -10,7 +10,7 @@ from test_families import CLOSED, weights
 from tiny_families import denoise, sd1, sdxl
 from tiny_models import tiny_pipeline
 
-from realera_fast import Erasure, erase
+from realera_fast import Erasure, cli, erase
 from realera_fast.erasure import (
     BaseModelMismatchError,
     ErasureFileError,
@@ -195,3 +195,13 @@ def test_erasures_of_different_models_are_not_joined():
     # Two of the same base model are: their maps compose.
     third = erased(sd1(), "ship=tree")[0]
     assert first.then(third).map.rank
+
+
+def test_info_prints_the_history(tmp_path, capsys):
+    pipe = sd1()
+    _, middle, _ = erased(pipe, "cat=dog", "ship=tree", "van=art")
+    (last,) = middle.withdraw_(pipe.unet)
+    file = last.save(tmp_path / "last.safetensors")
+    assert cli.run(["info", str(file)]) == 0
+    told = capsys.readouterr().out.partition("history, oldest first")[2].split()
+    assert told[0::3] == ["erased", "withdrawn"] and told[1::3] == ["cat", "ship"]
