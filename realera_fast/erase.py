@@ -241,7 +241,8 @@ def erase(
     # The result is small and outlives the model: it rests on the CPU.
     concept_map = solution.map.to("cpu")
     pooled_map = None if pooled is None else pooled.map.to("cpu")
-    prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone)
+    known = vocabulary.words or None
+    prompts = ConceptPrompts(text, parsed, mined, config.pairs, avoid=gone, words=known)
     stayers = _stayers(vocabulary, gone, kept_words)
     aligned = alignment.NOT_ALIGNED
     before = {name: module.weight.detach().clone() for name, module in layers.items()}
@@ -262,8 +263,12 @@ def erase(
                     model,
                     scheduler or alignment.find_scheduler(model),
                     solution.map,
-                    prompts=ConceptPrompts(shown, parsed, mined, config.pairs, avoid=gone),
-                    watched=ConceptPrompts(shown, parsed, near, config.pairs, avoid=gone),
+                    prompts=ConceptPrompts(
+                        shown, parsed, mined, config.pairs, avoid=gone, words=known
+                    ),
+                    watched=ConceptPrompts(
+                        shown, parsed, near, config.pairs, avoid=gone, words=known
+                    ),
                     preserve=shown.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
                     empty=empty,
                     pooled_map=None if pooled is None else pooled.map,

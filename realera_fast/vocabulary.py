@@ -48,11 +48,22 @@ class VocabularyConfig:
     """Weight of the prior's mean row, and of each word named as preserved, against one target's
     mean row (ratio; ours)."""
 
+    exclude: tuple[str, ...] = ()
+    """Words of the tokenizer that are left out: neither preserved nor mined as neighbors, unless
+    they are named (default: none)."""
+
     cache: bool = True
     """Keep the encoded prior on disk, in the Hugging Face assets cache, under a hash of the text
     encoder's weights (default: yes)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):
+            raise TypeError(
+                "VocabularyConfig.exclude must be a tuple of words, got one string: "
+                f"write exclude=({self.exclude!r},)"
+            )
+        # JSON has lists.
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         if self.words < 0 or self.preserve_scale < 0:
             raise ValueError(
                 "VocabularyConfig: words and preserve_scale must be >= 0, got "
@@ -156,6 +167,8 @@ def encode_vocabulary(
         words: what is encoded; `None` asks the tokenizer.
     """
     words = text.words(config.words) if words is None else tuple(words)
+    left_out = {word.casefold() for word in config.exclude}
+    words = tuple(word for word in words if word.casefold() not in left_out)
     fingerprint = text.fingerprint()
     path = _cache_path(text, fingerprint, words) if config.cache and words else None
     if path is not None and (cached := _read(path, words)) is not None:

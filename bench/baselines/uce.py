@@ -8,12 +8,55 @@ preserve are rows whose destination is their source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from baselines import Rows, for_each, working_dtype
+from baselines.phrases import ANCHORS, Phrases, matrices, pairs_of, rewrite
+from realera_fast.concepts import Concept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the authors'."""
+
+    ridge: float = 0.5
+    erase_scale: float = 1.0
+    preserve_scale: float = 0.0
+    """Weight of each kept word. The command keeps none unless told which."""
+    anchors: Mapping[str, str] = field(default_factory=lambda: dict(ANCHORS))
+    expand: bool = False
+
+
+SWEEP = (
+    Settings(),
+    *(
+        Settings(erase_scale=scale, preserve_scale=preserve, expand=True,
+                 anchors=ANCHORS | {"object": anchor})
+        for anchor in ("", "object")
+        for preserve in (0.0, 0.1, 1.0)
+        for scale in (1.0, 10.0)
+    ),
+)  # fmt: skip
+"""What is tried on words that are not judged; the authors' settings come first."""
+
+
+def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int = 0) -> None:
+    """Edits every K and V; one row for each phrase, that of its last token."""
+    phrases = Phrases(pipe)
+    pairs = pairs_of(concepts, settings.anchors, expand=settings.expand)
+    source, destination = (phrases.last([pair[i] for pair in pairs]) for i in (0, 1))
+    weight = torch.full((len(pairs),), settings.erase_scale)
+    if settings.preserve_scale:
+        kept = phrases.last(phrases.kept(concepts))
+        source, destination = torch.cat([source, kept]), torch.cat([destination, kept])
+        weight = torch.cat([weight, torch.full((len(kept),), settings.preserve_scale)])
+    rows = Rows(source, destination, weight)
+    rewrite(matrices(pipe.unet), lambda weights: edit(weights, rows, settings.ridge))
 
 
 def edit(weights: Sequence[Tensor], rows: Rows | Sequence[Rows], ridge: float) -> list[Tensor]:

@@ -1,0 +1,175 @@
+"""Everything that is compared as an eraser: the library, its variants, and the baselines.
+
+All take a pipeline, edit its denoiser in place, and are told names alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import realera_fast
+from baselines import esd, mace, oce, rece, speed, uce
+from baselines.phrases import label
+from realera_fast import Concept, EraseConfig, Erasure
+
+BASELINES: Mapping[str, ModuleType] = {
+    "UCE": uce, "MACE, closed form": mace, "RECE": rece, "SPEED": speed, "OCE": oce, "ESD": esd,
+}  # fmt: skip
+"""By name in tables. Each module has `Settings`, `SWEEP` (the authors' settings first) and
+`erase`."""
+
+TUNED: Mapping[str, Any] = {}
+"""The settings of each baseline's sweep with the highest mean H_o on words that are not judged
+(`bench/results/sweep.jsonl`); the authors' where nothing was better."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to erase."""
+
+    erase: Callable[[Any, Sequence[Concept], int, Sequence[str]], Erasure | None]
+    """Of pipeline, concepts, seed, and words that the tokenizer is not to list; an erasure knows
+    how to undo itself."""
+    seeded: bool
+    """Whether the seed changes what comes out; if not, one edit serves all seeds."""
+    settings: Mapping[str, Any]
+
+
+def library(config: EraseConfig) -> Method:
+    """`realera_fast.erase` with these settings."""
+
+    def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> Erasure:
+        own = changed(config, vocabulary={"exclude": tuple(exclude)})
+        return realera_fast.erase(
+            pipe, list(concepts), config=dataclasses.replace(own, seed=seed), progress=False
+        )
+
+    drawn = config.mining.mode in ("gaussian", "covariance", "offset")
+    seeded = config.alignment.enabled or (drawn and config.mining.samples is not None)
+    return Method(erase, seeded, config.to_dict())
+
+
+def baseline(module: ModuleType, settings: Any) -> Method:
+    """A baseline with these settings."""
+
+    def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
+        # Baselines keep no word near a target, listed or not.
+        module.erase(pipe, concepts, settings, seed)
+
+    return Method(erase, module is esd, dataclasses.asdict(settings))
+
+
+def changed(
+    base: EraseConfig | None = None,
+    *,
+    aligned: bool | None = None,
+    closed: bool | None = None,
+    **parts: Mapping[str, Any],
+) -> EraseConfig:
+    """The default settings with some replaced, by part: `mining={"mode": "gaussian"}`."""
+    config = base or EraseConfig()
+    changes: dict[str, dict[str, Any]] = {name: dict(values) for name, values in parts.items()}
+    if aligned is not None:
+        changes.setdefault("alignment", {})["enabled"] = aligned
+    if closed is not None:
+        changes.setdefault("closed_form", {})["enabled"] = closed
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in changes.items()
+        },
+    )
+
+
+DEFAULT = "realera_fast"
+"""Name of the library with its default settings."""
+
+
+def variants() -> dict[str, Method]:
+    """The library: its default, then RealEra in each variant of its mining, one stage and both."""
+    found = {DEFAULT: library(EraseConfig())}
+    for mode, name in (
+        ("vocabulary", "vocabulary"), ("gaussian", "gaussian (paper)"),
+        ("covariance", "covariance"), ("offset", "offset"), ("none", "no mining"),
+    ):  # fmt: skip
+        found[f"closed form, {name}"] = library(changed(aligned=False, mining={"mode": mode}))
+    for mode, name in (("gaussian", "gaussian (paper)"), ("none", "no mining")):
+        found[f"both stages, {name}"] = library(changed(mining={"mode": mode}))
+    return found
+
+
+def baselines() -> dict[str, Method]:
+    """Each baseline with its authors' settings, and with tuned ones where those are others."""
+    found = {}
+    for name, module in BASELINES.items():
+        authors = module.Settings()
+        found[name] = baseline(module, authors)
+        if name in TUNED and TUNED[name] != authors:
+            found[f"{name}, tuned"] = baseline(module, TUNED[name])
+    return found
+
+
+def sweep() -> dict[str, Method]:
+    """Every setting of every baseline's sweep."""
+    return {
+        f"{name}: {label(settings)}": baseline(module, settings)
+        for name, module in BASELINES.items()
+        for settings in module.SWEEP
+    }
+
+
+def ablation() -> dict[str, Method]:
+    """RealEra's parts, one by one, without the check that would drop what does not help."""
+    found = {}
+
+    def add(name: str, **changes: Any) -> None:
+        changes = {"aligned": True} | changes
+        changes["alignment"] = {"check_seeds": 0} | dict(changes.get("alignment", {}))
+        found[name] = library(changed(**changes))
+
+    paper: Mapping[str, Any] = {"mode": "gaussian"}
+    stages: Mapping[str, Mapping[str, Any]] = {
+        "closed form": {"aligned": False}, "alignment": {"closed": False}, "both": {},
+    }  # fmt: skip
+    for stage, switches in stages.items():
+        for neighbors in (True, False):
+            for beyond in (True, False):
+                mining = dict(paper) | {"neighbor_scale": float(neighbors)}
+                mining |= {} if beyond else {"beyond_scale": 0.0}
+                name = f"{stage}{', neighbors' * neighbors}{', beyond' * beyond}"
+                align = {} if beyond else {"beyond_scale": 0.0}
+                add(name, mining=mining, alignment=align, **switches)
+    closed: Mapping[str, Any] = {"aligned": False}
+    add(
+        "closed form, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0}, **closed
+    )
+    add("both, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0},
+        alignment={"preserve_scale": 0.0})  # fmt: skip
+    for samples in (5, 50, 500):
+        add(f"closed form, {samples} samples", mining={**paper, "samples": samples}, **closed)
+    for low, high in ((0.3, 0.9), (0.7, 0.9), (0.5, 0.7), (0.5, 0.97)):
+        mining = {**paper, "min_cosine": low, "max_cosine": high}
+        add(f"closed form, S1 {low}, S2 {high}", mining=mining, **closed)
+    for distance in (0.6, 1.0):
+        mining = {**paper, "max_distance": distance, "beyond_distance": distance + 0.6}
+        add(f"closed form, D1 {distance}, D2 {distance + 0.6}", mining=mining, **closed)
+    for scale in (0.25, 4.0):
+        add(f"closed form, neighbors x {scale:g}", mining={**paper, "neighbor_scale": scale},
+            **closed)  # fmt: skip
+    for factor in (0.1, 10.0):
+        ridge = EraseConfig().closed_form.ridge * factor
+        add(
+            f"closed form, ridge x {factor:g}", mining=paper, closed_form={"ridge": ridge}, **closed
+        )
+    for rank in (1, 16):
+        add(
+            f"both, LoRA rank {rank}",
+            mining=paper,
+            alignment={"r": rank, "lora_alpha": float(rank)},
+        )
+    return found
