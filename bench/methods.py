@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import realera_fast
 from baselines import esd, mace, oce, rece, speed, uce
-from baselines.phrases import label
+from baselines.phrases import ANCHORS, label
+
+import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
 
 BASELINES: Mapping[str, ModuleType] = {
@@ -22,9 +23,18 @@ BASELINES: Mapping[str, ModuleType] = {
 """By name in tables. Each module has `Settings`, `SWEEP` (the authors' settings first) and
 `erase`."""
 
-TUNED: Mapping[str, Any] = {}
+TUNED: Mapping[str, Any] = {
+    "UCE": uce.Settings(expand=True),
+    "MACE, closed form": mace.Settings(ridge=1000.0, concept_rows=True),
+    "RECE": rece.Settings(
+        regularization=1e-3, vocabulary=True, anchors=ANCHORS | {"object": "object"}
+    ),
+    "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, expand=True),
+    "OCE": oce.Settings(erase_scale=1000.0),
+    "ESD": esd.Settings(sampling_steps=20, learning_rate=2e-4, negative_guidance=1.0),
+}
 """The settings of each baseline's sweep with the highest mean H_o on words that are not judged
-(`bench/results/sweep.jsonl`); the authors' where nothing was better."""
+(`bench/results/sweep.jsonl`)."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +100,47 @@ DEFAULT = "realera_fast"
 """Name of the library with its default settings."""
 
 
+PAPER: Mapping[str, Any] = {"pairs": {"negative_guidance": 0.0}}
+"""Destinations are the anchors."""
+
+
 def variants() -> dict[str, Method]:
-    """The library: its default, then RealEra in each variant of its mining, one stage and both."""
-    found = {DEFAULT: library(EraseConfig())}
+    """The library: its default, then RealEra in each variant of its mining and both stages."""
+    found = {
+        DEFAULT: library(EraseConfig()),
+        "closed form, vocabulary": library(changed(aligned=False)),
+        "closed form, no mining": library(changed(aligned=False, mining={"mode": "none"})),
+    }
     for mode, name in (
-        ("vocabulary", "vocabulary"), ("gaussian", "gaussian (paper)"),
-        ("covariance", "covariance"), ("offset", "offset"), ("none", "no mining"),
+        ("vocabulary", "vocabulary to the anchor"), ("gaussian", "gaussian (paper)"),
+        ("covariance", "covariance"), ("offset", "offset"), ("none", "no mining to the anchor"),
     ):  # fmt: skip
-        found[f"closed form, {name}"] = library(changed(aligned=False, mining={"mode": mode}))
-    for mode, name in (("gaussian", "gaussian (paper)"), ("none", "no mining")):
-        found[f"both stages, {name}"] = library(changed(mining={"mode": mode}))
+        config = changed(aligned=False, mining={"mode": mode}, **PAPER)
+        found[f"closed form, {name}"] = library(config)
+    found[BOTH] = library(changed(mining={"mode": "gaussian"}, **PAPER))
     return found
 
 
-def baselines() -> dict[str, Method]:
-    """Each baseline with its authors' settings, and with tuned ones where those are others."""
+CLOSED = "closed form, gaussian (paper)"
+BOTH = "both stages, gaussian (paper)"
+"""RealEra as published: its closed form, and with noise alignment."""
+
+
+def baselines(*, authors: bool = True) -> dict[str, Method]:
+    """Each baseline with the tuned settings, and with its authors' (of ESD, which takes a minute
+    for each erasure, in the sweep alone)."""
     found = {}
     for name, module in BASELINES.items():
-        authors = module.Settings()
-        found[name] = baseline(module, authors)
-        if name in TUNED and TUNED[name] != authors:
-            found[f"{name}, tuned"] = baseline(module, TUNED[name])
+        if authors and module is not esd:
+            found[f"{name}, authors'"] = baseline(module, module.Settings())
+        found[name] = baseline(module, TUNED[name])
     return found
+
+
+def compared() -> dict[str, Method]:
+    """Who is in every table: the default, RealEra's closed form as published, the baselines."""
+    own = variants()
+    return {name: own[name] for name in (DEFAULT, CLOSED)} | baselines(authors=False)
 
 
 def sweep() -> dict[str, Method]:
@@ -128,11 +157,12 @@ def ablation() -> dict[str, Method]:
     found = {}
 
     def add(name: str, **changes: Any) -> None:
-        changes = {"aligned": True} | changes
+        changes = {"aligned": True, "pairs": pairs} | changes
         changes["alignment"] = {"check_seeds": 0} | dict(changes.get("alignment", {}))
         found[name] = library(changed(**changes))
 
     paper: Mapping[str, Any] = {"mode": "gaussian"}
+    pairs: Mapping[str, Any] = {"negative_guidance": 0.0}
     stages: Mapping[str, Mapping[str, Any]] = {
         "closed form": {"aligned": False}, "alignment": {"closed": False}, "both": {},
     }  # fmt: skip
@@ -145,6 +175,17 @@ def ablation() -> dict[str, Method]:
                 align = {} if beyond else {"beyond_scale": 0.0}
                 add(name, mining=mining, alignment=align, **switches)
     closed: Mapping[str, Any] = {"aligned": False}
+    for guidance in (0.0, 0.25, 0.5, 1.0):
+        for mode, name in (
+            ("gaussian", ""),
+            ("none", ", no mining"),
+            ("vocabulary", ", vocabulary"),
+        ):
+            add(f"closed form, guidance {guidance:g}{name}", mining={"mode": mode},
+                pairs={"negative_guidance": guidance}, **closed)  # fmt: skip
+    for scale in (1.0, 5.0, 50.0):
+        add(f"closed form, vocabulary, guidance 0.5, preserve x {scale / 20:g}",
+            vocabulary={"preserve_scale": scale}, pairs={}, **closed)  # fmt: skip
     add(
         "closed form, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0}, **closed
     )

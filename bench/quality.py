@@ -32,12 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
 import methods
+import torch
 from methods import Method
+from PIL import Image
 from provenance import provenance
+
 from realera_fast import Concept, embedded
 from realera_fast.demo import Shot, judged, scores_of
 from realera_fast.embedded import Thing, Words
@@ -78,7 +78,7 @@ class Plan:
 
     def of_things(
         self, name: str, gone: Sequence[Thing], seeds: Sequence[int], *,
-        target: int = 6, synonym: int = 3, relative: int = 3, others: int = 16,
+        target: int = 6, synonym: int = 3, relative: int = 2, others: int = 10,
         withhold: bool = False,
     ) -> Task:  # fmt: skip
         """Erases things by name.
@@ -239,14 +239,13 @@ def _all() -> dict[str, Method]:
 
 TABLES: Mapping[str, Table] = {
     "objects": Table(objects, _all),
-    "several": Table(several, _all),
-    "styles": Table(styles, _all),
-    "characters": Table(characters, _all),
-    "unsafe": Table(unsafe, _all),
+    "several": Table(several, methods.compared),
+    "styles": Table(styles, methods.compared),
+    "characters": Table(characters, methods.compared),
+    "unsafe": Table(unsafe, methods.compared),
     "withheld": Table(withheld, methods.variants),
     "ablation": Table(ablated, methods.ablation),
     "sweep": Table(tuning, methods.sweep, "tuning", "sweep.jsonl"),
-    "tuning": Table(tuning, _all, "tuning", "sweep.jsonl"),
 }
 
 
@@ -281,7 +280,8 @@ class Studio:
     def erased(
         self, method: Method | None, task: Task, seed: int, work: Callable[[], Any]
     ) -> tuple[Any, float, dict[str, Any]]:
-        """What `work` makes of the edited model, seconds of the edit, and what it says of itself."""
+        """What `work` makes of the edited model, seconds of the edit, and what that says of
+        itself."""
         if method is None:
             return work(), 0.0, {}
         started = time.perf_counter()
@@ -393,7 +393,7 @@ def cost(name: str, count: int, dtype: str, threads: int, answer: Any) -> None:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     before = int(status["VmRSS"].split()[0])
     started = time.perf_counter()
-    _all()[name].erase(studio.pipe, concepts, 0, ())
+    methods.compared()[name].erase(studio.pipe, concepts, 0, ())
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answer.put({"seconds": round(seconds, 3), "peak_mb": round((peak - before) / 1024, 1)})
@@ -406,9 +406,9 @@ def costs(arguments: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     rows = []
     for count in (1, 10):
-        for name in _all():
+        for name in methods.compared():
             # The first repetition fills caches on disk.
-            for seed in range(-1, 3):
+            for seed in range(-1, 2):
                 answer = context.Queue()
                 process = context.Process(
                     target=cost,

@@ -105,13 +105,14 @@ def neighbor_words(
     taken |= {part for phrase in list(taken) for part in phrase.split()}
     best = torch.full((len(vocabulary.words),), -torch.inf)
     owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
+    known = torch.tensor([word.casefold() in taken for word in vocabulary.words])
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for start in range(0, len(concepts), _TOGETHER):
             part = concepts[start : start + _TOGETHER]
             described = describe(text, [word for concept in part for word in concept.words])
             own = described.split([len(concept.words) for concept in part])
             for place, rows in enumerate(own, start=start):
-                score = vocabulary.similarity(rows.mean(dim=0)).cpu()
+                score = _similarity(vocabulary, rows, ~known, config)
                 owner[score > best] = place
                 best = torch.maximum(best, score)
             bar.update(len(part))
@@ -127,6 +128,28 @@ def neighbor_words(
         {target: nearest(words, config.max_words) for target, words in found.items()},
         {target: nearest(words, _RELATIVES) for target, words in beyond.items()},
     )
+
+
+def _similarity(
+    vocabulary: Vocabulary, named: Tensor, free: Tensor, config: mining.MiningConfig
+) -> Tensor:
+    """`[w]` how near each word of the vocabulary is to a concept.
+
+    Looked at twice: words that are near the named ones say, together with them, more clearly where
+    the concept is than a single word does (pseudo-relevance feedback, Rocchio 1971).
+
+    Args:
+        named: `[n, d]` descriptors of the concept's words.
+        free: `[w]` which words can be neighbors.
+    """
+    first = vocabulary.similarity(named.mean(dim=0)).cpu()
+    near = ((first >= config.word_cosine) & free).nonzero()[:, 0]
+    near = near[first[near].argsort(descending=True)][: config.max_words]
+    if not len(near):
+        return first
+    found = vocabulary.descriptors[near.to(vocabulary.descriptors.device)]
+    center = torch.cat([named, found.to(named.device)]).mean(dim=0)
+    return torch.maximum(first, vocabulary.similarity(center).cpu())
 
 
 def gather(

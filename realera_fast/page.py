@@ -63,7 +63,7 @@ class Table:
 _TITLES: Mapping[str, tuple[str, str]] = {
     "words": (
         "How far each word moved",
-        "moved: the fraction of the way to the anchor, for words that should go (1 is all of it). "
+        "moved: the fraction of the way that words went which should go (1 is all of it). "
         "drift: the distance moved, in distances between words, for words that should stay.",
     ),
     "neighbors": ("Mined neighbors", "Words that nobody named and that were erased as well."),

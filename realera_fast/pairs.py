@@ -12,6 +12,7 @@ is the same vector for every prompt and carries no weight.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,17 @@ class PairsConfig:
     neutral_words: int = 32
     """Words whose average is the mean word, the anchor of concepts without one (count; ours)."""
 
+    negative_guidance: float = 0.5
+    """g of the destination a - g (e - a): past the anchor, away from the concept e, so that words
+    which nobody names and no vocabulary lists go as well (ratio; ours, ESD's idea, arXiv
+    2303.07345, in the closed form). 0 stops at the anchor, as the papers have it."""
+
     def __post_init__(self) -> None:
+        if not 0.0 <= self.negative_guidance < math.inf:
+            raise ValueError(
+                "PairsConfig.negative_guidance must be finite and at least 0, got "
+                f"{self.negative_guidance}"
+            )
         for name in ("context_words", "neutral_words"):
             if getattr(self, name) < 0:
                 raise ValueError(f"PairsConfig.{name} must be >= 0, got {getattr(self, name)}")
@@ -100,7 +111,8 @@ class AlignedPrompts:
     source: Tensor
     """`[p, t, d]` float32: the prompts' embeddings."""
     destination: Tensor
-    """`[p, t, d]` float32: for every source row, the anchor row that it is to become."""
+    """`[p, t, d]` float32: for every source row what it is to become, the anchor's row or a point
+    past it."""
     anchor: Tensor
     """`[p, t, d]` float32: the anchor prompts as encoded, unaligned: what the teacher is shown."""
     weight: Tensor
@@ -199,6 +211,7 @@ def align(
     *,
     context: Sequence[str] = (),
     neutral: Sequence[str] = (),
+    negative_guidance: float = 0.0,
     memo: AnchorMemo | None = None,
 ) -> AlignedPrompts:
     """Encodes a word and its anchor in every template and aligns their rows.
@@ -208,6 +221,7 @@ def align(
     Args:
         anchor: what the word becomes; `None` is the mean over `neutral`, words of one token each.
         context: words put into `{word}` templates.
+        negative_guidance: how far past the anchor destinations lie (`PairsConfig`).
         memo: keeps encoded anchors between calls, for words that share one.
 
     Raises:
@@ -244,6 +258,8 @@ def align(
     hidden = torch.stack([found.hidden for found in anchors])
     place = torch.tensor(index, device=hidden.device)
     destination = torch.gather(hidden, 1, place[..., None].expand_as(hidden))
+    if negative_guidance:
+        destination = torch.lerp(source, destination, 1.0 + negative_guidance)
     times = Counter(template for _, template, _ in kept)
     share = torch.tensor([1.0 / (len(times) * times[t]) for _, t, _ in kept], dtype=torch.float64)
     weight = (share[:, None] * text.shares(prompts)).to(source.device, torch.float32)
@@ -311,7 +327,8 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
             self._memo.clear()
         return align(
             self._text, word, concept.destination, self._config.of(concept.kind),
-            context=self._context, neutral=self._neutral, memo=self._memo,
+            context=self._context, neutral=self._neutral,
+            negative_guidance=self._config.negative_guidance, memo=self._memo,
         )  # fmt: skip
 
     def concept(self, number: int) -> Concept:

@@ -2,8 +2,10 @@
 
 Movement is measured where the text enters the denoiser, at the outputs of all projections:
 
-    moved(word) = 1 - |W' x - W y| / |W x - W y|     1: became the anchor, 0: nothing happened
+    moved(word) = 1 - |W' x - W y| / |W x - W y|     1: reached y, 0: nothing happened
     drift(word) = |W' x - W x| / spread              1: as far as one word is from another
+
+y is where the closed form sends the word: its anchor, or the point past it (`PairsConfig`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from realera_fast.pairs import AlignedPrompts
 logger = logging.getLogger(__name__)
 
 MOVED_ENOUGH = 0.5
-"""A named word that went less than half the way to its anchor is warned of."""
+"""A named word that went less than half the way is warned of."""
 DRIFTED = 0.5
 """A preserved word that went more than half the way to another word is warned of."""
 
@@ -36,7 +38,7 @@ class WordReport:
     """"target", "synonym", "neighbor", "preserved" (named words and anchors) or "vocabulary"."""
     anchor: str | None
     moved: float | None
-    """Fraction of the way to the anchor, for words that should go there."""
+    """Fraction of the way to where they are sent, for words that should go."""
     drift: float | None
     """Distance moved, in distances between words, for words that should stay."""
 
@@ -88,7 +90,7 @@ class Movement:
             self._change.addmm_(change.mT, change)
 
     def moved(self, prompts: AlignedPrompts) -> float | None:
-        """Fraction of the way that a word went to its anchor; None if the two were never apart."""
+        """Fraction of the way that a word went; None if there was none."""
         rows = prompts.weight > 0
         x, y = (
             states[rows].to(self._change.device, torch.float64)

@@ -1,4 +1,4 @@
-"""What the baselines read of a pipeline: phrases as embeddings, words to keep, the edited matrices."""
+"""What the baselines read of a pipeline: phrases, words to keep, and the matrices they edit."""
 
 from __future__ import annotations
 

@@ -1,0 +1,113 @@
+"""Continuous prompts against the edited model, with all of its gradients.
+
+After textual inversion against erased models (Pham et al., arXiv 2308.01508) and UnlearnDiffAtk
+(Zhang et al., arXiv 2310.11868): free token vectors stand for the concept's word, and follow
+
+    min | eps'(z_t, t, f("a photo of a <vectors>")) - eps |^2
+
+on noised pictures of the concept. UnlearnDiffAtk rounds them to tokens, which makes it weaker; here
+they stay free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Small model, few steps (ours; UnlearnDiffAtk takes 40 passes over 50 time steps)."""
+
+    vectors: int = 3
+    steps: int = 120
+    batch_size: int = 4
+    learning_rate: float = 0.02
+    """Adam's step, in units of the root mean square of the encoder's own token vectors."""
+
+
+class FreePrompt:
+    """The prompt that was found: replaces token vectors of the text encoder while it is used."""
+
+    def __init__(self, pipe: Any, vectors: Tensor, prompt: str) -> None:
+        self._embedding: nn.Embedding = pipe.text_encoder.get_input_embeddings()
+        self._vectors, self.prompt = vectors, prompt
+        plain = pipe.tokenizer(prompt, add_special_tokens=False).input_ids
+        self.start = 1 + len(plain) - len(vectors)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Every prompt that is encoded meanwhile has the vectors in its place."""
+
+        def replace(module: nn.Module, arguments: Any, found: Tensor) -> Tensor:
+            rows = self._vectors.to(found.dtype).expand(len(found), -1, -1)
+            stop = self.start + rows.shape[1]
+            return torch.cat([found[:, : self.start], rows, found[:, stop:]], dim=1)
+
+        handle = self._embedding.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def optimize(
+    pipe: Any, latents: Tensor, word: str, seed: int, settings: Settings | None = None
+) -> FreePrompt:
+    """A free prompt that draws what the latents show, in the model as it is now.
+
+    Args:
+        latents: `[n, c, h, w]` of pictures of the concept, scaled as the denoiser takes them.
+        word: of one token, where the vectors start.
+    """
+    options = settings or Settings()
+    unet, encoder = pipe.unet, pipe.text_encoder
+    table = encoder.get_input_embeddings().weight.detach()
+    generator = torch.Generator().manual_seed(seed)
+    size = table.float().square().mean().sqrt()
+    first = pipe.tokenizer(word, add_special_tokens=False).input_ids[0]
+    start = table[first].float().expand(options.vectors, -1)
+    noise = torch.randn(start.shape, generator=generator).to(start.device)
+    vectors = (start + 0.1 * size * noise).clone().requires_grad_(True)
+    prompt = "a photo of a " + " ".join([word] * options.vectors)
+    free = FreePrompt(pipe, vectors, prompt)
+    tokens = pipe.tokenizer(
+        prompt, padding="max_length", max_length=pipe.tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids.to(encoder.device)  # fmt: skip
+    cumulative = pipe.scheduler.alphas_cumprod.to(latents.device)
+    optimizer = torch.optim.Adam([vectors], lr=options.learning_rate * float(size))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for _ in range(options.steps):
+            chosen = torch.randint(len(latents), (options.batch_size,), generator=generator)
+            t = torch.randint(len(cumulative), (options.batch_size,), generator=generator)
+            t = t.to(latents.device)
+            eps = torch.randn(latents[chosen].shape, generator=generator).to(latents.device)
+            level = cumulative[t][:, None, None, None]
+            z = level.sqrt() * latents[chosen].float() + (1 - level).sqrt() * eps
+            with free.installed():
+                states = encoder(tokens)[0]
+            states = states.expand(options.batch_size, -1, -1).to(unet.dtype)
+            out = unet(z.to(unet.dtype), t, encoder_hidden_states=states).sample.float()
+            loss = functional.mse_loss(out, eps)
+            (vectors.grad,) = torch.autograd.grad(loss, [vectors])
+            optimizer.step()
+            schedule.step()
+    return FreePrompt(pipe, vectors.detach(), prompt)
+
+
+@torch.no_grad()
+def encode_pictures(pipe: Any, pictures: Sequence[Any]) -> Tensor:
+    """`[n, c, h, w]` latents of pictures, scaled as the denoiser takes them."""
+    images = pipe.image_processor.preprocess(list(pictures)).to(pipe.vae.device, pipe.vae.dtype)
+    latents: Tensor = pipe.vae.encode(images).latent_dist.mean
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * pipe.vae.config.scaling_factor
