@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
 import methods
+import torch
 from attacks import image_to_image, prompt_optimization, prompt_search
 from methods import Method
+from PIL import Image
 from provenance import provenance
 from quality import RESULTS, STEPS, UNERASED, Studio, Task
+
 from realera_fast import Concept
 from realera_fast.verification import generate
 
@@ -103,6 +104,13 @@ class Attacker:
         return found
 
 
+def run_all(
+    attackers: Mapping[int, Attacker], ask: str | None
+) -> dict[int, list[tuple[str, float, Mapping[str, Any]]]]:
+    """Every attack of every seed."""
+    return {seed: list(attacker.run(ask=ask)) for seed, attacker in attackers.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,19 +136,20 @@ def main() -> None:
             ask = OTHER[thing] if name == ELSE else None
             # What does not depend on the seed is erased once.
             together = method is None or not method.seeded
+            rows = []
             for seeds in [arguments.seeds] if together else [[s] for s in arguments.seeds]:
-                work: Callable[[], Any] = lambda seeds=seeds, ask=ask: {  # noqa: E731
-                    seed: list(attackers[seed].run(ask=ask)) for seed in seeds
-                }
-                found, _, _ = studio.erased(method, task, seeds[0], work)
-                rows = [
+                chosen_here = {seed: attackers[seed] for seed in seeds}
+                found, _, _ = studio.erased(
+                    method, task, seeds[0], functools.partial(run_all, chosen_here, ask)
+                )
+                rows += [
                     {"method": name, "thing": thing, "seed": seed, "attack": attack,
                      "success": success, **details, **about}
                     for seed, attacked in found.items()
                     for attack, success, details in attacked
                 ]  # fmt: skip
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
             for attack in dict.fromkeys(row["attack"] for row in rows):
                 part = [row["success"] for row in rows if row["attack"] == attack]
                 print(f"{thing:6} {name:36} {attack:22} {sum(part) / len(part):.2f}", flush=True)

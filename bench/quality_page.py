@@ -1,0 +1,402 @@
+"""One page of all tables and plots of quality, from committed rows.
+
+python bench/quality_page.py            # docs/quality.md and docs/quality/*.png
+python bench/quality_page.py --check    # exit 1 if docs/quality.md is not what the rows say
+python bench/quality_page.py --draw     # docs/quality/pictures.png: draws anew, minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from report import percent, rows, table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "quality.md"
+FOLDER = ROOT / "docs" / "quality"
+UNERASED = "un-erased model"
+DEFAULT = "realera_fast"
+
+Row = Mapping[str, Any]
+
+
+class Found:
+    """Rows of one table, by method."""
+
+    def __init__(self, name: str, file: str = "quality.jsonl") -> None:
+        self.rows = [row for row in rows(file) if row["table"] == name]
+        self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
+        keys = [(r["method"], r["task"], r["seed"]) for r in self.rows]
+        if len(set(keys)) != len(keys):
+            raise SystemExit(f"{file} repeats rows of the table {name!r}: make it anew")
+
+    def of(self, method: str) -> list[Row]:
+        return [row for row in self.rows if row["method"] == method]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(row["task"] for row in self.rows))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row["seed"] for row in self.rows})
+
+    def by_seed(
+        self, method: str, value: Callable[[Row], float | None], tasks: Sequence[str] = ()
+    ) -> list[float]:
+        """For every seed the mean over tasks: what is printed is their mean and spread."""
+        found = []
+        for seed in self.seeds:
+            values = [
+                value(row)
+                for row in self.of(method)
+                if row["seed"] == seed and (not tasks or row["task"] in tasks)
+            ]
+            known = [v for v in values if v is not None]
+            if known:
+                found.append(statistics.mean(known))
+        return found
+
+    def complete(self, method: str) -> bool:
+        return len(self.of(method)) == len(self.of(UNERASED))
+
+    def ranked(self) -> list[str]:
+        """Erasers, best mean H_o first."""
+        own = [m for m in self.methods if m != UNERASED]
+        return sorted(own, key=lambda m: -statistics.mean(self.by_seed(m, score("h_o"))))
+
+    def note(self) -> str:
+        """How the rows were made."""
+        first = self.rows[0]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in self.rows))
+        pictures = sum(row["pictures"] for row in self.of(UNERASED))
+        return (
+            f"{len(self.seeds)} seeds, {pictures:,} pictures a method; percent, mean over "
+            f"erasures ± standard deviation over seeds; {first['dtype']}, {first['device']}, "
+            f"torch {first['torch']}, commit {commits}."
+        )
+
+
+def score(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row["scores"][name]
+
+
+def near(name: str) -> Callable[[Row], float | None]:
+    return lambda row: None if row["relatives"] is None else row["relatives"][name]
+
+
+def bold(name: str) -> str:
+    return f"**{name}**" if name == DEFAULT else name
+
+
+def median_seconds(found: Found, method: str) -> str:
+    return f"{statistics.median(row['seconds'] for row in found.of(method)):.1f}"
+
+
+SCORES = ("acc_e", "acc_s", "acc_g", "h_o")
+HEADER = ("Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑")
+
+
+def scores_table(found: Found, *, relatives: bool = False) -> list[str]:
+    """All methods, best first, then the un-erased model."""
+    body = []
+    for method in (*found.ranked(), UNERASED):
+        mark = "" if found.complete(method) else f" ({len(found.of(method))} rows)"
+        cells = [bold(method) + mark]
+        cells += [percent(found.by_seed(method, score(name))) for name in SCORES]
+        if relatives:
+            cells += [percent(found.by_seed(method, near(name))) for name in ("acc_s", "h_o")]
+        body.append([*cells, "" if method == UNERASED else median_seconds(found, method)])
+    extra = ("relatives kept ↑", "H_o of these ↑") if relatives else ()
+    return table(("method", *HEADER, *extra, "seconds"), body)
+
+
+def objects_lines() -> list[str]:
+    found = Found("objects")
+    if not found.rows:
+        return []
+    return [
+        f"Each of the ten CIFAR-10 classes, erased by its name alone ({', '.join(found.tasks)}). "
+        f"{found.note()} *Relatives kept* is Acc_s of near relatives alone (wolf when dog goes). "
+        "Seconds of one erasure, median; rows were made beside other jobs, so compare them in the "
+        "table of costs.",
+        "",
+        *scores_table(found, relatives=True),
+        "",
+    ]
+
+
+def gain_lines() -> list[str]:
+    """What neighbors bring: the same erasures with and without mining."""
+    body = []
+    for name, title in (
+        ("objects", "objects"),
+        ("withheld", "objects, synonyms not in the tokenizer's list"),
+    ):
+        found = Found(name)
+        for label, with_it, without in (
+            ("vocabulary mining, to the anchor", "closed form, vocabulary to the anchor",
+             "closed form, no mining to the anchor"),
+            ("Gaussian mining (paper), to the anchor", "closed form, gaussian (paper)",
+             "closed form, no mining to the anchor"),
+            ("vocabulary mining, past the anchor", "closed form, vocabulary",
+             "closed form, no mining"),
+            ("past the anchor, no mining", "closed form, no mining",
+             "closed form, no mining to the anchor"),
+        ):  # fmt: skip
+            if not (found.of(with_it) and found.of(without)):
+                continue
+            cells = [title, label]
+            for key in ("acc_g", "acc_s"):
+                before, after = (found.by_seed(m, score(key)) for m in (without, with_it))
+                change = [b - a for a, b in zip(before, after, strict=True)]
+                cells.append(f"{percent(before)} → {percent(after)} ({percent(change)})")
+            body.append(cells)
+    if not body:
+        return []
+    return [
+        "Change of Acc_g (associated words go) and Acc_s (others stay), closed form, paired by "
+        "erasure and seed; in parentheses the difference in points ± its standard deviation over "
+        "seeds.",
+        "",
+        *table(("words", "what is added", "Acc_g ↓", "Acc_s ↑"), body),
+        "",
+    ]
+
+
+def several_lines() -> list[str]:
+    found = Found("several")
+    if not found.rows:
+        return []
+    counts = found.tasks
+    body = []
+    for method in (*found.ranked(), UNERASED):
+        cells = [bold(method)]
+        for count in counts:
+            kept, mean = (
+                percent(found.by_seed(method, score(k), [count])) for k in ("acc_s", "h_o")
+            )
+            cells.append(f"{kept} / {mean}")
+        body.append(cells)
+    return [
+        f"Random judged things, others for every seed. {found.note()} Each cell: Acc_s / H_o.",
+        "",
+        *table(("method", *(f"{count} at once" for count in counts)), body),
+        "",
+    ]
+
+
+def scores_lines(name: str, text: str, *, relatives: bool = False) -> list[str]:
+    found = Found(name)
+    if not found.rows:
+        return []
+    return [f"{text} {found.note()}", "", *scores_table(found, relatives=relatives), ""]
+
+
+def unsafe_lines() -> list[str]:
+    found = Found("unsafe")
+    if not found.rows:
+        return []
+    members = [word for word in found.rows[0]["words"]["synonym"]]
+
+    def through(method: str) -> str:
+        marks = {word: [0, 0] for word in members}
+        for row in found.of(method):
+            for word, (right, count) in row["words"]["synonym"].items():
+                marks[word][0] += right
+                marks[word][1] += count
+        return f"{sum(2 * right >= count for right, count in marks.values())} of {len(members)}"
+
+    body = [
+        [
+            bold(method),
+            *(percent(found.by_seed(method, score(name))) for name in SCORES),
+            through(method),
+        ]
+        for method in (*found.ranked(), UNERASED)
+    ]
+    return [
+        f"The category *weapon*, erased by that name alone. {found.note()} Acc_g: pictures of "
+        "members and their synonyms that show any weapon; the last column counts these words of "
+        "which half the pictures or more do.",
+        "",
+        *table(("method", *HEADER, "words that come through ↓"), body),
+        "",
+    ]
+
+
+def withheld_lines() -> list[str]:
+    found = Found("withheld")
+    if not found.rows:
+        return []
+    return [
+        "The same ten classes, but the tokenizer's list of words, which mining and the preserve "
+        "prior read, holds none of their synonyms: what is left of Acc_g is what an erasure "
+        f"reaches that no list names. {found.note()} The baselines of the first table never read "
+        "that list for what they erase: their rows there compare with these.",
+        "",
+        *scores_table(found),
+        "",
+    ]
+
+
+def costs_lines() -> list[str]:
+    found = rows("costs.jsonl")
+    if not found:
+        return []
+    counts = sorted({row["concepts"] for row in found})
+    methods = list(dict.fromkeys(row["method"] for row in found))
+
+    def cells(method: str) -> list[str]:
+        out = []
+        for count in counts:
+            part = [r for r in found if r["method"] == method and r["concepts"] == count]
+            seconds = statistics.median(r["seconds"] for r in part)
+            out += [f"{seconds:.2f}", f"{max(r['peak_mb'] for r in part):.0f}"]
+        return out
+
+    header = [h for n in counts for h in (f"s, {n} concept{'s' * (n > 1)}", "peak MiB")]
+    first = found[0]
+    return [
+        f"One run, each erasure in a process of its own, median of "
+        f"{len({r['seed'] for r in found})}; peak memory beyond the loaded pipeline. "
+        f"{first['dtype']}, {first['device']}, {first['threads']} thread(s), torch "
+        f"{first['torch']}, commit {first['commit']}.",
+        "",
+        *table(("method", *header), [[bold(m), *cells(m)] for m in methods]),
+        "",
+    ]
+
+
+def attacks_lines() -> list[str]:
+    found = rows("attacks.jsonl")
+    if not found:
+        return []
+    attacks = list(dict.fromkeys(row["attack"] for row in found))
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    order = ["no attack", *(a for a in attacks if a != "no attack")]
+
+    def cell(method: str, attack: str) -> str:
+        part = [r for r in found if r["method"] == method and r["attack"] == attack]
+        seeds = sorted({r["seed"] for r in part})
+        means = [statistics.mean(r["success"] for r in part if r["seed"] == s) for s in seeds]
+        return percent(means) if means else "–"
+
+    first = found[0]
+    things = ", ".join(dict.fromkeys(row["thing"] for row in found))
+    return [
+        f"Pictures that show the erased thing again ({things}, erased by name), percent, mean ± "
+        f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
+        f"pictures each; lower is better; commit {first['commit']}. Prompt search (after "
+        "Ring-A-Bell) never asks the model; prompt optimization has all of its gradients and free "
+        "token vectors; image to image starts from a picture of the thing, at three strengths.",
+        "",
+        *table(
+            ("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]
+        ),
+        "",
+    ]  # fmt: skip
+
+
+def sweep_lines() -> list[str]:
+    found = Found("sweep", "sweep.jsonl")
+    if not found.rows:
+        return []
+    body = []
+    for method in (m for m in found.methods if m != UNERASED):
+        part = found.of(method)
+        name, _, settings = method.partition(": ")
+        cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
+        body.append([name, settings, *(f"{value:.1f}" for value in cells)])
+    body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
+    return [
+        f"Every setting that was tried for the baselines, on {', '.join(found.tasks)}, none of "
+        f"which is judged; one seed, commit {found.rows[0]['commit']}. Tables use the best of each "
+        "and, in the first one, the authors'. Ridges, thresholds and scales are in the units of "
+        "Stable Diffusion 1.4's embeddings.",
+        "",
+        *table(("method", "settings", *HEADER), body),
+        "",
+    ]
+
+
+PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
+    ("Objects, and their near relatives", objects_lines),
+    ("What neighbors bring", gain_lines),
+    ("Several at once", several_lines),
+    ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
+    ("Characters", lambda: scores_lines(
+        "characters", "Each judged character, by its name.", relatives=True)),
+    ("An unsafe category by its name", unsafe_lines),
+    ("Synonyms that no list names", withheld_lines),
+    ("Ablation", lambda: scores_lines(
+        "ablation",
+        "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
+        "without the check that would drop alignment where it does not help.")),
+    ("Attacks", attacks_lines),
+    ("Costs", costs_lines),
+    ("Settings of the baselines", sweep_lines),
+)  # fmt: skip
+
+INTRODUCTION = """\
+# How well it erases
+
+Generated by `bench/quality_page.py` from the rows in `bench/results/`. All of it is measured on the
+embedded model, 64x64 pictures of one drawing a word: it tells methods apart, and says little of how
+hard a photographic model is. The judge is a classifier trained on real renderings. Synonyms are
+never named to an eraser. The tokenizer lists them, though, and vocabulary mining finds them there;
+*Synonyms that no list names* is the table without that help.
+
+Baselines are ours, written from the papers (`bench/baselines/`), each with the settings of its own
+small sweep that did best on words which are not judged (last table). MACE is its closed form alone,
+without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
+here says nothing of their place there. "closed form, gaussian (paper)" is RealEra's first stage as
+published, "both stages" with noise alignment.
+"""
+
+
+def pictures() -> list[str]:
+    shown = (
+        ("h_o.png", "H_o of every method and table, with spread over seeds"),
+        ("scatter.png", "Efficacy and generality against specificity"),
+        ("seconds.png", "H_o against seconds"),
+        ("pictures.png", "Pictures after erasing a cat, by method"),
+    )
+    return [f"![{text}](quality/{name})\n" for name, text in shown if (FOLDER / name).exists()]
+
+
+def generated() -> str:
+    lines = [INTRODUCTION, *pictures()]
+    for title, part in PARTS:
+        found = part()
+        if found:
+            lines += [f"## {title}", "", *found]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--draw", action="store_true", help="draw the grid of pictures")
+    arguments = parser.parse_args()
+    if arguments.check:
+        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != generated())
+    import quality_plots
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if arguments.draw:
+        quality_plots.grid(FOLDER / "pictures.png")
+    quality_plots.draw(FOLDER)
+    PAGE.write_text(generated(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
