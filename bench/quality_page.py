@@ -11,12 +11,10 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from report import percent, rows, table
+from tables import ROOT, percent, rows, table
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 FOLDER = ROOT / "docs" / "quality"
 UNERASED = "un-erased model"
@@ -321,6 +319,52 @@ def sweep_lines() -> list[str]:
         "Stable Diffusion 1.4's embeddings.",
         "",
         *table(("method", "settings", *HEADER), body),
+        "",
+    ]
+
+
+def summary_lines() -> list[str]:
+    """README's table: mean H_o of everything that all methods did."""
+    columns = {
+        name: found
+        for name in ("objects", "several", "styles", "characters")
+        if (found := Found(name)).rows
+    }
+    if "objects" not in columns:
+        return []
+    objects = columns["objects"]
+    shared = [
+        m for m in objects.ranked()
+        if m == DEFAULT or all(m in found.methods for found in columns.values())
+    ]  # fmt: skip
+    several = Found("several").tasks[-2:]
+    header = ["method", "objects", "relatives"]
+    header += [f"{count} at once" for count in several]
+    header += [name for name in ("styles", "characters") if name in columns]
+    body = []
+    for method in shared:
+        cells = [
+            bold(method),
+            percent(objects.by_seed(method, score("h_o"))),
+            percent(objects.by_seed(method, near("h_o"))),
+        ]
+        cells += [
+            percent(columns["several"].by_seed(method, score("h_o"), [count])) for count in several
+        ]
+        cells += [
+            percent(columns[name].by_seed(method, score("h_o")))
+            for name in ("styles", "characters")
+            if name in columns
+        ]
+        body.append(cells)
+    first = objects.rows[0]
+    return [
+        f"Mean H_o, percent ± standard deviation over {len(objects.seeds)} seeds; higher is "
+        "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
+        f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots, attacks "
+        "and what each number means: [docs/quality.md](docs/quality.md).",
+        "",
+        *table(header, body),
         "",
     ]
 

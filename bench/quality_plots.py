@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from quality_page import DEFAULT, UNERASED, Found, score  # noqa: E402
-from report import rows  # noqa: E402
+from tables import rows  # noqa: E402
 
 TITLES = {
     "objects": "objects", "several": "several at once", "styles": "styles",

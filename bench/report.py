@@ -8,91 +8,18 @@ import argparse
 import json
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+import tables
+from quality_page import summary_lines
+from tables import ROOT, rows, table
+
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    path = RESULTS / name
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean and, of more than one value, standard deviation."""
-    mean = 100 * statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(cells) + " |" for cells in body]
-
-
-def variant_lines(kind: str, table_name: str = "variants") -> list[str]:
-    """Variants of the method on the judged concepts of one kind, best H_o first."""
-    every = rows(f"{table_name}.jsonl")
-    found = [r for r in every if r["split"] == "judged" and r["kind"] == kind]
-    if not found:
-        return []
-    seen = Counter((r["variant"], r["erased"], r["seed"]) for r in found)
-    made = {(r["commit"], r["dirty"], r["device"], r["threads"], r["torch"]) for r in found}
-    grid = {len({(e, s) for v, e, s in seen if v == variant}) for variant, _, _ in seen}
-    if max(seen.values()) > 1 or len(made) > 1 or len(grid) > 1:
-        raise SystemExit(
-            f"{table_name}.jsonl mixes runs, repeats rows or misses some: run bench/variants.py "
-            f"--table {table_name} anew"
-        )
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in found:
-        groups.setdefault(row["variant"], []).append(row)
-    concepts = sorted({row["erased"] for row in found})
-    seeds = sorted({row["seed"] for row in found})
-
-    def line(name: str, scores: Sequence[Mapping[str, float]], seconds: str) -> list[str]:
-        return [
-            name,
-            *(percent([s[k] for s in scores if s[k] is not None]) for k in
-              ("acc_e", "acc_s", "acc_g", "h_o")),
-            seconds,
-        ]  # fmt: skip
-
-    body = [
-        line(
-            name,
-            [row["after"] for row in group],
-            f"{statistics.median(row['seconds'] for row in group):.1f}",
-        )
-        for name, group in groups.items()
-    ]
-    body.sort(key=lambda cells: -float(cells[4].split()[0]))
-    before = [row["before"] for row in next(iter(groups.values()))]
-    body.append(line("un-erased model", before, ""))
-    noun = "things" if kind == "object" else "styles"
-    first = found[0]
-    dtype = first.get("dtype", "float32")
-    return [
-        f"{len(concepts)} judged {noun} ({', '.join(concepts)}), one erased at a time, "
-        f"{len(seeds)} seed(s), {first['pictures']} or so pictures each; percent, mean ± standard "
-        f"deviation over erasures; {dtype}; median seconds of `erase` on {first['device']}, "
-        f"{first['threads']} thread(s), torch {first['torch']}, commit {first['commit']}.",
-        "",
-        *table(("variant", "Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑", "seconds"), body),
-        "",
-    ]
-
-
 def model_lines() -> list[str]:
-    path = RESULTS / "embedded_model.json"
+    path = tables.RESULTS / "embedded_model.json"
     if not path.exists():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -329,13 +256,9 @@ def entry_map_lines() -> list[str]:
 
 def generated() -> str:
     lines = [*model_lines()]
-    for kind, title in (("object", "Objects"), ("style", "Styles")):
-        part = variant_lines(kind)
-        if part:
-            lines += [f"### {title}", "", *part]
-    ablation = variant_lines("object", "ablation")
-    if ablation:
-        lines += ["### RealEra's parts", "", *ablation]
+    summary = summary_lines()
+    if summary:
+        lines += ["### How well it erases", "", *summary]
     closed_form = closed_form_lines()
     if closed_form:
         lines += ["### Closed form", "", *closed_form]

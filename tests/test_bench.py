@@ -1,7 +1,6 @@
 """Published numbers are the ones of the committed rows."""
 
 import importlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,50 +10,81 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_holds_what_the_rows_say():
-    report = load("report")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.with_results(readme) == readme, "run python bench/report.py"
-
-
-def test_a_changed_row_would_show(tmp_path, monkeypatch):
-    report = load("report")
-    row = {
-        "variant": "default", "erased": "cat", "kind": "object", "split": "judged", "seed": 0,
-        "before": {"acc_e": 1.0, "acc_s": 0.9, "acc_g": 1.0, "h_o": 0.0},
-        "after": {"acc_e": 0.25, "acc_s": 0.5, "acc_g": None, "h_o": 0.6},
-        "pictures": 4, "seconds": 2.0, "device": "cpu", "threads": 1, "torch": "2",
-        "commit": "abc", "dirty": False,
-    }  # fmt: skip
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    second = row | {"seed": 1, "after": row["after"] | {"acc_e": 0.35, "acc_g": 0.1}}
-    (tmp_path / "variants.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(second)}\n")
-    text = report.generated()
-    assert "| default | 30.0 ± 7.1 | 50.0 ± 0.0 | 10.0 | 60.0 ± 0.0 | 2.0 |" in text
-    assert "| un-erased model | 100.0 ± 0.0 | 90.0 ± 0.0" in text
-
-
-@pytest.mark.parametrize("name", ["variants", "train_embedded", "run"])
-def test_bench_scripts_say_how_to_use_them(name, monkeypatch, capsys):
+@pytest.fixture
+def bench(monkeypatch):
+    """Modules of the bench folder by name."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    module = load(name)
+    return importlib.import_module
+
+
+@pytest.fixture
+def report(bench, tmp_path, monkeypatch):
+    """The report, of rows in an empty folder."""
+    monkeypatch.setattr(bench("tables"), "RESULTS", tmp_path)
+    return bench("report")
+
+
+def test_readme_holds_what_the_rows_say(bench):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert bench("report").with_results(readme) == readme, "run python bench/report.py"
+
+
+def test_the_page_of_quality_holds_what_the_rows_say(bench):
+    page = bench("quality_page")
+    assert page.PAGE.read_text(encoding="utf-8") == page.generated(), (
+        "run python bench/quality_page.py"
+    )
+
+
+def quality_row(method, seed, task="cat", near=0.5, **scores):
+    values = {"acc_e": 0.0, "acc_s": 0.9, "acc_g": 0.2, "h_o": 0.8} | scores
+    return {
+        "table": "objects", "method": method, "task": task, "seed": seed, "scores": values,
+        "relatives": values | {"acc_s": near}, "words": {}, "pictures": 4, "concepts": 1,
+        "seconds": 2.0, "device": "cpu", "threads": 1, "torch": "2", "commit": "abc",
+        "dtype": "float32",
+    }  # fmt: skip
+
+
+def test_a_changed_row_of_quality_would_show(bench, report, tmp_path):
+    found = [
+        quality_row(method, seed, task, h_o=h_o + 0.1 * seed)
+        for method, h_o in (("realera_fast", 0.8), ("UCE", 0.4), ("un-erased model", 0.0))
+        for seed in (0, 1)
+        for task in ("cat", "ship")
+    ]
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    text = bench("quality_page").generated()
+    cells = "0.0 ± 0.0 | 90.0 ± 0.0 | 20.0 ± 0.0 | 85.0 ± 7.1 | 50.0 ± 0.0 | 85.0 ± 7.1 | 2.0 |"
+    assert f"| **realera_fast** | {cells}" in text
+    assert text.index("| UCE |") < text.index("| un-erased model |")
+    assert "| **realera_fast** | 85.0 ± 7.1 | 85.0 ± 7.1 |" in report.generated()
+
+
+def test_repeated_rows_of_quality_are_refused(bench, report, tmp_path):
+    row = json.dumps(quality_row("realera_fast", 0))
+    (tmp_path / "quality.jsonl").write_text(f"{row}\n{row}\n")
+    with pytest.raises(SystemExit, match="repeats rows"):
+        bench("quality_page").generated()
+
+
+SCRIPTS = ["quality", "quality_page", "robustness", "train_embedded", "run"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bench_scripts_say_how_to_use_them(name, bench, monkeypatch, capsys):
+    module = bench(name)
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 0 and "--" in capsys.readouterr().out
 
 
-def test_variants_differ_from_each_other(monkeypatch):
-    variants = load("variants").variants()
-    configs = [config.to_dict() for config in variants.values()]
-    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+@pytest.mark.parametrize("kind", ["variants", "ablation", "sweep", "baselines"])
+def test_methods_differ_from_each_other(kind, bench):
+    found = getattr(bench("methods"), kind)()
+    settings = [(name.split(":")[0].split(",")[0], m.settings) for name, m in found.items()]
+    assert all(a != b for i, a in enumerate(settings) for b in settings[:i])
 
 
 def closed_form_row(candidate, milliseconds, matrices=32, **change):
@@ -66,9 +96,7 @@ def closed_form_row(candidate, milliseconds, matrices=32, **change):
     } | change  # fmt: skip
 
 
-def test_closed_form_table(tmp_path, monkeypatch):
-    report = load("report")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_closed_form_table(report, tmp_path):
     assert report.generated() == ""
     found = [
         closed_form_row("library", 6.0),
@@ -83,9 +111,7 @@ def test_closed_form_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"commit": "def"}, {"date": "tomorrow"}, {}])
-def test_closed_form_rows_of_two_runs_are_refused(change, tmp_path, monkeypatch):
-    report = load("report")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_closed_form_rows_of_two_runs_are_refused(change, report, tmp_path):
     found = [closed_form_row("library", 6.0), closed_form_row("library", 5.0, **change)]
     path = tmp_path / "closed_form.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -161,7 +187,7 @@ def test_measuring_a_small_point(monkeypatch):
         assert "uce" in line and "floor" in line
 
 
-def test_plot(tmp_path, monkeypatch):
+def test_plot(bench, tmp_path):
     pytest.importorskip("matplotlib")
     found = [
         closed_form_row(name, time * n, matrices, concepts=n, rows=n, p20_ms=time * n,
@@ -171,7 +197,7 @@ def test_plot(tmp_path, monkeypatch):
     ]  # fmt: skip
     path = tmp_path / "closed_form.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    load("plots").closed_form(path, tmp_path / "plot.png")
+    bench("plots").closed_form(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -235,9 +261,7 @@ def test_candidates_of_neighbors_solve_the_same_problem(operation, monkeypatch):
     assert case.line(*next(iter(case.by_point(found).items()))).startswith(operation)
 
 
-def test_table_of_neighbors(tmp_path, monkeypatch):
-    report = load("report")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_table_of_neighbors(report, tmp_path):
     rows = [perturb_row("library", 2.0), perturb_row("eager", 5.0), perturb_row("ceiling", 1.0)]
     path = tmp_path / "perturb.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -305,9 +329,7 @@ def test_candidates_of_alignment_solve_the_same_problem(operation, monkeypatch):
     assert case.line(*next(iter(case.by_point(found).items()))).startswith(operation)
 
 
-def test_table_and_plot_of_alignment(tmp_path, monkeypatch):
-    report = load("report")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_table_and_plot_of_alignment(bench, report, tmp_path):
     rows = [alignment_row("library", 2.0), alignment_row("plain", 5.0),
             alignment_row("library compiled", 1.0)]  # fmt: skip
     path = tmp_path / "alignment.jsonl"
@@ -315,16 +337,13 @@ def test_table_and_plot_of_alignment(tmp_path, monkeypatch):
     line = "| optimizer step | embedded, float32 | 20 | 2.0 | 2.50x | – | 0.50x | – |"
     assert line in report.generated()
     pytest.importorskip("matplotlib")
-    load("plots").alignment(path, tmp_path / "plot.png")
+    bench("plots").alignment(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_parts_of_realera_differ(monkeypatch):
-    parts = load("variants").ablation()
-    configs = [config.to_dict() for config in parts.values()]
-    assert len(parts) == 14
-    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
-    alone = parts["alignment, beyond"]
-    assert not alone.closed_form.enabled and alone.mining.neighbor_scale == 0
-    assert alone.mining.beyond_scale > 0 and alone.alignment.beyond_scale > 0
-    assert all(config.alignment.check_seeds == 0 for config in parts.values())
+def test_ablation_switches_parts_off(bench):
+    parts = bench("methods").ablation()
+    alone = parts["alignment, beyond"].settings
+    assert not alone["closed_form"]["enabled"] and alone["mining"]["neighbor_scale"] == 0
+    assert alone["mining"]["beyond_scale"] > 0 and alone["alignment"]["beyond_scale"] > 0
+    assert all(method.settings["alignment"]["check_seeds"] == 0 for method in parts.values())

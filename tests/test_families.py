@@ -30,7 +30,8 @@ from realera_fast.vocabulary import VocabularyConfig
 
 CLOSED = EraseConfig(
     alignment=AlignmentConfig(enabled=False),
-    vocabulary=VocabularyConfig(words=6, cache=False),
+    # Few features: a prior of the default's weight leaves a word no way to go.
+    vocabulary=VocabularyConfig(words=6, preserve_scale=5.0, cache=False),
     pairs=PairsConfig(context_words=2, neutral_words=4),
     # A fixed, moderate edit: random encoders say nothing about words.
     closed_form=ClosedFormConfig(ridge=1.0),

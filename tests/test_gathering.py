@@ -15,12 +15,14 @@ from test_families import CLOSED
 from tiny_families import FAMILIES, flux, sd1
 from torch.testing import assert_close
 
-from realera_fast import Erasure, erase
+from realera_fast import Concept, Erasure, erase
 from realera_fast import gathering as gathering_module
 from realera_fast.checkpoint import CheckpointError
 from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.concept_file import ConceptFileError, read_concepts
+from realera_fast.mining import MiningConfig
 from realera_fast.pairs import PairsConfig
+from realera_fast.vocabulary import Vocabulary
 
 ONE = replace(CLOSED, pairs=PairsConfig(templates={"object": ("a photo of a {}",)}))
 LIST = [f"{'abcdefgh'[i % 8]}{'ijklmnop'[i // 8]}=dog" for i in range(40)]
@@ -179,3 +181,34 @@ def test_kept_systems_take_no_checkpoint(tmp_path):
     config = replace(ONE, closed_form=replace(ONE.closed_form, keep_system=True))
     erase(flux(), LIST[:3], config=config, checkpoint_dir=tmp_path, progress=False)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
+    """`far` is nearer to the concept with its neighbors than to the concept alone."""
+    rows = {
+        "target": [1.0, 0.0, 0.0, 0.0],
+        "near": [0.8, 0.6, 0.0, 0.0],
+        "far": [0.5, 0.8, 0.33, 0.0],
+        "other": [-1.0, 0.2, 0.5, 0.0],
+        "opposite": [-0.7, -1.3, -0.6, 0.0],
+    }
+    words = ("near", "far", "other", "opposite")
+    descriptors = torch.tensor([rows[word] for word in words])
+    gram = torch.zeros(4, 4, dtype=torch.float64)
+    vocabulary = Vocabulary(words, descriptors, gram, 1, "")
+    monkeypatch.setattr(
+        gathering_module, "describe",
+        lambda text, asked: torch.tensor([rows[word] for word in asked]),
+    )  # fmt: skip
+    alone = vocabulary.similarity(torch.tensor(rows["target"]))
+    threshold = float(alone[1]) + 0.02
+    assert float(alone[0]) > threshold
+
+    def found(keep=()):
+        config = MiningConfig(word_cosine=threshold)
+        concepts = [Concept("target")]
+        return gathering_module.neighbor_words(None, vocabulary, concepts, config, keep=keep)
+
+    assert found().near["target"] == ("near", "far")
+    # A kept word is no neighbor, so it points at nothing.
+    assert found(keep=["near"]).near["target"] == ()

@@ -88,3 +88,30 @@ def test_templates_are_checked():
 
 def test_fill_leaves_no_double_spaces():
     assert fill("a {} picture of a {word}", "", "dog") == "a picture of a dog"
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0])
+def test_destinations_lie_past_the_anchor(text, guidance):
+    plain = align(text, "cat", "dog", ["a photo of a {}"])
+    past = align(text, "cat", "dog", ["a photo of a {}"], negative_guidance=guidance)
+    wanted = plain.destination - guidance * (plain.source - plain.destination)
+    torch.testing.assert_close(past.destination, wanted, rtol=1e-5, atol=1e-5)
+    # The teacher of noise alignment is shown the anchor itself.
+    assert torch.equal(past.anchor, plain.anchor) and torch.equal(past.source, plain.source)
+
+
+def test_prompts_of_concepts_take_the_guidance_of_their_settings(text):
+    def prompts(guidance):
+        config = PairsConfig(negative_guidance=guidance)
+        return ConceptPrompts(text, [Concept("cat", anchor="dog")], {}, config)[0]
+
+    none, some = prompts(0.0), prompts(0.5)
+    carries = none.weight > 0
+    wanted = 1.5 * none.destination - 0.5 * none.source
+    torch.testing.assert_close(some.destination[carries], wanted[carries], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [-0.1, float("nan"), float("inf")])
+def test_bad_guidance_is_refused(guidance):
+    with pytest.raises(ValueError, match="negative_guidance"):
+        PairsConfig(negative_guidance=guidance)

@@ -80,3 +80,18 @@ def test_no_words_no_prior(text):
     vocabulary = encode_vocabulary(text, VocabularyConfig(words=0))
     gram, count = preserve_gram(text, vocabulary, ["cat"])
     assert vocabulary.words == () and count == 0 and not gram.any()
+
+
+def test_words_left_out_are_neither_preserved_nor_there(text):
+    every = encode_vocabulary(text, VocabularyConfig(words=8))
+    gone = every.words[2]
+    fewer = encode_vocabulary(text, VocabularyConfig(words=8, exclude=(gone.upper(),)))
+    assert fewer.words == tuple(w for w in every.words if w != gone)
+    same = encode_vocabulary(text, VocabularyConfig(words=8), words=fewer.words)
+    torch.testing.assert_close(fewer.gram, same.gram)
+
+
+def test_one_string_of_words_to_leave_out_is_refused():
+    with pytest.raises(TypeError, match="exclude"):
+        VocabularyConfig(exclude="cat")
+    assert VocabularyConfig(exclude=["cat"]).exclude == ("cat",)
