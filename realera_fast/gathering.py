@@ -112,7 +112,8 @@ def neighbor_words(
             described = describe(text, [word for concept in part for word in concept.words])
             own = described.split([len(concept.words) for concept in part])
             for place, rows in enumerate(own, start=start):
-                score = _similarity(vocabulary, rows, ~known, config)
+                wide = concepts[place].kind == "explicit"
+                score = _similarity(vocabulary, rows, ~known, config, wide=wide)
                 owner[score > best] = place
                 best = torch.maximum(best, score)
             bar.update(len(part))
@@ -131,9 +132,14 @@ def neighbor_words(
 
 
 def _similarity(
-    vocabulary: Vocabulary, named: Tensor, free: Tensor, config: mining.MiningConfig
+    vocabulary: Vocabulary,
+    named: Tensor,
+    free: Tensor,
+    config: mining.MiningConfig,
+    *,
+    wide: bool = False,
 ) -> Tensor:
-    """`[w]` how near each word of the vocabulary is to a concept.
+    """`[w]` how near each word of the vocabulary is to a concept; from `word_cosine` on a neighbor.
 
     Looked at twice: words that are near the named ones say, together with them, more clearly where
     the concept is than a single word does (pseudo-relevance feedback, Rocchio 1971).
@@ -141,8 +147,11 @@ def _similarity(
     Args:
         named: `[n, d]` descriptors of the concept's words.
         free: `[w]` which words can be neighbors.
+        wide: they name a category.
     """
     first = vocabulary.similarity(named.mean(dim=0)).cpu()
+    if wide:
+        first = first + (config.word_cosine - config.category_cosine)
     near = ((first >= config.word_cosine) & free).nonzero()[:, 0]
     near = near[first[near].argsort(descending=True)][: config.max_words]
     if not len(near):

@@ -110,6 +110,9 @@ class MiningConfig:
     word_cosine: float = 0.6
     """Vocabulary mode, no unit: least cosine between a word and the target, after the mean over all
     words is taken out, for the word to be a neighbor. Default (ours)."""
+    category_cosine: float = 0.4
+    """The same for concepts of kind "explicit": they name a category, whose members lie further
+    from its name than synonyms do. Words that these point at need `word_cosine`. Default (ours)."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -131,10 +134,11 @@ class MiningConfig:
             raise TypeError(f"MiningConfig.max_words must be an integer, got {self.max_words!r}")
         if self.max_words < 0:
             raise ValueError(f"MiningConfig.max_words must not be negative, got {self.max_words}")
-        if not -1.0 <= self.word_cosine <= 1.0:
-            raise ValueError(
-                f"MiningConfig.word_cosine must be from -1 to 1, got {self.word_cosine}"
-            )
+        for name in ("word_cosine", "category_cosine"):
+            if not -1.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"MiningConfig.{name} must be from -1 to 1, got {getattr(self, name)}"
+                )
         # Both regions are built once here, so that a bad window fails where it was written.
         _ = self.neighbor_region, self.beyond_region
 

@@ -212,3 +212,23 @@ def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
     assert found().near["target"] == ("near", "far")
     # A kept word is no neighbor, so it points at nothing.
     assert found(keep=["near"]).near["target"] == ()
+
+
+def test_a_category_reaches_further(monkeypatch):
+    """The same words: a neighbor of a category, none of an object."""
+    descriptors = torch.tensor([[0.5, 0.8, 0.2], [-1.0, 0.2, 0.1], [0.3, -1.0, -0.4]])
+    gram = torch.zeros(3, 3, dtype=torch.float64)
+    vocabulary = Vocabulary(("member", "other", "opposite"), descriptors, gram, 1, "")
+    monkeypatch.setattr(
+        gathering_module, "describe", lambda text, asked: torch.tensor([[1.0, 0.1, 0.0]])
+    )
+    similar = float(vocabulary.similarity(torch.tensor([1.0, 0.1, 0.0]))[0])
+
+    def found(kind, category_cosine):
+        config = MiningConfig(word_cosine=similar + 0.1, category_cosine=category_cosine)
+        concepts = [Concept("name", anchor="x", kind=kind)]
+        return gathering_module.neighbor_words(None, vocabulary, concepts, config).near["name"]
+
+    assert found("object", similar - 0.1) == ()
+    assert found("explicit", similar - 0.1) == ("member",)
+    assert found("explicit", similar + 0.1) == ()
