@@ -181,10 +181,18 @@ def several_lines() -> list[str]:
             )
             cells.append(f"{kept} / {mean}")
         body.append(cells)
+    lost = []
+    for count in counts:
+        kept, own = (
+            statistics.mean(found.by_seed(m, score("acc_s"), [count])) for m in (UNERASED, DEFAULT)
+        )
+        lost.append(f"{100 * (kept - own):.1f} at {count}")
     return [
         f"Random judged things, others for every seed. {found.note()} Each cell: Acc_s / H_o.",
         "",
         *table(("method", *(f"{count} at once" for count in counts)), body),
+        "",
+        f"Points of Acc_s that the default loses against the un-erased model: {', '.join(lost)}.",
         "",
     ]
 

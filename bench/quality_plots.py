@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -52,10 +53,10 @@ def bars(path: Path) -> None:
             if method not in found.methods:
                 continue
             values = [100 * v for v in found.by_seed(method, score("h_o"))]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            mean, spread = statistics.mean(values), _spread(values)
             panel.barh(
-                place, statistics.mean(values), xerr=spread, color=_color(method),
-                error_kw={"linewidth": 1.0, "capsize": 2},
+                place, mean, xerr=[[min(spread, mean)], [min(spread, 100 - mean)]],
+                color=_color(method), error_kw={"linewidth": 1.0, "capsize": 2},
             )  # fmt: skip
         panel.set_title(TITLES[name], fontsize=10)
         panel.set_xlim(0, 105)
@@ -67,36 +68,43 @@ def bars(path: Path) -> None:
     plt.close(figure)
 
 
+MARKS = "osD^vP<>XhHpd8"
+
+
 def scatter(path: Path) -> None:
-    """Specificity against what is gone, objects; a point for each method, bars over seeds."""
+    """Specificity against what is gone, objects; a mark for each method, bars over seeds."""
     found = Found("objects")
     if not found.rows:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.6), sharey=True)
+    shown = [m for m in (*found.ranked(), UNERASED) if not m.endswith("authors'")]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    colors = plt.colormaps["tab20"].colors  # type: ignore[attr-defined]
     for panel, key, title in (
         (panels[0], "acc_e", "efficacy: 1 - Acc_e, percent"),
         (panels[1], "acc_g", "generality: 1 - Acc_g, percent"),
     ):
-        for number, method in enumerate((*found.ranked(), UNERASED)):
+        for number, method in enumerate(shown):
             gone = [100 - 100 * v for v in found.by_seed(method, score(key))]
             kept = [100 * v for v in found.by_seed(method, score("acc_s"))]
-            x, y = statistics.mean(gone), statistics.mean(kept)
+            own = method == DEFAULT
             panel.errorbar(
-                x, y, xerr=statistics.stdev(gone), yerr=statistics.stdev(kept),
-                fmt="*" if method == DEFAULT else "o", markersize=12 if method == DEFAULT else 5,
-                color=_color(method), linewidth=0.8,
-            )  # fmt: skip
-            panel.annotate(
-                str(number + 1), (x, y), textcoords="offset points",
-                xytext=(4, 4 + 7 * (number % 3)), fontsize=7,
+                statistics.mean(gone), statistics.mean(kept), xerr=_spread(gone),
+                yerr=_spread(kept), fmt="*" if own else MARKS[number % len(MARKS)],
+                markersize=15 if own else 6, color=OWN if own else colors[number % 20],
+                linewidth=0.8, label=method, zorder=3 if own else 2,
             )  # fmt: skip
         panel.set_xlabel(title, fontsize=9)
+        panel.grid(alpha=0.3)
     panels[0].set_ylabel("specificity: Acc_s, percent", fontsize=9)
-    names = [f"{i + 1} {m}" for i, m in enumerate((*found.ranked(), UNERASED))]
-    figure.text(0.72, 0.5, "\n".join(names), fontsize=7.5, va="center")
-    figure.tight_layout(rect=(0, 0, 0.71, 1))
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 0.74, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def seconds(path: Path) -> None:
@@ -113,7 +121,7 @@ def seconds(path: Path) -> None:
         )
         values = [100 * v for v in found.by_seed(method, score("h_o"))]
         panel.errorbar(
-            x, statistics.mean(values), yerr=statistics.stdev(values),
+            x, statistics.mean(values), yerr=_spread(values),
             fmt="*" if method == DEFAULT else "o", markersize=13 if method == DEFAULT else 6,
             color=_color(method), linewidth=0.8,
         )  # fmt: skip

@@ -21,7 +21,9 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean and, of more than one value, standard deviation."""
+    """Mean and, of more than one value, standard deviation; a dash for none."""
+    if not values:
+        return "–"
     mean = 100 * statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.1f}"
