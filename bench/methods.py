@@ -37,6 +37,10 @@ TUNED: Mapping[str, Any] = {
 (`bench/results/sweep.jsonl`)."""
 
 
+TOGETHER: Mapping[str, Any] = {}
+"""The same for several at once (table "sweep_several")."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to erase."""
@@ -141,6 +145,14 @@ def compared() -> dict[str, Method]:
     """Who is in every table: the default, RealEra's closed form as published, the baselines."""
     own = variants()
     return {name: own[name] for name in (DEFAULT, CLOSED)} | baselines(authors=False)
+
+
+def compared_together() -> dict[str, Method]:
+    """The same, with the settings for several at once."""
+    found = compared()
+    for name, settings in TOGETHER.items():
+        found[name] = baseline(BASELINES[name], settings)
+    return found
 
 
 def sweep() -> dict[str, Method]:

@@ -8,6 +8,7 @@
     python bench/quality.py withheld            # objects; the tokenizer lists no synonym of theirs
     python bench/quality.py ablation            # RealEra's parts and parameters
     python bench/quality.py sweep               # baselines' settings, on words not judged
+    python bench/quality.py sweep_several       # the same for 5 and 10 words at once
     python bench/quality.py costs               # seconds and peak memory, a process each
 
 Every method erases the same concepts, then draws the same prompts from the same seeds, and the
@@ -219,6 +220,19 @@ def tuning(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return found + [plan.of_style(style.name, seeds) for style in plan.styles]
 
 
+def tuning_several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Words that are not judged, 5 and 10 at once."""
+    tasks = []
+    for count in (5, 10):
+        gone = random.Random(count).sample(plan.things, count)
+        tasks.append(
+            plan.of_things(
+                f"{count}", gone, seeds, target=2, synonym=1, relative=1, others=40
+            )
+        )  # fmt: skip
+    return tasks
+
+
 def ablated(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return [plan.of_things(name, [plan.table.thing(name)], seeds) for name in ("cat", "ship")]
 
@@ -239,13 +253,14 @@ def _all() -> dict[str, Method]:
 
 TABLES: Mapping[str, Table] = {
     "objects": Table(objects, _all),
-    "several": Table(several, methods.compared),
+    "several": Table(several, methods.compared_together),
     "styles": Table(styles, methods.compared),
     "characters": Table(characters, methods.compared),
     "unsafe": Table(unsafe, methods.compared),
     "withheld": Table(withheld, methods.variants),
     "ablation": Table(ablated, methods.ablation),
     "sweep": Table(tuning, methods.sweep, "tuning", "sweep.jsonl"),
+    "sweep_several": Table(tuning_several, methods.sweep, "tuning", "sweep.jsonl"),
 }
 
 
