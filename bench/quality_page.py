@@ -310,24 +310,37 @@ def attacks_lines() -> list[str]:
 
 
 def sweep_lines() -> list[str]:
-    found = Found("sweep", "sweep.jsonl")
-    if not found.rows:
+    lines = []
+    for name, text in (
+        ("sweep", "one at a time"),
+        ("sweep_several", "together"),
+    ):
+        found = Found(name, "sweep.jsonl")
+        if not found.rows:
+            continue
+        body = []
+        for method in (m for m in found.methods if m != UNERASED):
+            part = found.of(method)
+            title, _, settings = method.partition(": ")
+            cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
+            body.append([title, settings, *(f"{value:.1f}" for value in cells)])
+        body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
+        tasks = found.tasks if name == "sweep" else [f"{task} things" for task in found.tasks]
+        lines += [
+            f"{', '.join(tasks)}, {text}; none is judged. One seed, commit "
+            f"{found.rows[0]['commit']}.",
+            "",
+            *table(("method", "settings", *HEADER), body),
+            "",
+        ]
+    if not lines:
         return []
-    body = []
-    for method in (m for m in found.methods if m != UNERASED):
-        part = found.of(method)
-        name, _, settings = method.partition(": ")
-        cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
-        body.append([name, settings, *(f"{value:.1f}" for value in cells)])
-    body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
     return [
-        f"Every setting that was tried for the baselines, on {', '.join(found.tasks)}, none of "
-        f"which is judged; one seed, commit {found.rows[0]['commit']}. Tables use the best of each "
-        "and, in the first one, the authors'. Ridges, thresholds and scales are in the units of "
-        "Stable Diffusion 1.4's embeddings.",
+        "Every setting that was tried for the baselines. Tables use the best of each, of the "
+        "second list where several things are erased at once, and the first table the authors' "
+        "too. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's embeddings.",
         "",
-        *table(("method", "settings", *HEADER), body),
-        "",
+        *lines,
     ]
 
 

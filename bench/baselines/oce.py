@@ -44,6 +44,7 @@ SWEEP = (
         )
         for expand in (False, True)
     ),
+    *(Settings(erase_scale=scale, preserve_concept_scale=0.3) for scale in (300.0, 1000.0)),
 )
 """What is tried on words that are not judged; the authors' settings come first. Scales are against
 the size of the layer's outputs, which is not that of Stable Diffusion's."""
