@@ -147,17 +147,16 @@ def baselines(*, authors: bool = True) -> dict[str, Method]:
     return found
 
 
-def compared() -> dict[str, Method]:
-    """Who is in every table: the default, RealEra's closed form as published, the baselines."""
+def compared(count: int = 1) -> dict[str, Method]:
+    """Who is in every table: the default, RealEra's closed form as published, the baselines.
+
+    Args:
+        count: how many concepts are erased together; baselines have settings for one and for more.
+    """
     own = variants()
-    return {name: own[name] for name in (DEFAULT, CLOSED)} | baselines(authors=False)
-
-
-def compared_together() -> dict[str, Method]:
-    """The same, with the settings for several at once."""
-    found = compared()
-    for name, settings in TOGETHER.items():
-        found[name] = baseline(BASELINES[name], settings)
+    found = {name: own[name] for name in (DEFAULT, CLOSED)} | baselines(authors=False)
+    if count > 1:
+        found |= {name: baseline(BASELINES[name], best) for name, best in TOGETHER.items()}
     return found
 
 

@@ -242,26 +242,29 @@ class Table:
     """What is erased and by whom."""
 
     tasks: Callable[[Plan, Sequence[int]], list[Task]]
-    methods: Callable[[], dict[str, Method]]
+    methods: Callable[[int], dict[str, Method]]
+    """By the number of concepts that are erased together."""
     split: str = "judged"
     out: str = "quality.jsonl"
 
 
-def _all() -> dict[str, Method]:
+def _all(count: int) -> dict[str, Method]:
     return methods.variants() | methods.baselines()
 
 
 TABLES: Mapping[str, Table] = {
     "objects": Table(objects, _all),
-    "several": Table(several, methods.compared_together),
+    "several": Table(several, methods.compared),
     "styles": Table(styles, methods.compared),
     "characters": Table(characters, methods.compared),
     "unsafe": Table(unsafe, methods.compared),
-    "withheld": Table(withheld, methods.variants),
-    "ablation": Table(ablated, methods.ablation),
-    "sweep": Table(tuning, methods.sweep, "tuning", "sweep.jsonl"),
-    "sweep_several": Table(tuning_several, methods.sweep, "tuning", "sweep.jsonl"),
-}
+    "withheld": Table(withheld, lambda count: methods.variants()),
+    "ablation": Table(ablated, lambda count: methods.ablation()),
+    "sweep": Table(tuning, lambda count: methods.sweep(), "tuning", "sweep.jsonl"),
+    "sweep_several": Table(
+        tuning_several, lambda count: methods.sweep(), "tuning", "sweep.jsonl"
+    ),
+}  # fmt: skip
 
 
 class Studio:
@@ -369,16 +372,13 @@ def run(table: str, arguments: argparse.Namespace) -> None:
     done = {(r["table"], r["method"], r["task"], r["seed"]) for r in present}
     studio = Studio(getattr(torch, arguments.dtype))
     tasks = kind.tasks(Plan(studio.table, kind.split), arguments.seeds)
-    chosen: dict[str, Method | None] = {UNERASED: None, **kind.methods()}
-    if arguments.methods:
-        chosen = {
-            name: method for name, method in chosen.items()
-            if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.methods)
-        }  # fmt: skip
     for task in tasks:
         if arguments.tasks and task.name not in arguments.tasks:
             continue
+        chosen: dict[str, Method | None] = {UNERASED: None, **kind.methods(len(task.concepts))}
         for name, method in chosen.items():
+            if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
+                continue
             left = [s for s in task.shots if (table, name, task.name, s) not in done]
             if not left:
                 continue
@@ -408,7 +408,7 @@ def cost(name: str, count: int, dtype: str, threads: int, answer: Any) -> None:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     before = int(status["VmRSS"].split()[0])
     started = time.perf_counter()
-    methods.compared()[name].erase(studio.pipe, concepts, 0, ())
+    methods.compared(count)[name].erase(studio.pipe, concepts, 0, ())
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answer.put({"seconds": round(seconds, 3), "peak_mb": round((peak - before) / 1024, 1)})
@@ -421,7 +421,7 @@ def costs(arguments: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     rows = []
     for count in (1, 10):
-        for name in methods.compared():
+        for name in methods.compared(count):
             # The first repetition fills caches on disk.
             for seed in range(-1, 2):
                 answer = context.Queue()
