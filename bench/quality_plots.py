@@ -138,11 +138,13 @@ def seconds(path: Path) -> None:
 
 
 GRID = (
-    ("a photo of a cat", 2), ("a photo of a kitty", 1), ("a photo of a feline", 1),
-    ("a photo of a tiger", 1), ("a photo of a lion", 1), ("a photo of a dog", 1),
-    ("a photo of a house", 1), ("a photo of a wizard", 1), ("a mosaic picture of a bus", 1),
+    ("cat", "a photo of a cat", 2), ("kitty", "a photo of a kitty", 1),
+    ("feline", "a photo of a feline", 1), ("tiger", "a photo of a tiger", 1),
+    ("lion", "a photo of a lion", 1), ("dog", "a photo of a dog", 1),
+    ("house", "a photo of a house", 1), ("wizard", "a photo of a wizard", 1),
+    ("bus, mosaic", "a mosaic picture of a bus", 1),
 )  # fmt: skip
-"""Prompts and pictures of each."""
+"""Labels, prompts, and pictures of each."""
 
 
 def grid(path: Path) -> None:
@@ -157,9 +159,9 @@ def grid(path: Path) -> None:
 
     studio = Studio(torch.bfloat16)
     shots = [
-        Shot(erased="cat", group="untouched", word="", expected="", kind="thing", prompt=prompt,
-             seed=4242 + i)
-        for prompt, count in GRID
+        Shot(erased="cat", group="untouched", word=label, expected="", kind="thing",
+             prompt=prompt, seed=4242 + i)
+        for label, prompt, count in GRID
         for i in range(count)
     ]  # fmt: skip
     task = Task("cat", (Concept("cat"),), {})
@@ -168,8 +170,7 @@ def grid(path: Path) -> None:
     page = Image.new("RGB", (left + size * len(shots), top + size * len(chosen)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for column, shot in enumerate(shots):
-        label = shot.prompt.removeprefix("a photo of a ").removeprefix("a ")
-        pen.text((left + size * column + 3, 6), label[:16], fill="black", font=font)
+        pen.text((left + size * column + 3, 6), shot.word, fill="black", font=font)
     for line, (name, method) in enumerate(chosen.items()):
         found, _, _ = studio.erased(method, task, 0, lambda: studio.draw(shots))
         pen.text((6, top + size * line + size // 2 - 8), name, fill="black", font=font)
