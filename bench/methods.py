@@ -42,7 +42,7 @@ TOGETHER: Mapping[str, Any] = {
     "MACE, closed form": mace.Settings(preserve_scale=0.01),
     "RECE": rece.Settings(regularization=1e-3, rounds=2, vocabulary=True),
     "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, both=True, expand=True),
-    "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
+    "OCE": oce.Settings(erase_scale=1000.0, preserve_concept_scale=0.3),
 }
 """The same for several at once (table "sweep_several")."""
 
