@@ -31,7 +31,7 @@ TUNED: Mapping[str, Any] = {
     ),
     "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, expand=True),
     "OCE": oce.Settings(erase_scale=1000.0),
-    "ESD": esd.Settings(sampling_steps=20, learning_rate=2e-4, negative_guidance=1.0),
+    "ESD": esd.Settings(sampling_steps=20, learning_rate=2e-4),
 }
 """The settings of each baseline's sweep with the highest mean H_o on words that are not judged
 (`bench/results/sweep.jsonl`)."""

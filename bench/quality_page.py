@@ -61,7 +61,7 @@ class Found:
         return found
 
     def complete(self, method: str) -> bool:
-        return len(self.of(method)) == len(self.of(UNERASED))
+        return len(self.of(method)) == max(len(self.of(m)) for m in self.methods)
 
     def ranked(self) -> list[str]:
         """Erasers, best mean H_o first."""
@@ -72,7 +72,7 @@ class Found:
         """How the rows were made."""
         first = self.rows[0]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in self.rows))
-        pictures = sum(row["pictures"] for row in self.of(UNERASED))
+        pictures = max(sum(row["pictures"] for row in self.of(m)) for m in self.methods)
         return (
             f"{len(self.seeds)} seeds, {pictures:,} pictures a method; percent, mean over "
             f"erasures ± standard deviation over seeds; {first['dtype']}, {first['device']}, "
@@ -103,7 +103,8 @@ HEADER = ("Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑")
 def scores_table(found: Found, *, relatives: bool = False) -> list[str]:
     """All methods, best first, then the un-erased model."""
     body = []
-    for method in (*found.ranked(), UNERASED):
+    shown = [*found.ranked(), *([UNERASED] if found.of(UNERASED) else [])]
+    for method in shown:
         mark = "" if found.complete(method) else f" ({len(found.of(method))} rows)"
         cells = [bold(method) + mark]
         cells += [percent(found.by_seed(method, score(name))) for name in SCORES]
@@ -244,7 +245,8 @@ def withheld_lines() -> list[str]:
         "The same ten classes, but the tokenizer's list of words, which mining and the preserve "
         "prior read, holds none of their synonyms: what is left of Acc_g is what an erasure "
         f"reaches that no list names. {found.note()} The baselines of the first table never read "
-        "that list for what they erase: their rows there compare with these.",
+        "that list for what they erase: their rows there compare with these, for the better or the "
+        "worse.",
         "",
         *scores_table(found),
         "",
