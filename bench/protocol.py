@@ -19,16 +19,14 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import datetime
 import json
-import subprocess
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
+from provenance import provenance
 
 from realera_fast import Concept, EraseConfig, Erasure, embedded, erase
 from realera_fast.clip_judge import ClipJudge
@@ -252,8 +250,8 @@ def run(
 
         pipe.scheduler = getattr(diffusers, sampler["scheduler"]).from_config(pipe.scheduler.config)
     evaluators = {"judge": judge, **detectors}
-    provenance = {
-        "protocol": name, "source": protocol["source"], "model": model, **_versions(),
+    about = {
+        "protocol": name, "source": protocol["source"], "model": model, **provenance(),
         "sampler": sampling_settings(pipe, steps=sampler["steps"], guidance=sampler["guidance"]),
         "evaluators": {k: identity_of(v) for k, v in evaluators.items() if v is not None},
         "erase_config": config.to_dict(),
@@ -278,7 +276,7 @@ def run(
             "protocol": name, "erased": [c.target for c in case.concepts],
             "pictures": len(case.shots), "before": scores[0][0], "after": scores[1][0],
             "seconds": sum(erasure.report["seconds"].values()),
-            "aligned": bool(erasure.lora), **provenance,
+            "aligned": bool(erasure.lora), **about,
         }  # fmt: skip
         rows.append(row)
         print(f"{erased}: " + ", ".join(
@@ -300,7 +298,7 @@ def run(
             out / f"{name}.html", title=f"Protocol: {name}", summary=protocol["about"],
             scores=lines, rows=shown,
             tables=[Table(title="Scores", header=("erased", *names), rows=tuple(table))],
-            provenance=provenance,
+            provenance=about,
         )  # fmt: skip
     if protocol["score"] == "accuracy" and len(rows) > 1:
         mean = {k: sum(r["after"][k] for r in rows) / len(rows) for k in rows[0]["after"]
@@ -311,19 +309,6 @@ def run(
 
 def _told(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _versions() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "torch": torch.__version__,
-    }
 
 
 def read_prompts(file: Path, limit: int | None) -> list[dict[str, str]]:
