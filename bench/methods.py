@@ -13,6 +13,7 @@ from typing import Any
 
 from baselines import esd, mace, oce, rece, speed, uce
 from baselines.phrases import ANCHORS, label
+from tables import DEFAULT
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -104,10 +105,6 @@ def changed(
             for name, values in changes.items()
         },
     )
-
-
-DEFAULT = "realera_fast"
-"""Name of the library with its default settings."""
 
 
 PAPER: Mapping[str, Any] = {"pairs": {"negative_guidance": 0.0}}

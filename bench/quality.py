@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ import torch
 from methods import Method
 from PIL import Image
 from provenance import provenance
+from tables import RESULTS, UNERASED
 
 from realera_fast import Concept, embedded
 from realera_fast.demo import Shot, judged, scores_of
@@ -45,10 +47,8 @@ from realera_fast.embedded import Thing, Words
 from realera_fast.metrics import Scores
 from realera_fast.verification import Group, generate
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 6
-"""DDIM steps of a picture: the fewest at which the judge names all of the un-erased model's."""
-UNERASED = "un-erased model"
+"""DDIM steps of a picture: few, and the judge still names the un-erased model's."""
 
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -399,7 +399,7 @@ def _mean(found: Sequence[Mapping[str, Any]]) -> str:
     return f"{cells}{close}  {found[0]['seconds']:.1f} s"
 
 
-def cost(name: str, count: int, dtype: str, threads: int, answer: Any) -> None:
+def cost(name: str, count: int, dtype: str, threads: int) -> dict[str, float]:
     """Seconds and additional peak memory of one erasure, in a process of its own."""
     torch.set_num_threads(threads)
     studio = Studio(getattr(torch, dtype))
@@ -411,7 +411,7 @@ def cost(name: str, count: int, dtype: str, threads: int, answer: Any) -> None:
     methods.compared(count)[name].erase(studio.pipe, concepts, 0, ())
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.put({"seconds": round(seconds, 3), "peak_mb": round((peak - before) / 1024, 1)})
+    return {"seconds": round(seconds, 3), "peak_mb": round((peak - before) / 1024, 1)}
 
 
 def costs(arguments: argparse.Namespace) -> None:
@@ -424,14 +424,10 @@ def costs(arguments: argparse.Namespace) -> None:
         for name in methods.compared(count):
             # The first repetition fills caches on disk.
             for seed in range(-1, 2):
-                answer = context.Queue()
-                process = context.Process(
-                    target=cost,
-                    args=(name, count, arguments.dtype, torch.get_num_threads(), answer),
-                )
-                process.start()
-                found = answer.get()
-                process.join()
+                with ProcessPoolExecutor(1, mp_context=context) as pool:
+                    found = pool.submit(
+                        cost, name, count, arguments.dtype, torch.get_num_threads()
+                    ).result()
                 row = {"method": name, "concepts": count, "seed": seed, **found, **about}
                 if seed >= 0:
                     rows.append(row)

@@ -13,12 +13,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tables import ROOT, percent, rows, table
+from tables import DEFAULT, ROOT, UNERASED, percent, rows, table
 
 PAGE = ROOT / "docs" / "quality.md"
 FOLDER = ROOT / "docs" / "quality"
-UNERASED = "un-erased model"
-DEFAULT = "realera_fast"
 
 Row = Mapping[str, Any]
 
@@ -423,7 +421,8 @@ Baselines are ours, written from the papers (`bench/baselines/`), each with the 
 small sweep that did best on words which are not judged (last table). MACE is its closed form alone,
 without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
 here says nothing of their place there. "closed form, gaussian (paper)" is RealEra's first stage as
-published, "both stages" with noise alignment.
+published. RealEra with both stages as published is not in these tables yet, and ESD is in the sweep
+and the grid of pictures alone.
 """
 
 

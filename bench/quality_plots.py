@@ -10,8 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from quality_page import DEFAULT, UNERASED, Found, score  # noqa: E402
-from tables import rows  # noqa: E402
+from quality_page import Found, score  # noqa: E402
+from tables import DEFAULT, UNERASED, rows  # noqa: E402
 
 TITLES = {
     "objects": "objects", "several": "several at once", "styles": "styles",

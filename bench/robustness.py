@@ -26,7 +26,8 @@ from attacks import image_to_image, prompt_optimization, prompt_search
 from methods import Method
 from PIL import Image
 from provenance import provenance
-from quality import RESULTS, STEPS, UNERASED, Studio, Task
+from quality import STEPS, Studio, Task
+from tables import RESULTS, UNERASED
 
 from realera_fast import Concept
 from realera_fast.verification import generate

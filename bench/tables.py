@@ -10,6 +10,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+DEFAULT = "realera_fast"
+"""Name of the library with its default settings, in tables of quality."""
+UNERASED = "un-erased model"
+"""Name of the model before anything is erased."""
 
 
 def rows(name: str) -> list[dict[str, Any]]:

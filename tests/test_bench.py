@@ -341,6 +341,18 @@ def test_table_and_plot_of_alignment(bench, report, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("table", "chosen"), [("sweep", "TUNED"), ("sweep_several", "TOGETHER")])
+def test_baselines_have_the_best_settings_of_their_sweeps(table, chosen, bench):
+    methods, found = bench("methods"), bench("quality_page").Found(table, "sweep.jsonl")
+    for name, settings in getattr(methods, chosen).items():
+        means = {
+            method: round(sum(r["scores"]["h_o"] for r in rows) / len(rows), 9)
+            for method in found.methods
+            if method.startswith(f"{name}: ") and (rows := found.of(method))
+        }
+        assert means[f"{name}: {methods.label(settings)}"] == max(means.values()), name
+
+
 def test_ablation_switches_parts_off(bench):
     parts = bench("methods").ablation()
     alone = parts["alignment, beyond"].settings
