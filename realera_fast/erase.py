@@ -31,6 +31,7 @@ from realera_fast.erasure import Erasure, history_of
 from realera_fast.families import components_of, family_of, is_pipeline, text_streams
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
+from realera_fast.members import guidance_cosine
 from realera_fast.pairs import ConceptPrompts, fill
 from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
@@ -166,7 +167,8 @@ def erase(
             f"{type(scheduler).__name__}"
         )
     count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
-    alignable = config.alignment.enabled and family_of(model, count).aligned
+    family = family_of(model, count)
+    alignable = config.alignment.enabled and family.aligned
     if not (alignable or config.closed_form.enabled):
         raise ValueError(
             "config: closed_form.enabled=False leaves nothing to do, as noise alignment is off or "
@@ -203,11 +205,20 @@ def erase(
     kept = {word: anchors.get(word, "object") for word in kept_words}
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
+
+    def members(concept: Concept, words: Sequence[str]) -> Tensor:
+        return guidance_cosine(
+            model, scheduler or alignment.find_scheduler(model), concept.words, words,
+            config=config.alignment, progress=progress, **_shown(texts),
+        )  # fmt: skip
+
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
-            text, vocabulary, parsed, config.mining, keep=kept_words, progress=progress
-        )
+            text, vocabulary, parsed, config.mining, keep=kept_words,
+            members=members if family.aligned and _is_text_to_image(model) else None,
+            progress=progress,
+        )  # fmt: skip
         near = around.near
         gone = [w for c in parsed for w in (*c.words, *near[c.target])]
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
@@ -252,12 +263,8 @@ def erase(
     with denoisers.transaction(model, guarded):
         moves = solution.map.rank or not config.closed_form.enabled
         if alignable and moves:
-            # The model is shown whole prompts, with their pooled vector.
-            shown = text if pooled is None else TextWithPooled(text, texts["pooled"][0])
-            empty = shown.encode([""])
-            if pooled is not None:
-                # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
-                empty = torch.zeros_like(empty)
+            seen = _shown(texts)
+            shown = seen["text"]
             with clock.stage("alignment"):
                 aligned = align_noise(
                     model,
@@ -270,7 +277,7 @@ def erase(
                         shown, parsed, near, config.pairs, avoid=gone, words=known
                     ),
                     preserve=shown.encode([fill("a photo of a {}", w) for w in stayers] or [""]),
-                    empty=empty,
+                    empty=seen["empty"],
                     pooled_map=None if pooled is None else pooled.map,
                     config=config.alignment,
                     mining_config=config.mining,
@@ -317,10 +324,27 @@ _NO_ALIGNMENT = (
 )
 
 
+def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
+    """What a U-Net is shown: whole prompts with their pooled vector, and the empty one."""
+    text, pooled = texts["sequence"][0], texts.get("pooled")
+    if pooled is None:
+        return {"text": text, "empty": text.encode([""]), "pooled_width": None}
+    joined = TextWithPooled(text, pooled[0])
+    # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
+    empty = torch.zeros_like(joined.encode([""]))
+    return {"text": joined, "empty": empty, "pooled_width": pooled[0].width}
+
+
+def _is_text_to_image(model: Any) -> bool:
+    """Whether it denoises latents alone: inpainting takes a picture beside them."""
+    options: Any = denoisers.unwrapped(model).config
+    return bool(options.in_channels == options.out_channels)
+
+
 def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
     """`(c, h, w)` of the latents that alignment denoises."""
     options: Any = denoisers.unwrapped(model).config
-    if options.in_channels != options.out_channels:
+    if not _is_text_to_image(model):
         raise ValueError(
             f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
             "(inpainting?), which the alignment stage can't denoise; set alignment.enabled=False"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,12 +87,15 @@ def neighbor_words(
     config: mining.MiningConfig,
     *,
     keep: Sequence[str] = (),
+    members: Callable[[Concept, Sequence[str]], Tensor] | None = None,
     progress: bool | None = False,
 ) -> Neighborhood:
     """Words of the tokenizer that lie in the neighborhood of each concept, and just outside.
 
     Args:
         keep: words that are never neighbors (preserved words and anchors).
+        members: cosine `[w]` between a category and words as the model draws them
+            (`members.guidance_cosine`); asked for concepts of kind "explicit".
     """
     found: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
     beyond: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
@@ -112,8 +115,14 @@ def neighbor_words(
             described = describe(text, [word for concept in part for word in concept.words])
             own = described.split([len(concept.words) for concept in part])
             for place, rows in enumerate(own, start=start):
-                wide = concepts[place].kind == "explicit"
-                score = _similarity(vocabulary, rows, ~known, config, wide=wide)
+                score = _similarity(vocabulary, rows, ~known, config)
+                asked = config.member_words if concepts[place].kind == "explicit" else 0
+                if members is not None and asked:
+                    near = score.masked_fill(known, -torch.inf).argsort(descending=True)
+                    near = near[: min(asked, int((~known).sum()))]
+                    drawn = members(concepts[place], [vocabulary.words[int(i)] for i in near])
+                    drawn += config.word_cosine - config.member_cosine
+                    score[near] = torch.maximum(score[near], drawn)
                 owner[score > best] = place
                 best = torch.maximum(best, score)
             bar.update(len(part))
@@ -136,8 +145,6 @@ def _similarity(
     named: Tensor,
     free: Tensor,
     config: mining.MiningConfig,
-    *,
-    wide: bool = False,
 ) -> Tensor:
     """`[w]` how near each word of the vocabulary is to a concept; from `word_cosine` on a neighbor.
 
@@ -147,11 +154,8 @@ def _similarity(
     Args:
         named: `[n, d]` descriptors of the concept's words.
         free: `[w]` which words can be neighbors.
-        wide: they name a category.
     """
     first = vocabulary.similarity(named.mean(dim=0)).cpu()
-    if wide:
-        first = first + (config.word_cosine - config.category_cosine)
     near = ((first >= config.word_cosine) & free).nonzero()[:, 0]
     near = near[first[near].argsort(descending=True)][: config.max_words]
     if not len(near):

@@ -110,9 +110,14 @@ class MiningConfig:
     word_cosine: float = 0.6
     """Vocabulary mode, no unit: least cosine between a word and the target, after the mean over all
     words is taken out, for the word to be a neighbor. Default (ours)."""
-    category_cosine: float = 0.4
-    """The same for concepts of kind "explicit": they name a category, whose members lie further
-    from its name than synonyms do. Words that these point at need `word_cosine`. Default (ours)."""
+    member_words: int = 256
+    """Vocabulary mode, concepts of kind "explicit", which name a category: so many words, nearest
+    to its name, are drawn to see whether they are members of it (`members`), a count; 0 goes by the
+    text alone, as models do that the noise alignment does not run on. Default (ours)."""
+    member_cosine: float = 0.42
+    """The same, no unit: least cosine between where a word and where the category's name push the
+    predicted noise for the word to be a neighbor. Default (ours): between members and others of
+    four categories of things on a small model."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -130,11 +135,13 @@ class MiningConfig:
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
-        if isinstance(self.max_words, bool) or not isinstance(self.max_words, int):
-            raise TypeError(f"MiningConfig.max_words must be an integer, got {self.max_words!r}")
-        if self.max_words < 0:
-            raise ValueError(f"MiningConfig.max_words must not be negative, got {self.max_words}")
-        for name in ("word_cosine", "category_cosine"):
+        for name in ("max_words", "member_words"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"MiningConfig.{name} must be an integer, got {count!r}")
+            if count < 0:
+                raise ValueError(f"MiningConfig.{name} must not be negative, got {count}")
+        for name in ("word_cosine", "member_cosine"):
             if not -1.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(
                     f"MiningConfig.{name} must be from -1 to 1, got {getattr(self, name)}"

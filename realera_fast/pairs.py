@@ -72,10 +72,11 @@ class PairsConfig:
     neutral_words: int = 32
     """Words whose average is the mean word, the anchor of concepts without one (count; ours)."""
 
-    negative_guidance: float = 0.5
-    """g of the destination a - g (e - a): past the anchor, away from the concept e, so that words
-    which nobody names and no vocabulary lists go as well (ratio; ours, ESD's idea, arXiv
-    2303.07345, in the closed form). 0 stops at the anchor, as the papers have it."""
+    negative_guidance: float = 0.75
+    """g of a named word's destination a - g (e - a): past the anchor, away from the concept e, so
+    that words which nobody names and no vocabulary lists go as well (ratio; ours, ESD's idea, arXiv
+    2303.07345, in the closed form). 0 stops at the anchor, as the papers have it and as mined words
+    do, which are many and would push the rest away."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.negative_guidance < math.inf:
@@ -323,12 +324,13 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
 
     def __getitem__(self, number: Any) -> Any:
         concept, word = self.concept(number), self._words[number][1]
+        guidance = self._config.negative_guidance if number < self.named else 0.0
         if len(self._memo) > _ANCHORS:
             self._memo.clear()
         return align(
             self._text, word, concept.destination, self._config.of(concept.kind),
-            context=self._context, neutral=self._neutral,
-            negative_guidance=self._config.negative_guidance, memo=self._memo,
+            context=self._context, neutral=self._neutral, negative_guidance=guidance,
+            memo=self._memo,
         )  # fmt: skip
 
     def concept(self, number: int) -> Concept:

@@ -44,7 +44,7 @@ class VocabularyConfig:
     """Whole words of the tokenizer's vocabulary, most common first (count; method.md: "a few
     thousand"; ours, so that a CPU encodes them in minutes)."""
 
-    preserve_scale: float = 20.0
+    preserve_scale: float = 40.0
     """Weight of the prior's mean row, and of each word named as preserved, against one target's
     mean row (ratio; ours)."""
 

@@ -214,21 +214,28 @@ def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
     assert found(keep=["near"]).near["target"] == ()
 
 
-def test_a_category_reaches_further(monkeypatch):
-    """The same words: a neighbor of a category, none of an object."""
-    descriptors = torch.tensor([[0.5, 0.8, 0.2], [-1.0, 0.2, 0.1], [0.3, -1.0, -0.4]])
+@pytest.mark.parametrize("kind", ["object", "explicit"])
+@pytest.mark.parametrize("asked", [0, 2, 256])
+def test_members_of_a_category_are_those_that_the_model_draws_as_it(monkeypatch, kind, asked):
+    """Far from the name in text, so that nothing else finds them; only the nearest are drawn."""
+    descriptors = torch.tensor([[0.5, 0.8, 0.2], [-1.0, 0.2, 0.1], [0.3, -1.0, -0.4], [1.0, 0, 0]])
     gram = torch.zeros(3, 3, dtype=torch.float64)
-    vocabulary = Vocabulary(("member", "other", "opposite"), descriptors, gram, 1, "")
+    vocabulary = Vocabulary(("member", "other", "opposite", "kept"), descriptors, gram, 1, "")
     monkeypatch.setattr(
         gathering_module, "describe", lambda text, asked: torch.tensor([[1.0, 0.1, 0.0]])
     )
-    similar = float(vocabulary.similarity(torch.tensor([1.0, 0.1, 0.0]))[0])
+    config = MiningConfig(word_cosine=0.99, member_words=asked, member_cosine=0.4)
+    shown = []
 
-    def found(kind, category_cosine):
-        config = MiningConfig(word_cosine=similar + 0.1, category_cosine=category_cosine)
-        concepts = [Concept("name", anchor="x", kind=kind)]
-        return gathering_module.neighbor_words(None, vocabulary, concepts, config).near["name"]
+    def members(concept, words):
+        assert concept.target == "name"
+        shown.extend(words)
+        return torch.tensor([{"member": 0.5, "opposite": 0.39}.get(word, 0.1) for word in words])
 
-    assert found("object", similar - 0.1) == ()
-    assert found("explicit", similar - 0.1) == ("member",)
-    assert found("explicit", similar + 0.1) == ()
+    found = gathering_module.neighbor_words(
+        None, vocabulary, [Concept("name", anchor="x", kind=kind)], config,
+        keep=["kept"], members=members,
+    )  # fmt: skip
+    drawn = kind == "explicit" and asked > 0
+    assert found.near["name"] == (("member",) if drawn else ())
+    assert shown == (["member", "opposite", "other"][:asked] if drawn else [])

@@ -50,7 +50,8 @@ ORDER = (
         "pairs",
         "vocabulary",
     ),
-    *("lora", "text_path", "trajectories", "training", "checkpoint", "alignment", "config"),
+    *("lora", "text_path", "trajectories", "training", "members"),
+    *("checkpoint", "alignment", "config"),
     *("gathering", "report", "adapters", "single_file", "model_card"),
     *(
         "erasure",

@@ -100,15 +100,17 @@ def test_destinations_lie_past_the_anchor(text, guidance):
     assert torch.equal(past.anchor, plain.anchor) and torch.equal(past.source, plain.source)
 
 
-def test_prompts_of_concepts_take_the_guidance_of_their_settings(text):
+def test_named_words_go_past_the_anchor_and_mined_ones_to_it(text):
     def prompts(guidance):
+        concept = Concept("cat", synonyms=("bird",), anchor="dog")
         config = PairsConfig(negative_guidance=guidance)
-        return ConceptPrompts(text, [Concept("cat", anchor="dog")], {}, config)[0]
+        return list(ConceptPrompts(text, [concept], {"cat": ["horse"]}, config))
 
-    none, some = prompts(0.0), prompts(0.5)
-    carries = none.weight > 0
-    wanted = 1.5 * none.destination - 0.5 * none.source
-    torch.testing.assert_close(some.destination[carries], wanted[carries], rtol=1e-5, atol=1e-5)
+    for place, (none, some) in enumerate(zip(prompts(0.0), prompts(0.5), strict=True)):
+        guidance = 0.5 if place < 2 else 0.0
+        carries = none.weight > 0
+        wanted = none.destination - guidance * (none.source - none.destination)
+        torch.testing.assert_close(some.destination[carries], wanted[carries], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [-0.1, float("nan"), float("inf")])

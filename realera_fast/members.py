@@ -1,0 +1,128 @@
+"""Members of a category: words that the model draws as what the category's name asks for.
+
+A text encoder puts the name of a category far from its members ("weapon", "sword"), where no
+neighborhood of the name reaches. The denoiser knows them: while it draws a member, the name would
+push its prediction the same way as the word does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from realera_fast import progress as progress_bars
+from realera_fast.concept_map import ConceptMap
+from realera_fast.denoiser import Structure, unwrapped
+from realera_fast.lora import LoraParameters
+from realera_fast.pairs import fill
+from realera_fast.text_path import TextPath
+from realera_fast.training import AlignmentConfig
+from realera_fast.trajectories import Denoiser
+
+_PROMPT = "a photo of {}"
+_STEPS, _STARTS = 4, (40_000, 40_001)
+"""Pictures a word and their steps (ours): on words that are not judged, fewer mix members up with
+others, more tell nothing new."""
+
+
+class Encoder(Protocol):
+    """Prompts to what the denoiser is shown."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor: ...
+
+
+def guidance_cosine(
+    unet: Any,
+    scheduler: Any,
+    names: Sequence[str],
+    words: Sequence[str],
+    *,
+    text: Encoder,
+    empty: Tensor,
+    config: AlignmentConfig,
+    pooled_width: int | None = None,
+    progress: bool | None = False,
+) -> Tensor:
+    """Cosine between where words and where a category's name push the prediction.
+
+    A word is drawn from a few starts, the same for all words. On its way, with predictions e,
+
+        cos(e(x_t, word) - e(x_t, ""), e(x_t, name) - e(x_t, ""))
+
+    is taken over all time steps together: the directions of classifier-free guidance (Ho and
+    Salimans, arXiv 2207.12598). To find words by it is ours.
+
+    Args:
+        unet: the original `UNet2DConditionModel`; unchanged on return.
+        scheduler: its noise scheduler (a diffusers one; only its config is used).
+        names: names of the category; the one that fits a word best counts.
+        words: the words that are asked for.
+        text: encodes prompts as the U-Net is shown them.
+        empty: `[1, t, d]` embedding of the empty prompt.
+        config: size of latents and batches, guidance scale and precision.
+        pooled_width: features of the pooled vector in a prompt's last row, for SDXL.
+
+    Returns:
+        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction.
+    """
+    found = torch.zeros(len(words))
+    if not words or not names:
+        return found
+    structure = Structure(unwrapped(unet))
+    lora = LoraParameters({}, {}, r=1, lora_alpha=1.0, seed=0)
+    path = TextPath(
+        unet, ConceptMap.identity(empty.shape[-1]), lora,
+        pooled_map=None if pooled_width is None else ConceptMap.identity(pooled_width),
+        mixed_precision=config.mixed_precision,
+    )  # fmt: skip
+    denoiser = Denoiser(
+        path, scheduler, empty, steps=_STEPS, guidance_scale=config.guidance_scale,
+        latent_size=config.latent_size, batch_size=config.sampling_batch_size,
+    )  # fmt: skip
+    asked = text.encode([fill(_PROMPT, name) for name in names])
+    size = max(1, config.sampling_batch_size // (len(_STARTS) * (2 + len(names))))
+    total = denoiser.passes * -(-len(words) // size)
+    try:
+        unwrapped(unet).eval()
+        with (
+            torch.no_grad(),
+            path.installed(),
+            progress_bars.bar(total=total, desc="members", progress=progress) as bar,
+        ):
+            for start in range(0, len(words), size):
+                part = slice(start, start + size)
+                states = text.encode([fill(_PROMPT, word) for word in words[part]])
+                found[part] = _cosine(denoiser, states, asked, bar)
+    finally:
+        structure.restore()
+    return found
+
+
+def _cosine(denoiser: Denoiser, states: Tensor, names: Tensor, bar: Any) -> Tensor:
+    """`[w]` for prompts `[w, t, d]` of words and `[n, t, d]` of names."""
+    words, starts = len(states), len(_STARTS)
+    latents = denoiser.noise(_STARTS).repeat(words, 1, 1, 1)
+    states = states.repeat_interleave(starts, dim=0)
+    shown = [denoiser.empty.expand_as(states), states]
+    shown += [name.expand_as(states) for name in names]
+    prompts = denoiser.path.condition(torch.cat([x.to(states) for x in shown]), "original")
+    # Sums over time steps: of <word, name>, |name|^2 `[n, w s]` and |word|^2 `[w s]`.
+    dot = both = own = torch.zeros(())
+    for timestep in denoiser.scheduler.timesteps:
+        rows = torch.cat([latents] * len(shown))
+        free, word, *named = denoiser.path.predict(rows, timestep.expand(len(rows)), prompts).chunk(
+            len(shown)
+        )
+        noise = free + denoiser.guidance_scale * (word - free)
+        latents = denoiser.scheduler.step(noise, timestep, latents).prev_sample
+        word = (word - free).flatten(1)
+        name = torch.stack(named).sub(free).flatten(2)
+        dot = dot + (word * name).sum(-1).cpu()
+        both = both + name.square().sum(-1).cpu()
+        own = own + word.square().sum(-1).cpu()
+        bar.update(1)
+    cosine = dot / (both * own).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return cosine.view(-1, words, starts).mean(-1).amax(0)
