@@ -189,13 +189,13 @@ def ablation() -> dict[str, Method]:
                 align = {} if beyond else {"beyond_scale": 0.0}
                 add(name, mining=mining, alignment=align, **switches)
     closed: Mapping[str, Any] = {"aligned": False}
-    for guidance in (0.25, 0.5, 1.0):
+    for guidance in (0.25, 0.5, 1.0, 1.5):
         for mode in ("gaussian", "none", "vocabulary"):
             add(f"closed form, {mode}, guidance {guidance:g}", mining={"mode": mode},
                 pairs={"negative_guidance": guidance}, **closed)  # fmt: skip
     add("closed form, vocabulary", mining={"mode": "vocabulary"}, **closed)
-    for scale in (1.0, 5.0, 50.0):
-        add(f"closed form, vocabulary, guidance 0.5, preserve {scale:g}",
+    for scale in (1.0, 10.0, 40.0, 160.0):
+        add(f"closed form, vocabulary, guidance 0.75, preserve {scale:g}",
             vocabulary={"preserve_scale": scale}, pairs={}, **closed)  # fmt: skip
     add(
         "closed form, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0}, **closed
