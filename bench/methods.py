@@ -69,7 +69,7 @@ def library(config: EraseConfig) -> Method:
             pipe, list(concepts), config=dataclasses.replace(own, seed=seed), progress=False
         )
 
-    drawn = config.mining.mode in ("gaussian", "covariance", "offset")
+    drawn = config.mining.mode in ("gaussian", "offset")
     seeded = config.alignment.enabled or (drawn and config.mining.samples is not None)
     return Method(erase, seeded, config.to_dict())
 
@@ -120,7 +120,7 @@ def variants() -> dict[str, Method]:
     }
     for mode, name in (
         ("vocabulary", "vocabulary to the anchor"), ("gaussian", "gaussian (paper)"),
-        ("covariance", "covariance"), ("offset", "offset"), ("none", "no mining to the anchor"),
+        ("offset", "offset"), ("none", "no mining to the anchor"),
     ):  # fmt: skip
         config = changed(aligned=False, mining={"mode": mode}, **PAPER)
         found[f"closed form, {name}"] = library(config)

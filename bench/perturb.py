@@ -200,17 +200,17 @@ class Problem:
         e, point = self.embeddings, self.point
         alpha, _, scale = perturbation.perturb(e, None, point.samples, *REGION, 7)
         if point.operation == "rows":
-            return perturbation.perturb_rows(e, None, alpha, scale, 7)
+            return perturbation.perturb_rows(e, alpha, scale, 7)
         if point.operation == "accumulate":
             gram, cross = self.sums()
             reference.perturb_accumulate_(
-                gram, cross, e, None, alpha, scale, self.token_weight, self.destination, False,
+                gram, cross, e, alpha, scale, self.token_weight, self.destination, False,
                 7, 0, 0,
             )  # fmt: skip
             return gram, cross
         factors = (None, None) if point.operation == "project" else (self.down, self.up)
         y = reference.perturb_project(
-            e, None, alpha, scale, self.weight, *factors, self.heights, 1.0, 7, 0, 0
+            e, alpha, scale, self.weight, *factors, self.heights, 1.0, 7, 0, 0
         )
         return self.graded(y)
 

@@ -315,14 +315,6 @@ INLINE void each_chunk(const Stream& stream, int64_t token, int64_t count, int64
   }
 }
 
-void draw(const Stream& stream, int64_t token, int64_t count, int64_t width, float* out) {
-  each_chunk(stream, token, count, width,
-             [=](int64_t t, int64_t start, int64_t columns, const float* z) {
-               float* __restrict to = out + t * width + start;
-               for (int64_t c = 0; c < columns; ++c) to[c] = z[c];
-             });
-}
-
 // ---- Scalars ----------------------------------------------------------------------------------
 
 template <class S>
@@ -440,30 +432,15 @@ Moments moments(const Stream& stream, int64_t token, int64_t count, int64_t widt
   return {static_cast<uint64_t>(inner), static_cast<uint64_t>(square)};
 }
 
-// A factor may hold anything, NaN included.
-INLINE uint64_t to_fixed(float value) {
-  const bool fits = value > -0x1p63f && value < 0x1p63f;
-  return fits ? static_cast<uint64_t>(static_cast<int64_t>(value)) : uint64_t{1} << 63;
-}
-
-Moments shaped_moments(const float* z, const float* e, int64_t elements) {
-  Moments sum{0, 0};
-  for (int64_t i = 0; i < elements; ++i) {
-    sum.inner += to_fixed(z[i] * e[i]);
-    sum.square += to_fixed(z[i] * z[i] * kShapedScale);
-  }
-  return sum;
-}
-
 // ---- Rows -------------------------------------------------------------------------------------
 
-template <class S, class Z>
-INLINE void combine(const S* e, const Z* z, int64_t columns, S alpha, S scale, S* __restrict out) {
+template <class S>
+INLINE void combine(const S* e, const float* z, int64_t columns, S alpha, S scale, S* __restrict out) {
   for (int64_t c = 0; c < columns; ++c) out[c] = alpha * e[c] + scale * static_cast<S>(z[c]);
 }
 
-template <class T, class S, class Z>
-INLINE void write(const T* e, const Z* z, int64_t columns, S alpha, S scale, T* out) {
+template <class T, class S>
+INLINE void write(const T* e, const float* z, int64_t columns, S alpha, S scale, T* out) {
   if constexpr (sizeof(T) == sizeof(S)) {
     combine(e, z, columns, alpha, scale, out);
   } else {
@@ -476,40 +453,27 @@ INLINE void write(const T* e, const Z* z, int64_t columns, S alpha, S scale, T* 
 
 template <class T, class S>
 void rows_of(const Stream& stream, int64_t token, int64_t width, const Rows& e, S alpha, S scale,
-             const S* shaped, T* out) {
+             T* out) {
   const T* in = static_cast<const T*>(e.data);
   const int64_t stride = e.row_stride;
-  if (shaped == nullptr) {
-    each_chunk(stream, token, e.count, width,
-               [=](int64_t t, int64_t start, int64_t columns, const float* z) {
-                 write(in + t * stride + start, z, columns, alpha, scale,
-                       out + t * width + start);
-               });
-    return;
-  }
-  for (int64_t t = 0; t < e.count; ++t) {
-    for (int64_t start = 0; start < width; start += kChunk) {
-      const int64_t place = t * width + start;
-      write(in + t * stride + start, shaped + place, least(kChunk, width - start), alpha, scale,
-            out + place);
-    }
-  }
+  each_chunk(stream, token, e.count, width,
+             [=](int64_t t, int64_t start, int64_t columns, const float* z) {
+               write(in + t * stride + start, z, columns, alpha, scale, out + t * width + start);
+             });
 }
 
 void rows(const Stream& stream, int64_t token, int64_t width, const Rows& e, double alpha,
-          double scale, const void* shaped, void* out) {
+          double scale, void* out) {
   const float a = static_cast<float>(alpha), s = static_cast<float>(scale);
-  const float* z = static_cast<const float*>(shaped);
   switch (e.kind) {
     case Kind::kFloat:
-      return rows_of(stream, token, width, e, a, s, z, static_cast<float*>(out));
+      return rows_of(stream, token, width, e, a, s, static_cast<float*>(out));
     case Kind::kBFloat16:
-      return rows_of(stream, token, width, e, a, s, z, static_cast<BFloat16*>(out));
+      return rows_of(stream, token, width, e, a, s, static_cast<BFloat16*>(out));
     case Kind::kHalf:
-      return rows_of(stream, token, width, e, a, s, z, static_cast<Half*>(out));
+      return rows_of(stream, token, width, e, a, s, static_cast<Half*>(out));
     case Kind::kDouble:
-      return rows_of(stream, token, width, e, alpha, scale, static_cast<const double*>(shaped),
-                     static_cast<double*>(out));
+      return rows_of(stream, token, width, e, alpha, scale, static_cast<double*>(out));
   }
 }
 
@@ -517,7 +481,7 @@ void rows(const Stream& stream, int64_t token, int64_t width, const Rows& e, dou
 
 extern const NoiseKernels NOISE_KERNELS;
 const NoiseKernels NOISE_KERNELS = {
-    NOISE_NAME, largest, square_sum, scaled, draw, moments, shaped_moments, rows,
+    NOISE_NAME, largest, square_sum, scaled, moments, rows,
 };
 
 }  // namespace realera_fast

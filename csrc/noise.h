@@ -16,7 +16,6 @@ constexpr float kUniformScale = 4.6566127342e-10f;
 // Fixed points of the sums, as in perturbation.py.
 constexpr double kNormScale = 549755813888.0;  // 2^39
 constexpr float kSquareScale = 33554432.0f;    // 2^25
-constexpr float kShapedScale = 1048576.0f;     // 2^20
 
 // The counters and the key that all numbers of a sample share.
 struct Stream {
@@ -42,18 +41,13 @@ struct NoiseKernels {
   // out = (inverse e) in float32, times a power of two.
   void (*scaled)(const Rows& e, int64_t width, double inverse, float scale, float* out);
 
-  // Noise of `count` tokens, without space between them.
-  void (*draw)(const Stream& stream, int64_t token, int64_t count, int64_t width, float* out);
   // Sums over `count` tokens; `e` as `scaled` leaves it.
   Moments (*moments)(const Stream& stream, int64_t token, int64_t count, int64_t width,
                      const float* e);
-  // The same sums of noise that is given, at its own fixed point.
-  Moments (*shaped_moments)(const float* z, const float* e, int64_t elements);
 
-  // out = alpha e + scale z, of the type of `e`. `shaped` is null, or noise to be taken instead of
-  // drawn: float64 for float64 rows, else float32.
+  // out = alpha e + scale z, of the type of `e`.
   void (*rows)(const Stream& stream, int64_t token, int64_t width, const Rows& e, double alpha,
-               double scale, const void* shaped, void* out);
+               double scale, void* out);
 };
 
 // The kernels for this processor.

@@ -1,5 +1,5 @@
 // Random points around prompt embeddings: their scalars, and their rows. Defined by
-// realera_fast/perturbation.py, and equal to it to the last bit where no factor shapes the noise.
+// realera_fast/perturbation.py, and equal to it to the last bit.
 //
 // Noise is drawn where it is used, for the scalars and again for the rows, so that it needs no
 // memory. Threads share blocks of tokens, of one sample each: sums of integers don't tell how they
@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <optional>
 
 namespace realera_fast {
 namespace {
@@ -20,7 +19,6 @@ constexpr double kGuard = 1.0 / 65536;
 constexpr int64_t kMostElements = int64_t{1} << 21;  // beyond it the sums could overflow
 constexpr int64_t kBlockElements = 8192;             // work worth giving to a thread
 constexpr int64_t kScaledElements = 1 << 20;         // embeddings held in float32 at once
-constexpr int64_t kShapedElements = 1 << 18;         // noise held at once, to be shaped
 constexpr int64_t kScalarsTogether = 256;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -107,52 +105,6 @@ Pairs pairs_of(int64_t seed, int64_t samples, int64_t offset, int64_t concept_of
   return {static_cast<uint64_t>(seed), samples, offset, concept_offset};
 }
 
-// ---- Noise with a covariance ------------------------------------------------------------------
-
-// F z for blocks of pairs. The product is torch's, by all threads.
-class Shaper {
- public:
-  Shaper(const Prompts& prompts, const Pairs& pairs, const Tensor& factor)
-      : prompts_(prompts), pairs_(pairs) {
-    check_matrix(factor, "factor", prompts.width, prompts.width);
-    const ScalarType dtype = factor.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                    "factor: expected float32 or float64");
-    transposed_ = torch::stable::transpose(detached(factor), 0, 1);
-    most_ = std::max<int64_t>(1, kShapedElements / prompts.elements);
-  }
-
-  // Calls `use(first pair, count, noise)`, the noise in `dtype` and contiguous.
-  template <class Use>
-  void each(int64_t begin, int64_t end, ScalarType dtype, const Use& use) const {
-    for (int64_t first = begin; first < end; first += most_) {
-      const int64_t count = std::min(most_, end - first);
-      const std::vector<int64_t> size{count * prompts_.moving, prompts_.width};
-      Tensor z = torch::stable::empty(size, ScalarType::Float);
-      float* out = z.mutable_data_ptr<float>();
-      const int64_t blocks = prompts_.blocks;
-      auto draw = [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) {
-          const Prompts::Block block = prompts_.block(i % blocks);
-          const int64_t row = i / blocks * prompts_.moving + block.token - 1;
-          noise_kernels().draw(pairs_.stream(first + i / blocks), block.token, block.count,
-                               prompts_.width, out + row * prompts_.width);
-        }
-      };
-      torch::stable::parallel_for(0, count * blocks, prompts_.grain(), draw);
-      Tensor shaped = torch::stable::empty(size, transposed_.scalar_type());
-      mm_out(shaped, torch::stable::to(z, transposed_.scalar_type()), transposed_);
-      use(first, count, torch::stable::to(shaped, dtype));
-    }
-  }
-
- private:
-  const Prompts& prompts_;
-  const Pairs& pairs_;
-  Tensor transposed_;
-  int64_t most_;
-};
-
 // ---- Scalars ----------------------------------------------------------------------------------
 
 struct Region {
@@ -212,19 +164,15 @@ double power_below(double value) {
 
 class Scalars {
  public:
-  Scalars(const Prompts& prompts, const Pairs& pairs, const std::optional<Tensor>& factor,
-          const Region& region)
+  Scalars(const Prompts& prompts, const Pairs& pairs, const Region& region)
       : prompts_(prompts),
         pairs_(pairs),
         region_(region),
-        product_scale_(factor ? kShapedScale : inner_scale(prompts.elements)),
-        square_scale_(factor ? kShapedScale : kSquareScale),
+        product_scale_(inner_scale(prompts.elements)),
         most_(std::min(prompts.concepts,
                        std::max<int64_t>(1, kScaledElements / prompts.elements))),
         root_(most_),
-        scaled_(torch::stable::empty({most_ * prompts.elements}, ScalarType::Float)) {
-    if (factor) shaper_.emplace(prompts, pairs, *factor);
-  }
+        scaled_(torch::stable::empty({most_ * prompts.elements}, ScalarType::Float)) {}
 
   // Elements of alpha, beta and scale, whose type is S.
   template <class S>
@@ -302,34 +250,17 @@ class Scalars {
     const float* scaled = scaled_.const_data_ptr<float>();
     // One for each block of a pair.
     moments_.assign((end - start) * blocks, {0, 0});
-    const auto each = [&](int64_t from, int64_t to, const auto& use) {
-      torch::stable::parallel_for(
-          from * blocks, to * blocks, prompts_.grain(), [&](int64_t first, int64_t last) {
-            for (int64_t k = first; k < last; ++k) {
-              const int64_t pair = k / blocks, i = pair / samples - first_;
-              if (std::isnan(root_[i])) continue;
-              const Prompts::Block block = prompts_.block(k % blocks);
-              const int64_t place = (block.token - 1) * width;
-              moments_[k - start * blocks] =
-                  use(pair, block, scaled + i * prompts_.elements + place, place);
-            }
-          });
-    };
-    if (!shaper_) {
-      each(start, end, [&](int64_t pair, const Prompts::Block& block, const float* e, int64_t) {
-        return noise_kernels().moments(pairs_.stream(pair), block.token, block.count, width, e);
-      });
-      return;
-    }
-    const auto use = [&](int64_t first, int64_t count, const Tensor& z) {
-      const float* noise = z.const_data_ptr<float>();
-      each(first, first + count,
-           [&](int64_t pair, const Prompts::Block& block, const float* e, int64_t place) {
-             return noise_kernels().shaped_moments(
-                 noise + (pair - first) * prompts_.elements + place, e, block.count * width);
-           });
-    };
-    shaper_->each(start, end, ScalarType::Float, use);
+    torch::stable::parallel_for(
+        start * blocks, end * blocks, prompts_.grain(), [&](int64_t first, int64_t last) {
+          for (int64_t k = first; k < last; ++k) {
+            const int64_t pair = k / blocks, i = pair / samples - first_;
+            if (std::isnan(root_[i])) continue;
+            const Prompts::Block block = prompts_.block(k % blocks);
+            const float* e = scaled + i * prompts_.elements + (block.token - 1) * width;
+            moments_[k - start * blocks] =
+                noise_kernels().moments(pairs_.stream(pair), block.token, block.count, width, e);
+          }
+        });
   }
 
   template <class S>
@@ -349,7 +280,7 @@ class Scalars {
             const double inner = static_cast<double>(static_cast<int64_t>(sum.inner));
             const double square = static_cast<double>(static_cast<int64_t>(sum.square));
             const double parallel = inner / product_scale_ / elements;
-            const double rest = square / square_scale_ / elements - parallel * parallel;
+            const double rest = square / kSquareScale / elements - parallel * parallel;
             const double root = root_[pair / samples - first_];
             double drawn = kNan;
             if (!std::isnan(root)) {
@@ -366,19 +297,17 @@ class Scalars {
   const Prompts& prompts_;
   const Pairs& pairs_;
   const Region region_;
-  const double product_scale_, square_scale_;
+  const double product_scale_;
   const int64_t most_;  // prompts at a time
   int64_t first_ = 0, count_ = 0;
   std::vector<double> root_;
   Tensor scaled_;
   std::vector<Moments> moments_;
-  std::optional<Shaper> shaper_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> perturb(Tensor embeddings, std::optional<Tensor> factor,
-                                           int64_t samples, double min_cosine, double max_cosine,
-                                           double max_distance, int64_t seed, int64_t offset,
-                                           int64_t concept_offset) {
+std::tuple<Tensor, Tensor, Tensor> perturb(Tensor embeddings, int64_t samples, double min_cosine,
+                                           double max_cosine, double max_distance, int64_t seed,
+                                           int64_t offset, int64_t concept_offset) {
   STD_TORCH_CHECK(samples >= 0, "samples: expected a number of samples");
   const Prompts prompts(embeddings);
   const Pairs pairs = pairs_of(seed, samples, offset, concept_offset);
@@ -391,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> perturb(Tensor embeddings, std::optional<Tens
     torch::stable::zero_(beta);
     torch::stable::zero_(scale);
   } else if (prompts.concepts > 0 && samples > 0) {
-    Scalars scalars(prompts, pairs, factor, {min_cosine, max_cosine, max_distance});
+    Scalars scalars(prompts, pairs, {min_cosine, max_cosine, max_distance});
     if (prompts.exact() == ScalarType::Double) {
       scalars.compute(alpha.mutable_data_ptr<double>(), beta.mutable_data_ptr<double>(),
                       scale.mutable_data_ptr<double>());
@@ -411,12 +340,11 @@ class Writer {
          char* out)
       : prompts_(prompts), pairs_(pairs), alpha_(alpha), scale_(scale), out_(out) {}
 
-  // Pairs [begin, end); `shaped` is null or the noise of these pairs.
-  void write(int64_t begin, int64_t end, const char* shaped) const {
+  // The rows of all pairs, so many.
+  void write(int64_t count) const {
     const int64_t blocks = prompts_.blocks;
-    const int64_t noise_bytes = prompts_.width * (is_double() ? 8 : 4);
     torch::stable::parallel_for(
-        begin * blocks, end * blocks, prompts_.grain(), [&](int64_t first, int64_t last) {
+        0, count * blocks, prompts_.grain(), [&](int64_t first, int64_t last) {
           for (int64_t k = first; k < last; ++k) {
             const int64_t pair = k / blocks, prompt = pair / pairs_.samples;
             char* out = out_ + pair * prompts_.tokens * prompts_.row_bytes();
@@ -424,12 +352,10 @@ class Writer {
               std::memcpy(out, prompts_.rows(prompt, 0, 1).data, prompts_.row_bytes());
             }
             const Prompts::Block block = prompts_.block(k % blocks);
-            const int64_t place = (pair - begin) * prompts_.moving + block.token - 1;
             noise_kernels().rows(
                 pairs_.stream(pair), block.token, prompts_.width,
                 prompts_.rows(prompt, block.token, block.count), element(alpha_, pair),
-                element(scale_, pair), shaped == nullptr ? nullptr : shaped + place * noise_bytes,
-                out + block.token * prompts_.row_bytes());
+                element(scale_, pair), out + block.token * prompts_.row_bytes());
           }
         });
   }
@@ -455,8 +381,8 @@ Tensor scalars_of(const Tensor& tensor, const char* name, const Prompts& prompts
   return torch::stable::contiguous(detached(tensor));
 }
 
-Tensor perturb_rows(Tensor embeddings, std::optional<Tensor> factor, Tensor alpha, Tensor scale,
-                    int64_t seed, int64_t offset, int64_t concept_offset) {
+Tensor perturb_rows(Tensor embeddings, Tensor alpha, Tensor scale, int64_t seed, int64_t offset,
+                    int64_t concept_offset) {
   const Prompts prompts(embeddings);
   check_matrix(alpha, "alpha", prompts.concepts, -1);
   const int64_t samples = alpha.size(1);
@@ -468,15 +394,7 @@ Tensor perturb_rows(Tensor embeddings, std::optional<Tensor> factor, Tensor alph
   if (rows.numel() == 0) return rows;
   const Writer writer(prompts, pairs, first, second,
                       static_cast<char*>(rows.mutable_data_ptr()));
-  const int64_t end = prompts.concepts * samples;
-  if (!factor || prompts.elements == 0) {
-    writer.write(0, end, nullptr);
-    return rows;
-  }
-  const Shaper shaper(prompts, pairs, *factor);
-  shaper.each(0, end, prompts.exact(), [&](int64_t begin, int64_t count, const Tensor& z) {
-    writer.write(begin, begin + count, static_cast<const char*>(z.const_data_ptr()));
-  });
+  writer.write(prompts.concepts * samples);
   return rows;
 }
 

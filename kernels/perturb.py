@@ -3,8 +3,7 @@
 Scalars of all samples: `_norms` sums every prompt once, `_sums` draws the noise and adds E.z and
 |z|^2, `_scalars` solves for the accepted interval. Rows: `_rows` draws the same noise again from
 its counters and writes alpha E + scale z. The sums are of integers, so tiles and atomics leave
-their bits alone. A factor that shapes the noise is applied by a matrix product between drawing and
-use, block by block of samples.
+their bits alone.
 
 Floor. A number costs about 22 float32 and 20 integer instructions (ten rounds of Philox serve four
 numbers, Box-Muller two), 0.4 cycles of a multiprocessor, and is drawn twice: on an H100 the
@@ -27,8 +26,6 @@ _BLOCK = 512
 """Groups of four columns per program, four per thread; fewer for a prompt smaller than that."""
 _NORM_BLOCK = 1024
 _PAIRS = 128
-_NOISE_BYTES = 16 << 20
-"""Shaped noise held at once, and as much again before it is shaped."""
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Launch options. Fused multiply-adds would round once where the definition rounds twice."""
@@ -160,42 +157,13 @@ def _norms(
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
-def _noise(
-    z_ptr,
-    seed: tl.int64,
-    offset: tl.int64,
-    concept_offset: tl.int64,
-    pair_start,
-    samples,
-    tokens,
-    width,
-    groups,
-    tiles,
-    BLOCK: tl.constexpr,
-):
-    """Noise of a block of samples, `[pairs, t - 1, d]`, to be shaped."""
-    program = tl.program_id(0).to(tl.int64)
-    local = program // tiles
-    pair = pair_start + local
-    first = ((program % tiles) * BLOCK).to(tl.int32)
-    sample = (offset + pair % samples).to(tl.uint32)
-    concept = (concept_offset + pair // samples).to(tl.uint32)
-    token, column, mask = _tile_places(first, tokens, width, groups, BLOCK)
-    z = _tile_noise(seed, first, sample, concept, groups, BLOCK)
-    place = local * (tokens - 1) * width + (token - 1).to(tl.int64) * width + column
-    tl.store(z_ptr + place, z, mask=mask & (token > 0))
-
-
-@triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
 def _sums(
     e_ptr,
-    z_ptr,
     root_ptr,
     sums_ptr,
     seed: tl.int64,
     offset: tl.int64,
     concept_offset: tl.int64,
-    pair_start,
     samples,
     tokens,
     width,
@@ -207,13 +175,11 @@ def _sums(
     product_scale: tl.float32,
     square_scale: tl.float32,
     DOUBLE: tl.constexpr,
-    SHAPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds a tile to E.z / rms(E) and |z|^2 of a sample, in fixed point."""
     program = tl.program_id(0).to(tl.int64)
-    local = program // tiles
-    pair = pair_start + local
+    pair = program // tiles
     first = ((program % tiles) * BLOCK).to(tl.int32)
     concept = pair // samples
     sample = (offset + pair % samples).to(tl.uint32)
@@ -226,21 +192,9 @@ def _sums(
         e = (e * inverse).to(tl.float32)
     else:
         e = e.to(tl.float32) * inverse.to(tl.float32)
-    if SHAPED:
-        row = local * (tokens - 1) + (token - 1)
-        z = tl.load(z_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
-    else:
-        z = _tile_noise(
-            seed, first, sample, (concept_offset + concept).to(tl.uint32), groups, BLOCK
-        )
-    product = z * e * product_scale
-    square = z * z * square_scale
-    if SHAPED:
-        inner = product.to(tl.int64)
-        total = square.to(tl.int64)
-    else:
-        inner = product.to(tl.int32).to(tl.int64)
-        total = square.to(tl.int32).to(tl.int64)
+    z = _tile_noise(seed, first, sample, (concept_offset + concept).to(tl.uint32), groups, BLOCK)
+    inner = (z * e * product_scale).to(tl.int32).to(tl.int64)
+    total = (z * z * square_scale).to(tl.int32).to(tl.int64)
     tl.atomic_add(sums_ptr + 2 * pair, tl.sum(tl.where(mask, inner, 0), 0))
     tl.atomic_add(sums_ptr + 2 * pair + 1, tl.sum(tl.where(mask, total, 0), 0))
 
@@ -327,14 +281,12 @@ def _rounded(x, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
 def _rows(
     e_ptr,
-    z_ptr,
     alpha_ptr,
     scale_ptr,
     rows_ptr,
     seed: tl.int64,
     offset: tl.int64,
     concept_offset: tl.int64,
-    pair_start,
     samples,
     tokens,
     width,
@@ -346,13 +298,11 @@ def _rows(
     groups,
     tiles,
     DOUBLE: tl.constexpr,
-    SHAPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes a tile of alpha E + scale z; begin-of-text as it is."""
     program = tl.program_id(0).to(tl.int64)
-    local = program // tiles
-    pair = pair_start + local
+    pair = program // tiles
     first = ((program % tiles) * BLOCK).to(tl.int32)
     concept = pair // samples
     number = pair % samples
@@ -361,18 +311,14 @@ def _rows(
     e = tl.load(e_ptr + place, mask=mask, other=0.0)
     if not DOUBLE:
         e = e.to(tl.float32)
-    if SHAPED:
-        row = local * (tokens - 1) + (token - 1)
-        z = tl.load(z_ptr + row * width + column, mask=mask & (token > 0), other=0.0)
-    else:
-        z = _tile_noise(
-            seed,
-            first,
-            (offset + number).to(tl.uint32),
-            (concept_offset + concept).to(tl.uint32),
-            groups,
-            BLOCK,
-        )
+    z = _tile_noise(
+        seed,
+        first,
+        (offset + number).to(tl.uint32),
+        (concept_offset + concept).to(tl.uint32),
+        groups,
+        BLOCK,
+    )
     if DOUBLE:
         z = z.to(tl.float64)
     alpha = tl.load(alpha_ptr + concept * stride_alpha + number)
@@ -391,49 +337,8 @@ def _layout(embeddings: Tensor) -> tuple[int, int, int]:
     return groups, block, triton.cdiv(tokens * groups, block)
 
 
-def _shaped_blocks(embeddings: Tensor, pairs: int, factor: Tensor | None) -> list[tuple[int, int]]:
-    """Samples handled at once: all, or as many as the buffer of shaped noise holds."""
-    if factor is None:
-        return [(0, pairs)]
-    _, tokens, width = embeddings.shape
-    step = max(1, _NOISE_BYTES // ((tokens - 1) * width * factor.element_size()))
-    return [(start, min(step, pairs - start)) for start in range(0, pairs, step)]
-
-
-def _shaped(
-    embeddings: Tensor,
-    factor: Tensor,
-    samples: int,
-    pair_start: int,
-    count: int,
-    seed: int,
-    offset: int,
-    concept_offset: int,
-) -> Tensor:
-    """`[count (t - 1), d]` noise rows F z of some samples."""
-    _, tokens, width = embeddings.shape
-    groups, block, tiles = _layout(embeddings)
-    z = embeddings.new_empty((count * (tokens - 1), width), dtype=torch.float32)
-    _noise[(count * tiles,)](
-        z_ptr=z,
-        seed=seed,
-        offset=offset,
-        concept_offset=concept_offset,
-        pair_start=pair_start,
-        samples=samples,
-        tokens=tokens,
-        width=width,
-        groups=groups,
-        tiles=tiles,
-        BLOCK=block,
-        **_OPTIONS,
-    )
-    return torch.mm(z.to(factor.dtype), factor.mT)
-
-
 def perturb(
     embeddings: Tensor,
-    factor: Tensor | None,
     samples: int,
     min_cosine: float,
     max_cosine: float,
@@ -456,9 +361,7 @@ def perturb(
     root = embeddings.new_empty((concepts,), dtype=torch.float64)
     sums = embeddings.new_zeros((pairs, 2), dtype=torch.int64)
     groups, block, tiles = _layout(embeddings)
-    shaped = perturbation.SHAPED_SCALE
-    product_scale = perturbation.inner_scale(elements) if factor is None else shaped
-    square_scale = perturbation.SQUARE_SCALE if factor is None else shaped
+    product_scale = perturbation.inner_scale(elements)
     strides = {
         "stride_c": embeddings.stride(0),
         "stride_t": embeddings.stride(1),
@@ -475,30 +378,23 @@ def perturb(
             BLOCK=_NORM_BLOCK,
             **_OPTIONS,
         )
-        for pair_start, count in _shaped_blocks(embeddings, pairs, factor):
-            z = embeddings if factor is None else _shaped(
-                embeddings, factor, samples, pair_start, count, **stream
-            )  # fmt: skip
-            _sums[(count * tiles,)](
-                e_ptr=embeddings,
-                z_ptr=z,
-                root_ptr=root,
-                sums_ptr=sums,
-                **stream,
-                pair_start=pair_start,
-                samples=samples,
-                tokens=tokens,
-                width=width,
-                **strides,
-                groups=groups,
-                tiles=tiles,
-                product_scale=product_scale,
-                square_scale=square_scale,
-                DOUBLE=double,
-                SHAPED=factor is not None,
-                BLOCK=block,
-                **_OPTIONS,
-            )
+        _sums[(pairs * tiles,)](
+            e_ptr=embeddings,
+            root_ptr=root,
+            sums_ptr=sums,
+            **stream,
+            samples=samples,
+            tokens=tokens,
+            width=width,
+            **strides,
+            groups=groups,
+            tiles=tiles,
+            product_scale=product_scale,
+            square_scale=perturbation.SQUARE_SCALE,
+            DOUBLE=double,
+            BLOCK=block,
+            **_OPTIONS,
+        )
         _scalars[(triton.cdiv(pairs, _PAIRS),)](
             root_ptr=root,
             sums_ptr=sums,
@@ -515,7 +411,7 @@ def perturb(
             max_sine=perturbation.sine(max_cosine),
             max_distance=max_distance,
             product_scale=product_scale,
-            square_scale=square_scale,
+            square_scale=perturbation.SQUARE_SCALE,
             BLOCK=_PAIRS,
             **_OPTIONS,
         )
@@ -524,7 +420,6 @@ def perturb(
 
 def perturb_rows(
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     seed: int,
@@ -534,6 +429,7 @@ def perturb_rows(
     """`realera_fast.perturbation.perturb_rows`, see there; any strides."""
     concepts, tokens, width = embeddings.shape
     samples = alpha.shape[1]
+    pairs = concepts * samples
     rows = embeddings.new_empty((concepts, samples, tokens, width))
     if rows.numel() == 0 or tokens == 1:
         return rows.copy_(embeddings[:, None])
@@ -541,31 +437,24 @@ def perturb_rows(
     groups, block, tiles = _layout(embeddings)
     stream = {"seed": seed, "offset": offset, "concept_offset": concept_offset}
     with torch.cuda.device_of(embeddings):
-        for pair_start, count in _shaped_blocks(embeddings, concepts * samples, factor):
-            z = embeddings if factor is None else _shaped(
-                embeddings, factor, samples, pair_start, count, **stream
-            )  # fmt: skip
-            _rows[(count * tiles,)](
-                e_ptr=embeddings,
-                z_ptr=z,
-                alpha_ptr=alpha,
-                scale_ptr=scale,
-                rows_ptr=rows,
-                **stream,
-                pair_start=pair_start,
-                samples=samples,
-                tokens=tokens,
-                width=width,
-                stride_c=embeddings.stride(0),
-                stride_t=embeddings.stride(1),
-                stride_d=embeddings.stride(2),
-                stride_alpha=alpha.stride(0),
-                stride_scale=scale.stride(0),
-                groups=groups,
-                tiles=tiles,
-                DOUBLE=embeddings.dtype == torch.float64,
-                SHAPED=factor is not None,
-                BLOCK=block,
-                **_OPTIONS,
-            )
+        _rows[(pairs * tiles,)](
+            e_ptr=embeddings,
+            alpha_ptr=alpha,
+            scale_ptr=scale,
+            rows_ptr=rows,
+            **stream,
+            samples=samples,
+            tokens=tokens,
+            width=width,
+            stride_c=embeddings.stride(0),
+            stride_t=embeddings.stride(1),
+            stride_d=embeddings.stride(2),
+            stride_alpha=alpha.stride(0),
+            stride_scale=scale.stride(0),
+            groups=groups,
+            tiles=tiles,
+            DOUBLE=embeddings.dtype == torch.float64,
+            BLOCK=block,
+            **_OPTIONS,
+        )
     return rows

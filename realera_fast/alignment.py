@@ -116,7 +116,6 @@ def align_noise(
     config: AlignmentConfig,
     mining_config: mining.MiningConfig,
     pooled_map: ConceptMap | None = None,
-    noise_factor: Tensor | None = None,
     latents: Mapping[str, Tensor] | None = None,
     seed: int,
     accelerator: Any = None,
@@ -140,8 +139,6 @@ def align_noise(
         empty: `[1, t, d]` embedding of the empty prompt, for guidance.
         pooled_map: the closed form of the pooled vector, for SDXL; every prompt then has the vector
             as its last row (`text.TextWithPooled`).
-        noise_factor: `[d, d]` shape of the neighbors' noise (`mining.sample`), for mining in
-            "covariance" mode.
         latents: `[n, c, h, w]` encoded pictures by word (VAE latents times its scaling factor);
             z_t of these words is noised from them in place of a trajectory.
         seed: all randomness comes from it.
@@ -190,11 +187,11 @@ def align_noise(
             latent_size=config.latent_size, batch_size=config.sampling_batch_size,
         )  # fmt: skip
 
-    drawn = mining_config.mode in ("gaussian", "covariance", "offset")
+    drawn = mining_config.mode in ("gaussian", "offset")
     drawn = drawn and mining_config.neighbor_scale > 0
     trainer = Trainer(
         path, config, mining_config.neighbor_region if drawn else None,
-        factor=noise_factor, seed=seed, processes=processes,
+        seed=seed, processes=processes,
     )  # fmt: skip
     filler = WindowFiller(
         denoiser(config.sampling_steps), prompts, preserve,

@@ -106,7 +106,7 @@ Mining = Annotated[
     str | None,
     typer.Option(
         metavar="MODE",
-        help="How neighbors are mined: vocabulary, gaussian, covariance, offset or none.",
+        help="How neighbors are mined: vocabulary, gaussian, offset or none.",
     ),
 ]
 NoAlign = Annotated[

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import alignment, checkpoint, mining, report
+from realera_fast import alignment, checkpoint, report
 from realera_fast import denoiser as denoisers
 from realera_fast import progress as progress_bars
 from realera_fast.alignment import Alignment, align_noise
@@ -281,9 +281,6 @@ def erase(
                     pooled_map=None if pooled is None else pooled.map,
                     config=config.alignment,
                     mining_config=config.mining,
-                    noise_factor=(
-                        mining.noise_factor(prior) if config.mining.mode == "covariance" else None
-                    ),
                     latents=latents,
                     seed=config.seed,
                     accelerator=accelerator,

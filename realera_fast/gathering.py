@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -248,18 +248,13 @@ def add_word(
     equations.update(
         Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
     )
-    if number is not None and config.mining.mode in ("gaussian", "covariance", "offset"):
+    if number is not None and config.mining.mode in ("gaussian", "offset"):
         seed = philox.fold_seed(config.seed, number)
-        options = config.mining
-        if options.mode == "covariance" and prompts.source.shape[1] == 1:
-            # Pooled vectors vary in few directions: noise of their covariance misses the region.
-            options = replace(options, mode="gaussian")
         mining.add_neighbors(
             equations,
             *_moving(prompts),
-            options,
+            config.mining,
             seed=philox.fold_seed(seed, section) if section else seed,
-            covariance=prior if options.mode == "covariance" else None,
         )
     return equations
 

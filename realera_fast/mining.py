@@ -19,7 +19,7 @@ from torch import Tensor
 from realera_fast import ops, perturbation
 from realera_fast.closed_form import NormalEquations
 
-MODES = ("vocabulary", "gaussian", "covariance", "offset", "none")
+MODES = ("vocabulary", "gaussian", "offset", "none")
 """Where neighbors come from; see `MiningConfig.mode`."""
 
 _BEYOND_OFFSET = 1 << 31
@@ -78,10 +78,9 @@ class MiningConfig:
 
     mode: str = "vocabulary"
     """Source of neighbors. "vocabulary": the tokenizer's own words whose prompts fall inside the
-    neighbor region; "gaussian": isotropic noise, mapped to the anchor (the paper); "covariance":
-    noise with the covariance of real text embeddings, mapped to the anchor; "offset": isotropic
-    noise whose offset from the target is kept, e + eta -> a + eta; "none": no mining. Default
-    (ours): words did best of all in a trial on a small model."""
+    neighbor region; "gaussian": isotropic noise, mapped to the anchor (the paper); "offset": the
+    same noise, whose offset from the target is kept, e + eta -> a + eta; "none": no mining. Default
+    (ours): words did best of all on the embedded model (docs/quality.md)."""
     samples: int | None = None
     """Samples per prompt and region, a count; `None` takes the limit of infinitely many in closed
     form. Default (ours): the limit has no sampling noise and a cost independent of the count."""
@@ -170,8 +169,6 @@ class Samples:
 
     embeddings: Tensor
     """`[c, t, d]` what the points lie around."""
-    factor: Tensor | None
-    """`[d, d]` F: noise rows are F z instead of z."""
     alpha: Tensor
     """`[c, s]` how much of the embedding is left."""
     beta: Tensor
@@ -189,7 +186,7 @@ class Samples:
         """`[c, s, t, d]` the points themselves, in the embeddings' type."""
         return ops.perturb_rows(
             self.embeddings, self.alpha, self.scale, self.seed,
-            factor=self.factor, offset=self.offset, concept_offset=self.concept_offset,
+            offset=self.offset, concept_offset=self.concept_offset,
         )  # fmt: skip
 
     def project(
@@ -204,7 +201,7 @@ class Samples:
         """`[c, s, t, m]`: `ops.project` of the points, which are not stored."""
         return ops.perturb_project(
             self.embeddings, self.alpha, self.scale, weight, self.seed, down=down, up=up,
-            heights=heights, scaling=scaling, factor=self.factor, offset=self.offset,
+            heights=heights, scaling=scaling, offset=self.offset,
             concept_offset=self.concept_offset,
         )  # fmt: skip
 
@@ -233,7 +230,6 @@ def sample(
     *,
     samples: int,
     seed: int,
-    factor: Tensor | None = None,
     offset: int = 0,
     concept_offset: int = 0,
 ) -> Samples:
@@ -248,8 +244,6 @@ def sample(
         region: where the points lie.
         samples: points per prompt.
         seed: key of the random stream, in [0, 2^63); use `philox.fold_seed` to derive one per step.
-        factor: `[d, d]` F with trace(F F^T) = d: noise rows are F z instead of z. Of the
-            embeddings' type, float32 for 16-bit ones.
         offset: counter of the first sample.
         concept_offset: counter of the first embedding: parts of a batch draw what the whole does.
 
@@ -262,7 +256,7 @@ def sample(
     """
     alpha, beta, scale = ops.perturb(
         embeddings, samples, region.min_cosine, region.max_cosine, region.max_distance, seed,
-        factor=factor, offset=offset, concept_offset=concept_offset,
+        offset=offset, concept_offset=concept_offset,
     )  # fmt: skip
     bad = beta.isnan()
     if bool(bad.any()):
@@ -278,7 +272,7 @@ def sample(
                 "widen the cosine window or raise max_distance"
             )
         raise ValueError(f"embeddings[{concept}] can't be mined: {why}")
-    return Samples(embeddings, factor, alpha, beta, scale, seed, offset, concept_offset)
+    return Samples(embeddings, alpha, beta, scale, seed, offset, concept_offset)
 
 
 @lru_cache(maxsize=256)
@@ -299,20 +293,15 @@ def moments(elements: int, region: Region) -> Moments:
     Raises:
         ValueError: more than one direction in 10,000 meets no point of the region.
     """
-    return _moments(elements, elements - 1, 1.0 / max(elements, 1), region)
-
-
-@lru_cache(maxsize=256)
-def _moments(elements: int, degrees: float, variance: float, region: Region) -> Moments:
-    """`moments` with a free number of degrees of |v_perp| and variance of g."""
     if elements == 0:
         return Moments(1.0, 1.0, 0.0)
-    if elements == 1 or degrees <= 0:
+    if elements == 1:
         raise ValueError("mining needs at least two elements (tokens x width) that move, got one")
     nodes, weights = _legendre(_NODES)
     # Beyond 9 standard deviations a Gaussian holds less than 1e-18; a chi variable has a standard
     # deviation of at most 0.71.
-    deviation = math.sqrt(variance)
+    degrees = elements - 1
+    deviation = math.sqrt(1.0 / elements)
     g = 9.0 * deviation * nodes
     g_mass = weights * torch.exp(-0.5 * (g / deviation).square())
     low_edge = max(0.0, math.sqrt(degrees) - 6.5)
@@ -324,8 +313,7 @@ def _moments(elements: int, degrees: float, variance: float, region: Region) -> 
     mass = mass / mass.sum()
 
     parallel = g[:, None].expand_as(mass)
-    # |v_perp|^2 has mean (elements - 1) / elements, whatever its degrees of freedom.
-    perpendicular = chi.expand_as(mass) * math.sqrt((elements - 1) / (elements * degrees))
+    perpendicular = chi.expand_as(mass) * deviation
     low, high = perturbation.interval(
         parallel, perpendicular, region.min_cosine, region.max_cosine, region.max_distance
     )
@@ -364,7 +352,6 @@ def add_neighbors(
     config: MiningConfig,
     *,
     seed: int,
-    covariance: Tensor | None = None,
 ) -> int:
     """Adds the neighbor and beyond rows of one concept to the normal equations.
 
@@ -384,22 +371,20 @@ def add_neighbors(
         config: mode, regions, scales and samples.
         seed: key of the random stream; give every concept its own (`philox.fold_seed`). Not used
             in expectation.
-        covariance: `[d, d]` symmetric positive semi-definite, any scale: shape of the noise of one
-            token in "covariance" mode (required there; not used by the other modes).
 
     Returns:
         the number of perturbed prompts drawn, 0 in expectation and for mode "none".
 
     Raises:
         ValueError: wrong shapes, a mode that draws no noise ("vocabulary" neighbors are found
-            elsewhere), a missing covariance, or a region that an embedding can't reach.
+            elsewhere), or a region that an embedding can't reach.
     """
     if config.mode == "none":
         return 0
     if config.mode == "vocabulary":
         raise ValueError(
-            'mode "vocabulary" has no noise to add: pass its words as pairs, or choose "gaussian", '
-            '"covariance" or "offset"'
+            'mode "vocabulary" has no noise to add: pass its words as pairs, or choose "gaussian" '
+            'or "offset"'
         )
     if source.dim() != 3 or destination.shape != source.shape:
         raise ValueError(
@@ -410,8 +395,6 @@ def add_neighbors(
         raise ValueError(f"weight must be {list(source.shape[:2])}, got {list(weight.shape)}")
     if source.shape[2] != equations.width:
         raise ValueError(f"source must have width {equations.width}, got {source.shape[2]}")
-    if config.mode == "covariance" and covariance is None:
-        raise ValueError('mode "covariance" needs the covariance of real text embeddings')
     if source.numel() == 0:
         return 0
     device = equations.device
@@ -419,52 +402,10 @@ def add_neighbors(
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
     source, destination = source.to(device, wide), destination.to(device, wide)
     weight = weight.to(device, torch.float64)
-    shape = None
-    if config.mode == "covariance":
-        assert covariance is not None
-        shape = _normalised(covariance, equations.width).to(device)
     if config.samples is None:
-        _add_expectation(equations, source, destination, weight, config, shape)
+        _add_expectation(equations, source, destination, weight, config)
         return 0
-    return _add_samples(equations, source, destination, weight, config, shape, seed)
-
-
-def noise_factor(covariance: Tensor) -> Tensor:
-    """`[d, d]` float32 F with F F^T the covariance, scaled to trace d: the `factor` of `sample`.
-
-    Args:
-        covariance: `[d, d]` symmetric positive semi-definite, any scale.
-
-    Raises:
-        ValueError: it is not.
-    """
-    return _square_root(_normalised(covariance, len(covariance))).float()
-
-
-def _normalised(covariance: Tensor, width: int) -> Tensor:
-    """`[d, d]` float64 symmetric covariance with trace d."""
-    if covariance.shape != (width, width):
-        raise ValueError(f"covariance must be {[width] * 2}, got {list(covariance.shape)}")
-    matrix = covariance.to(torch.float64)
-    trace = float(matrix.trace())
-    if not 0.0 < trace < math.inf or not bool(matrix.isfinite().all()):
-        raise ValueError(f"covariance must be finite with a positive trace, got trace {trace}")
-    return (matrix + matrix.mT) * (0.5 * width / trace)
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    """`[d, d]` F with F F^T = matrix.
-
-    Raises:
-        ValueError: the matrix has an eigenvalue that is negative beyond rounding.
-    """
-    values, vectors = torch.linalg.eigh(matrix)
-    if float(values[0]) < -1e-6 * float(values[-1]):
-        raise ValueError(
-            "covariance must be positive semi-definite, got eigenvalues from "
-            f"{float(values[0]):.3g} to {float(values[-1]):.3g} (at trace d)"
-        )
-    return vectors * values.clamp_min(0.0).sqrt()
+    return _add_samples(equations, source, destination, weight, config, seed)
 
 
 def _terms(config: MiningConfig) -> Iterator[tuple[bool, Region, float]]:
@@ -481,11 +422,9 @@ def _add_samples(
     destination: Tensor,
     weight: Tensor,
     config: MiningConfig,
-    covariance: Tensor | None,
     seed: int,
 ) -> int:
     assert config.samples is not None
-    factor = None if covariance is None else _square_root(covariance).to(source.dtype)
     width = equations.width
     gram = torch.zeros((width, width), dtype=torch.float64, device=equations.device)
     cross = torch.zeros_like(gram)
@@ -497,12 +436,12 @@ def _add_samples(
         for start in range(0, config.samples, step):
             points = sample(
                 source, region, samples=min(step, config.samples - start), seed=seed,
-                factor=factor, offset=start + (0 if anchored else _BEYOND_OFFSET),
+                offset=start + (0 if anchored else _BEYOND_OFFSET),
             )  # fmt: skip
             ops.perturb_accumulate_(
                 gram, cross, source, points.alpha, points.scale,
                 weight * (scale / config.samples), seed,
-                destination=target if anchored else None, relative=relative, factor=factor,
+                destination=target if anchored else None, relative=relative,
                 offset=points.offset,
             )  # fmt: skip
         drawn += source.shape[0] * config.samples
@@ -516,16 +455,8 @@ def _add_expectation(
     destination: Tensor,
     weight: Tensor,
     config: MiningConfig,
-    covariance: Tensor | None,
 ) -> None:
-    """`_add_samples` in the limit of infinitely many samples.
-
-    With a covariance K (trace d) instead of the identity, the noise of token i orthogonal to E has
-    the covariance, up to its scale, K - (k e^T + e k^T) / |E|^2 + kappa e e^T / |E|^2 with k = K
-    e_i and kappa = sum_j e_j^T K e_j / |E|^2; |v|^2 fluctuates like a chi^2 variable of
-    N d / trace(K^2) degrees. What is left out, the correlation of g with the orthogonal part, is of
-    the order of kappa / N.
-    """
+    """`_add_samples` in the limit of infinitely many samples."""
     prompts, tokens, width = source.shape
     elements = (tokens - 1) * width
     e = source.to(torch.float64)
@@ -539,28 +470,15 @@ def _add_expectation(
         cross = torch.zeros_like(gram)
         for p in range(prompts):
             w = weight[p] * scale
-            mapped = moving[p] if covariance is None else moving[p] @ covariance
-            kappa = float((mapped * moving[p]).sum() / square[p]) if elements else 1.0
-            if covariance is None or elements == 0:
-                m = moments(elements, region)
-            else:
-                degrees = (elements - 1) * width / float(covariance.square().sum())
-                m = _moments(elements, degrees, kappa / elements, region)
-            # m.noise is per element of v_perp at trace N - 1; here its trace is N - kappa.
-            noise = m.noise * (elements - 1) / (elements - kappa) if elements > 1 else 0.0
+            m = moments(elements, region)
             first = torch.full_like(w, m.first)
             second = torch.full_like(w, m.second)
             first[0] = second[0] = 1.0
 
             outer = e[p].mT @ ((w * second)[:, None] * e[p])
             weighted = w[1:, None] * moving[p]
-            mixed = weighted.mT @ mapped
-            outer += noise * (kappa * (weighted.mT @ moving[p]) - mixed - mixed.mT)
-            spread = noise * float(square[p]) * float(w[1:].sum())
-            if covariance is None:
-                outer.diagonal().add_(spread)
-            else:
-                outer += spread * covariance
+            outer -= m.noise * (weighted.mT @ moving[p])
+            outer.diagonal().add_(m.noise * float(square[p]) * float(w[1:].sum()))
             gram += (outer + outer.mT) / 2
             if anchored and config.mode == "offset":
                 cross += ((w * first)[:, None] * (a[p] - e[p])).mT @ e[p]

@@ -34,18 +34,17 @@ _SCHEMAS = {
     "solve_spd": "(Tensor gram, Tensor rhs) -> (Tensor, Tensor, Tensor)",
     "low_rank_update_": "(Tensor(a!)[] weights, Tensor[] left, Tensor[] right, Tensor[] offset) "
     "-> ()",
-    "perturb": "(Tensor embeddings, Tensor? factor, int samples, float min_cosine, "
+    "perturb": "(Tensor embeddings, int samples, float min_cosine, "
     f"float max_cosine, float max_distance, {_STREAM}) -> (Tensor, Tensor, Tensor)",
-    "perturb_rows": "(Tensor embeddings, Tensor? factor, Tensor alpha, Tensor scale, "
-    f"{_STREAM}) -> Tensor",
-    "perturb_project": "(Tensor embeddings, Tensor? factor, Tensor alpha, Tensor scale, "
+    "perturb_rows": f"(Tensor embeddings, Tensor alpha, Tensor scale, {_STREAM}) -> Tensor",
+    "perturb_project": "(Tensor embeddings, Tensor alpha, Tensor scale, "
     "Tensor weight, Tensor? down, Tensor? up, int[] heights, float scaling, "
     f"{_STREAM}) -> Tensor",
-    "perturb_project_backward": "(Tensor grad, Tensor embeddings, Tensor? factor, Tensor alpha, "
+    "perturb_project_backward": "(Tensor grad, Tensor embeddings, Tensor alpha, "
     "Tensor scale, Tensor down, Tensor up, int[] heights, float scaling, "
     f"{_STREAM}) -> (Tensor, Tensor)",
     "perturb_accumulate_": "(Tensor(a!) gram, Tensor(b!) cross, Tensor embeddings, "
-    "Tensor? factor, Tensor alpha, Tensor scale, Tensor weight, Tensor? destination, "
+    "Tensor alpha, Tensor scale, Tensor weight, Tensor? destination, "
     f"bool relative, {_STREAM}) -> ()",
     "project": "(Tensor x, Tensor weight, Tensor? down, Tensor? up, int[] heights, float scaling) "
     "-> Tensor",
@@ -63,28 +62,26 @@ for _name, _schema in _SCHEMAS.items():
 
 
 # Shapes alone: the references would draw all blocks of random numbers of a graph that is traced.
-def _perturb_meta(embeddings: Tensor, factor: Tensor | None, samples: int, *_: object) -> Any:
+def _perturb_meta(embeddings: Tensor, samples: int, *_: object) -> Any:
     exact = perturbation.exact_dtype(embeddings.dtype)
     return tuple(
         embeddings.new_empty((embeddings.shape[0], samples), dtype=exact) for _ in range(3)
     )
 
 
-def _perturb_rows_meta(
-    embeddings: Tensor, factor: Tensor | None, alpha: Tensor, *_: object
-) -> Tensor:
+def _perturb_rows_meta(embeddings: Tensor, alpha: Tensor, *_: object) -> Tensor:
     return embeddings.new_empty((*alpha.shape, *embeddings.shape[1:]))
 
 
 def _perturb_project_meta(
-    embeddings: Tensor, factor: Tensor | None, alpha: Tensor, scale: Tensor, weight: Tensor,
+    embeddings: Tensor, alpha: Tensor, scale: Tensor, weight: Tensor,
     *_: object,
 ) -> Tensor:  # fmt: skip
     return embeddings.new_empty((*alpha.shape, embeddings.shape[1], len(weight)))
 
 
 def _perturb_project_backward_meta(
-    grad: Tensor, embeddings: Tensor, factor: Tensor | None, alpha: Tensor, scale: Tensor,
+    grad: Tensor, embeddings: Tensor, alpha: Tensor, scale: Tensor,
     down: Tensor, up: Tensor, *_: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     exact = perturbation.exact_dtype(embeddings.dtype)
@@ -143,16 +140,16 @@ def _project_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_perturbed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    embeddings, factor, alpha, scale, _, down, up, *ctx.rest = inputs
-    ctx.save_for_backward(embeddings, factor, alpha, scale, down, up)
+    embeddings, alpha, scale, _, down, up, *ctx.rest = inputs
+    ctx.save_for_backward(embeddings, alpha, scale, down, up)
 
 
 def _perturbed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *drawn, down, up = ctx.saved_tensors
     if down is None:
-        return (None,) * 12
+        return (None,) * 11
     parts = torch.ops.realera_fast.perturb_project_backward(grad, *drawn, down, up, *ctx.rest)
-    return (*(None,) * 5, parts[0].to(down.dtype), parts[1].to(up.dtype), *(None,) * 5)
+    return (*(None,) * 4, parts[0].to(down.dtype), parts[1].to(up.dtype), *(None,) * 5)
 
 
 torch.library.register_autograd(
@@ -367,7 +364,6 @@ def perturb(
     max_distance: float,
     seed: int,
     *,
-    factor: Tensor | None = None,
     offset: int = 0,
     concept_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -376,7 +372,7 @@ def perturb(
     A sample is ``x = alpha E + beta v`` with Gaussian ``v = rms(E) z`` (RealEra, arXiv 2410.09140,
     neighbor-concept mining). Each is accepted: the steps inside the region form one interval. The
     numbers come from a counter-based generator, so equal seeds and counters give equal bits on
-    every device (without a factor). The samples themselves: `perturb_rows`, and without storing
+    every device. The samples themselves: `perturb_rows`, and without storing
     them `perturb_project`, `perturb_accumulate_`.
 
     Args:
@@ -386,8 +382,6 @@ def perturb(
         max_cosine: greatest cosine between E and a sample.
         max_distance: greatest distance between E and a sample, in units of ``|E|``.
         seed: key of the generator, in [0, 2^63).
-        factor: `[d, d]` F of the embeddings' dtype, float32 for 16-bit ones, with
-            ``trace(F F^T) = d``: the noise of a token is ``F z``, of covariance ``F F^T``.
         offset: first sample number, so that later calls go on where earlier ones ended.
         concept_offset: first prompt number, likewise.
 
@@ -395,7 +389,7 @@ def perturb(
         alpha, beta and ``scale = beta rms(E)``, `[c, s]`, float64 for float64 embeddings, else
         float32; NaN where a prompt's direction meets no point of the region.
     """
-    _check_embeddings(embeddings, factor, samples, seed, offset, concept_offset)
+    _check_embeddings(embeddings, samples, seed, offset, concept_offset)
     if not -1.0 <= min_cosine < max_cosine <= 1.0:
         name = "min_cosine" if not -1.0 <= min_cosine < 1.0 else "max_cosine"
         raise ValueError(
@@ -406,7 +400,7 @@ def perturb(
         raise ValueError(f"max_distance: expected a positive number, got {max_distance}")
     with torch.no_grad():
         return torch.ops.realera_fast.perturb(
-            embeddings, factor, samples, min_cosine, max_cosine, max_distance,
+            embeddings, samples, min_cosine, max_cosine, max_distance,
             seed, offset, concept_offset,
         )  # fmt: skip
 
@@ -417,23 +411,22 @@ def perturb_rows(
     scale: Tensor,
     seed: int,
     *,
-    factor: Tensor | None = None,
     offset: int = 0,
     concept_offset: int = 0,
 ) -> Tensor:
     """The samples whose scalars `perturb` has drawn: ``alpha E + scale z``.
 
     Args:
-        embeddings, seed, factor, offset, concept_offset: as given to `perturb`.
+        embeddings, seed, offset, concept_offset: as given to `perturb`.
         alpha, scale: `[c, s]` as returned by it.
 
     Returns:
         `[c, s, t, d]` of the embeddings' dtype.
     """
-    _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    _check_drawn(embeddings, alpha, scale, seed, offset, concept_offset)
     with torch.no_grad():
         return torch.ops.realera_fast.perturb_rows(
-            embeddings, factor, alpha, scale, seed, offset, concept_offset
+            embeddings, alpha, scale, seed, offset, concept_offset
         )
 
 
@@ -448,7 +441,6 @@ def perturb_project(
     up: Tensor | None = None,
     heights: Sequence[int] | None = None,
     scaling: float = 1.0,
-    factor: Tensor | None = None,
     offset: int = 0,
     concept_offset: int = 0,
 ) -> Tensor:
@@ -457,19 +449,18 @@ def perturb_project(
     Memory beside arguments and result is at most 64 MiB. Gradients go to ``down`` and ``up`` alone.
 
     Args:
-        embeddings, seed, factor, offset, concept_offset: as given to `perturb`.
+        embeddings, seed, offset, concept_offset: as given to `perturb`.
         alpha, scale: `[c, s]` as returned by it.
         weight, down, up, heights, scaling: as for `project`; ``weight`` has the embeddings' dtype.
 
     Returns:
         `[c, s, t, m]` of the embeddings' dtype.
     """
-    _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    _check_drawn(embeddings, alpha, scale, seed, offset, concept_offset)
     heights = _check_projection("embeddings", embeddings, weight, down, up, heights)
     embeddings, alpha, scale, weight = _constants(embeddings, alpha, scale, weight)
-    factor = None if factor is None else factor.detach()
     return torch.ops.realera_fast.perturb_project(
-        embeddings, factor, alpha, scale, weight, down, up, heights, scaling,
+        embeddings, alpha, scale, weight, down, up, heights, scaling,
         seed, offset, concept_offset,
     )  # fmt: skip
 
@@ -485,7 +476,6 @@ def perturb_accumulate_(
     *,
     destination: Tensor | None = None,
     relative: bool = False,
-    factor: Tensor | None = None,
     offset: int = 0,
     concept_offset: int = 0,
 ) -> None:
@@ -496,14 +486,14 @@ def perturb_accumulate_(
 
     Args:
         gram, cross: `[d, d]` float64, contiguous; ``gram`` is symmetric.
-        embeddings, seed, factor, offset, concept_offset: as given to `perturb`.
+        embeddings, seed, offset, concept_offset: as given to `perturb`.
         alpha, scale: `[c, s]` as returned by it.
         weight: `[c, t]` weight of each sample of a token, of any floating dtype.
         destination: `[c, t, d]` where the samples of a token go; None: they stay, and ``cross`` is
             not changed.
         relative: whether a sample x goes to ``x + destination`` instead.
     """
-    _check_drawn(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    _check_drawn(embeddings, alpha, scale, seed, offset, concept_offset)
     flat = embeddings.flatten(0, 1)
     if weight.shape != embeddings.shape[:2]:
         raise ValueError(
@@ -520,7 +510,7 @@ def perturb_accumulate_(
         _check_devices(embeddings=embeddings, destination=destination)
     with torch.no_grad():
         torch.ops.realera_fast.perturb_accumulate_(
-            gram, cross, embeddings, factor, alpha, scale, weight, destination, relative,
+            gram, cross, embeddings, alpha, scale, weight, destination, relative,
             seed, offset, concept_offset,
         )  # fmt: skip
     _changed(gram, cross)
@@ -584,7 +574,6 @@ def _check_sums(source: Tensor, weight: Tensor, name: str = "source", **sums: Te
 
 def _check_embeddings(
     embeddings: Tensor,
-    factor: Tensor | None,
     samples: int,
     seed: int,
     offset: int,
@@ -609,19 +598,10 @@ def _check_embeddings(
             raise ValueError(
                 f"{name}: counters are in [0, 2^32], got {first} and {count} more from there"
             )
-    if factor is not None:
-        exact = perturbation.exact_dtype(embeddings.dtype)
-        if factor.shape != (width, width) or factor.dtype != exact:
-            raise ValueError(
-                f"factor: expected {exact} [{width}, {width}] (the width of embeddings), "
-                f"got {factor.dtype} {list(factor.shape)}"
-            )
-        _check_devices(embeddings=embeddings, factor=factor)
 
 
 def _check_drawn(
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     seed: int,
@@ -629,7 +609,7 @@ def _check_drawn(
     concept_offset: int,
 ) -> None:
     samples = alpha.shape[-1] if alpha.dim() else 0
-    _check_embeddings(embeddings, factor, samples, seed, offset, concept_offset)
+    _check_embeddings(embeddings, samples, seed, offset, concept_offset)
     exact = perturbation.exact_dtype(embeddings.dtype)
     for name, given in (("alpha", alpha), ("scale", scale)):
         expected = (embeddings.shape[0], samples)

@@ -41,8 +41,6 @@ NORM_SCALE = 2.0**39
 """Fixed point of squares of E: of numbers below 4."""
 SQUARE_SCALE = 2.0**25
 """Fixed point of z^2: of numbers below 32.3, in 32 bits."""
-SHAPED_SCALE = 2.0**20
-"""Fixed point of both sums where a factor shapes the noise, in 64 bits."""
 EXPONENT_BITS = 0x7FF0000000000000
 
 _ELEMENTS_PER_BLOCK = 1 << 20
@@ -132,7 +130,6 @@ def rms(embeddings: Tensor) -> Tensor:
 
 def perturb(
     embeddings: Tensor,
-    factor: Tensor | None,
     samples: int,
     min_cosine: float,
     max_cosine: float,
@@ -145,7 +142,6 @@ def perturb(
 
     Args:
         embeddings: `[c, t, d]` prompt embeddings; row 0 is begin-of-text and never moves.
-        factor: `[d, d]` F: every row of noise is F z instead of z; or None.
         samples: s, samples per prompt.
         min_cosine, max_cosine: window of the cosine between E and x.
         max_distance: longest step in units of |E|.
@@ -169,24 +165,22 @@ def perturb(
         return alpha, beta, scale
     root = rms(embeddings)
     count = torch.full_like(root[:1], elements)
-    square_scale = SQUARE_SCALE if factor is None else SHAPED_SCALE
-    product_scale = inner_scale(elements) if factor is None else SHAPED_SCALE
-    whole = torch.int32 if factor is None else torch.int64
+    product_scale = inner_scale(elements)
     flat = alpha.view(-1), beta.view(-1), scale.view(-1)
     pairs = concepts * samples
     step = max(1, _ELEMENTS_PER_BLOCK // elements)
     for start in range(0, pairs, step):
         pair = torch.arange(start, min(start + step, pairs), device=device)
         concept, sample = pair // samples, pair % samples
-        z = _noise(embeddings, factor, seed, concept + concept_offset, sample + offset)
-        z = z.flatten(1).to(torch.float32)
+        z = philox.normals(seed, concept + concept_offset, sample + offset, tokens, width)
+        z = z.flatten(1)
         e = embeddings[concept, 1:].flatten(1).to(exact)
         inverse = (1.0 / root[concept]).to(exact)
         e = (e * inverse[:, None]).to(torch.float32)
-        inner = (z * e * product_scale).to(whole).sum(1, dtype=torch.int64)
-        total = (z * z * square_scale).to(whole).sum(1, dtype=torch.int64)
+        inner = (z * e * product_scale).to(torch.int32).sum(1, dtype=torch.int64)
+        total = (z * z * SQUARE_SCALE).to(torch.int32).sum(1, dtype=torch.int64)
         parallel = inner.to(torch.float64) / product_scale / count
-        mean_square = total.to(torch.float64) / square_scale / count
+        mean_square = total.to(torch.float64) / SQUARE_SCALE / count
         perpendicular = philox.square_root((mean_square - parallel * parallel).clamp_min(0.0))
         low, high = interval(parallel, perpendicular, min_cosine, max_cosine, max_distance)
         uniform = philox.step_uniforms(seed, concept + concept_offset, sample + offset)
@@ -202,7 +196,6 @@ def perturb(
 
 def perturb_rows(
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     seed: int,
@@ -213,7 +206,7 @@ def perturb_rows(
 
     Args:
         embeddings: `[c, t, d]` prompt embeddings; row 0 is begin-of-text and never moves.
-        factor, seed, offset, concept_offset: as in `perturb`.
+        seed, offset, concept_offset: as in `perturb`.
         alpha, scale: `[c, s]`, of the type that `perturb` returns for these embeddings.
 
     Returns:
@@ -231,18 +224,9 @@ def perturb_rows(
     for start in range(0, len(flat), step):
         pair = torch.arange(start, min(start + step, len(flat)), device=embeddings.device)
         concept, sample = pair // samples, pair % samples
-        z = _noise(embeddings, factor, seed, concept + concept_offset, sample + offset)
+        z = philox.normals(seed, concept + concept_offset, sample + offset, tokens, width)
         e = embeddings[concept, 1:].to(exact)
         part = slice(start, start + len(pair))
         base = alpha.view(-1)[part, None, None] * e
         flat[part, 1:] = (base + scale.view(-1)[part, None, None] * z.to(exact)).to(rows.dtype)
     return rows
-
-
-def _noise(
-    embeddings: Tensor, factor: Tensor | None, seed: int, concept: Tensor, sample: Tensor
-) -> Tensor:
-    """`[k, t - 1, d]` noise of some samples, by their counters."""
-    _, tokens, width = embeddings.shape
-    z = philox.normals(seed, concept, sample, tokens, width)
-    return z if factor is None else z.to(factor.dtype) @ factor.mT

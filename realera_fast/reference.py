@@ -206,7 +206,6 @@ perturb_rows = perturbation.perturb_rows
 
 def perturb_project(
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -221,14 +220,14 @@ def perturb_project(
     """:func:`project` of :func:`perturb_rows`.
 
     Args:
-        embeddings, factor, alpha, scale, seed, offset, concept_offset: as for
+        embeddings, alpha, scale, seed, offset, concept_offset: as for
             :func:`perturb_rows`.
         weight, down, up, heights, scaling: as for :func:`project`.
 
     Returns:
         `[c, s, t, m]`, of the dtype of ``embeddings``.
     """
-    rows = perturb_rows(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    rows = perturb_rows(embeddings, alpha, scale, seed, offset, concept_offset)
     y = project(rows.flatten(0, 2), weight, down, up, heights, scaling)
     return y.view(*rows.shape[:3], len(weight))
 
@@ -236,7 +235,6 @@ def perturb_project(
 def perturb_project_backward(
     grad: Tensor,
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     down: Tensor,
@@ -251,14 +249,14 @@ def perturb_project_backward(
 
     Args:
         grad: `[c, s, t, m]` gradient of the result of :func:`perturb_project`.
-        embeddings, factor, alpha, scale, seed, offset, concept_offset: as for
+        embeddings, alpha, scale, seed, offset, concept_offset: as for
             :func:`perturb_rows`.
         down, up, heights, scaling: as for :func:`project`.
 
     Returns:
         `[l, r, d]` and `[m, r]`, as :func:`project_backward`.
     """
-    rows = perturb_rows(embeddings, factor, alpha, scale, seed, offset, concept_offset)
+    rows = perturb_rows(embeddings, alpha, scale, seed, offset, concept_offset)
     flat = grad.flatten(0, 2), rows.flatten(0, 2)
     return project_backward(*flat, down, up, heights, scaling)
 
@@ -267,7 +265,6 @@ def perturb_accumulate_(
     gram: Tensor,
     cross: Tensor,
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -281,14 +278,14 @@ def perturb_accumulate_(
 
     Args:
         gram, cross: `[d, d]` float64, changed in place.
-        embeddings, factor, alpha, scale, seed, offset, concept_offset: as for
+        embeddings, alpha, scale, seed, offset, concept_offset: as for
             :func:`perturb_rows`; the rows of 16-bit embeddings are taken in float32.
         weight: `[c, t]` weight of every sample of a token.
         destination: `[c, t, d]` where the samples of a token go; None: they stay.
         relative: whether they go to ``x + destination`` instead.
     """
     wide = embeddings.to(perturbation.exact_dtype(embeddings.dtype))
-    x = perturb_rows(wide, factor, alpha, scale, seed, offset, concept_offset)
+    x = perturb_rows(wide, alpha, scale, seed, offset, concept_offset)
     if destination is None:
         y = x
     else:

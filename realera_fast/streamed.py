@@ -40,7 +40,6 @@ def _blocks(embeddings: Tensor, samples: int, element_size: int) -> Iterator[tup
 
 def perturb_project(
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -58,7 +57,7 @@ def perturb_project(
     y = embeddings.new_empty((concepts, samples, tokens, len(weight)))
     for c, s in _blocks(embeddings, samples, embeddings.element_size()):
         rows = torch.ops.realera_fast.perturb_rows(
-            embeddings[c], factor, alpha[c, s], scale[c, s],
+            embeddings[c], alpha[c, s], scale[c, s],
             seed, offset + s.start, concept_offset + c.start,
         )  # fmt: skip
         torch.ops.realera_fast.project_into(
@@ -70,7 +69,6 @@ def perturb_project(
 def perturb_project_backward(
     grad: Tensor,
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     down: Tensor,
@@ -87,7 +85,7 @@ def perturb_project_backward(
     grad_up = torch.zeros(up.shape, dtype=exact, device=up.device)
     for c, s in _blocks(embeddings, alpha.shape[1], embeddings.element_size()):
         rows = torch.ops.realera_fast.perturb_rows(
-            embeddings[c], factor, alpha[c, s], scale[c, s],
+            embeddings[c], alpha[c, s], scale[c, s],
             seed, offset + s.start, concept_offset + c.start,
         )  # fmt: skip
         part = torch.ops.realera_fast.project_backward(
@@ -102,7 +100,6 @@ def perturb_accumulate_(
     gram: Tensor,
     cross: Tensor,
     embeddings: Tensor,
-    factor: Tensor | None,
     alpha: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -121,7 +118,7 @@ def perturb_accumulate_(
     own = torch.zeros_like(gram)
     for c, s in _blocks(embeddings, alpha.shape[1], exact.itemsize):
         rows = torch.ops.realera_fast.perturb_rows(
-            embeddings[c].to(exact), factor, alpha[c, s], scale[c, s],
+            embeddings[c].to(exact), alpha[c, s], scale[c, s],
             seed, offset + s.start, concept_offset + c.start,
         )  # fmt: skip
         w = weight[c, None].expand(rows.shape[:3])

@@ -220,18 +220,16 @@ class Trainer:
         config: AlignmentConfig,
         region: mining.Region | None,
         *,
-        factor: Tensor | None = None,
         seed: int,
         processes: Processes,
     ) -> None:
         """
         Args:
             region: where targets are moved to within their neighborhood; None leaves them.
-            factor: `[d, d]` shape of that noise (`mining.sample`).
         """
         self.path, self.config, self.processes = path, config, processes
         self.lora: LoraParameters = path.lora
-        self.region, self.factor, self.seed = region, factor, seed
+        self.region, self.seed = region, seed
         self.parameters = self.lora.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0
@@ -279,7 +277,7 @@ class Trainer:
             states = rows.states
             if number == 0 and self.region is not None and stop > start:
                 states = mining.sample(
-                    states, self.region, samples=1, seed=seed, factor=self.factor,
+                    states, self.region, samples=1, seed=seed,
                     concept_offset=start,
                 ).rows()[:, 0]  # fmt: skip
             chosen.append((rows, states))

@@ -130,20 +130,11 @@ def problem(mode: str, **changes) -> tuple[Tensor, Tensor, Tensor, MiningConfig]
     return source, destination, weight, MiningConfig(mode=mode, beyond_scale=0.5, **changes)
 
 
-def covariance(width: int = 16) -> Tensor:
-    root = embeddings(width, width, seed=8) * torch.linspace(1.6, 0.4, width, dtype=torch.float64)
-    return root @ root.T
-
-
-def accumulate(
-    mode: str, samples: int | None, seed: int = 0, prior: Tensor | None = None, **changes
-) -> NormalEquations:
+def accumulate(mode: str, samples: int | None, seed: int = 0, **changes) -> NormalEquations:
     source, destination, weight, config = problem(mode, **changes)
     equations = NormalEquations(16)
     config = dataclasses.replace(config, samples=samples)
-    drawn = add_neighbors(
-        equations, source, destination, weight, config, seed=seed, covariance=prior
-    )
+    drawn = add_neighbors(equations, source, destination, weight, config, seed=seed)
     assert drawn == (0 if samples is None else 4 * samples)
     return equations
 
@@ -201,18 +192,6 @@ def test_expectation_of_two_prompts_is_exact_algebra():
         got = accumulate(mode, None)
         assert torch.allclose(got.gram, gram, rtol=1e-12, atol=1e-12)
         assert torch.allclose(got.cross, cross, rtol=1e-12, atol=1e-12)
-
-
-def test_covariance_mode():
-    prior = covariance()
-    # The identity as covariance is the gaussian mode exactly.
-    plain = accumulate("gaussian", None)
-    same = accumulate("covariance", None, prior=3 * torch.eye(16))
-    assert distance(plain, same) < 1e-9 * float(plain.gram.norm())
-    # With a real one: closer to its samples than the isotropic limit is, by far.
-    limit = accumulate("covariance", None, prior=prior)
-    sampled = accumulate("covariance", 4096, prior=prior)
-    assert distance(sampled, limit) < 0.15 * distance(sampled, plain)
 
 
 def test_weights_scales_and_blocks(monkeypatch):
@@ -301,12 +280,6 @@ def test_other_modes_and_bad_arguments():
 
     with pytest.raises(ValueError, match="vocabulary"):
         add("vocabulary")
-    with pytest.raises(ValueError, match="covariance"):
-        add("covariance")
-    with pytest.raises(ValueError, match="covariance must be"):
-        add("covariance", covariance=torch.eye(3))
-    with pytest.raises(ValueError, match="trace"):
-        add("covariance", covariance=torch.zeros(16, 16))
     with pytest.raises(ValueError, match="destination"):
         add(a=destination[:1])
     with pytest.raises(ValueError, match="weight"):
@@ -320,10 +293,6 @@ def test_other_modes_and_bad_arguments():
         with pytest.raises(ValueError, match="can't be mined"):
             add(s=bad)
         config = dataclasses.replace(config, samples=None)
-    indefinite = torch.diag(torch.tensor([5.0] + 14 * [1.0] + [-1.0]))
-    config = dataclasses.replace(config, samples=2)
-    with pytest.raises(ValueError, match="semi-definite"):
-        add("covariance", covariance=indefinite)
 
 
 def test_sample_says_what_can_not_be_mined():
@@ -333,8 +302,6 @@ def test_sample_says_what_can_not_be_mined():
         sample(torch.stack((torch.ones(4, 9), torch.zeros(4, 9))), NEIGHBOR, samples=3, seed=0)
     with pytest.raises(ValueError, match="NaN"):
         sample(torch.full((1, 4, 9), torch.nan), NEIGHBOR, samples=3, seed=0)
-    with pytest.raises(ValueError, match="factor"):
-        sample(torch.ones(1, 4, 9), NEIGHBOR, samples=3, seed=0, factor=torch.eye(3))
     with pytest.raises(ValueError, match="seed"):
         sample(torch.ones(1, 4, 9), NEIGHBOR, samples=3, seed=-1)
 
@@ -345,10 +312,6 @@ def test_sample_splits_over_offsets():
     parts = [sample(e, NEIGHBOR, samples=3, seed=3, offset=o) for o in (0, 3)]
     assert torch.equal(whole.rows(), torch.cat([p.rows() for p in parts], 1))
     assert torch.equal(whole.alpha, torch.cat([p.alpha for p in parts], 1))
-    factor = torch.eye(8, dtype=e.dtype)
-    assert torch.allclose(
-        whole.rows(), sample(e, NEIGHBOR, samples=6, seed=3, factor=factor).rows()
-    )
 
 
 @pytest.mark.parametrize(

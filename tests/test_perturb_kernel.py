@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import check
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -98,18 +97,18 @@ def test_noise_of_a_tile_to_the_bit():
     assert torch.equal(out, expected)
 
 
-def kernel_draw(e, samples, region, seed, offset=0, concept_offset=0, factor=None):
+def kernel_draw(e, samples, region, seed, offset=0, concept_offset=0):
     """Rows, alpha, beta, scale of the kernels."""
     stream = (seed, offset, concept_offset)
-    scalars = kernel.perturb(e, factor, samples, *region, *stream)
-    rows = kernel.perturb_rows(e, factor, scalars[0], scalars[2], *stream)
+    scalars = kernel.perturb(e, samples, *region, *stream)
+    rows = kernel.perturb_rows(e, scalars[0], scalars[2], *stream)
     return rows, *scalars
 
 
-def defined_draw(e, samples, region, seed, offset=0, concept_offset=0, factor=None):
+def defined_draw(e, samples, region, seed, offset=0, concept_offset=0):
     stream = (seed, offset, concept_offset)
-    scalars = perturbation.perturb(e, factor, samples, *region, *stream)
-    rows = perturbation.perturb_rows(e, factor, scalars[0], scalars[2], *stream)
+    scalars = perturbation.perturb(e, samples, *region, *stream)
+    rows = perturbation.perturb_rows(e, scalars[0], scalars[2], *stream)
     return rows, *scalars
 
 
@@ -149,20 +148,6 @@ def test_tiles_change_no_bit(tile, monkeypatch):
     whole = kernel_draw(e, 2, NEIGHBOR, 4)
     monkeypatch.setattr(kernel, "_BLOCK", tile)
     assert_same(kernel_draw(e, 2, NEIGHBOR, 4), whole)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_shaped_noise(dtype, monkeypatch):
-    e = embeddings(2, 5, 12, dtype=dtype)
-    factor = 0.3 * embeddings(12, 12, dtype=dtype)
-    exact = defined_draw(e.double(), 3, NEIGHBOR, 5, factor=factor.double())
-    plain = defined_draw(e, 3, NEIGHBOR, 5, factor=factor)
-    got = kernel_draw(e, 3, NEIGHBOR, 5, factor=factor)
-    for name, g, x, p in zip(("rows", "alpha", "beta", "scale"), got, exact, plain, strict=True):
-        check(name, g, x, p)
-    monkeypatch.setattr(kernel, "_NOISE_BYTES", 1)
-    for a, b in zip(got, kernel_draw(e, 3, NEIGHBOR, 5, factor=factor), strict=True):
-        assert torch.allclose(a, b)
 
 
 @pytest.mark.parametrize("region", [NEIGHBOR, BEYOND, (0.5, 0.5001, 1.6)])

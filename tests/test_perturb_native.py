@@ -59,12 +59,12 @@ def agree(
     """Draws with both, scalars and rows, and fails where they differ."""
     place = {"offset": offset, "concept_offset": concept_offset}
     got = ops.perturb(e, samples, *region, seed, **place)
-    expected = perturbation.perturb(e, None, samples, *region, seed, **place)
+    expected = perturbation.perturb(e, samples, *region, seed, **place)
     for name, a, b in zip(("alpha", "beta", "scale"), got, expected, strict=True):
         assert same(a, b), name
     rows = ops.perturb_rows(e, got[0], got[2], seed, **place)
     assert rows.is_contiguous()
-    assert same(rows, perturbation.perturb_rows(e, None, got[0], got[2], seed, **place))
+    assert same(rows, perturbation.perturb_rows(e, got[0], got[2], seed, **place))
     return (*got, rows)
 
 
@@ -126,8 +126,8 @@ def test_strides(dtype: torch.dtype) -> None:
 
 def test_scalars_of_any_stride() -> None:
     e = embeddings(2, 4, 12)
-    alpha, _, scale = perturbation.perturb(e, None, 6, *NEIGHBOR, 5)
-    whole = perturbation.perturb_rows(e, None, alpha, scale, 5)
+    alpha, _, scale = perturbation.perturb(e, 6, *NEIGHBOR, 5)
+    whole = perturbation.perturb_rows(e, alpha, scale, 5)
     part = ops.perturb_rows(e, alpha[:, 2:5], scale[:, 2:5], 5, offset=2)
     assert same(part, whole[:, 2:5])
     turned = ops.perturb_rows(e, alpha.T.contiguous().T, scale, 5)
@@ -197,59 +197,16 @@ def test_the_most_elements() -> None:
         ops.perturb(embeddings(1, 2, perturbation.MOST_ELEMENTS + 1), 1, *NEIGHBOR, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 33), (1, 77, 200), (400, 30, 8)])
-def test_shaped_noise(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    e = embeddings(*shape, dtype=dtype)
-    exact = perturbation.exact_dtype(dtype)
-    factor = embeddings(shape[2], shape[2], dtype=exact)
-    factor *= (shape[2] / factor.square().sum()).sqrt()
-    for f in (factor, factor.T.contiguous().T):
-        got = ops.perturb(e, 4, *ANYWHERE, 5, factor=f, offset=2)
-        expected = perturbation.perturb(e, f, 4, *ANYWHERE, 5, offset=2)
-        # One place of the fixed point, or of a float32 product.
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        rows = ops.perturb_rows(e, got[0], got[2], 5, factor=f, offset=2)
-        exact_rows = perturbation.perturb_rows(e, f, got[0], got[2], 5, offset=2)
-        torch.testing.assert_close(rows, exact_rows, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
-
-
-def test_shaped_noise_is_noise_where_the_factor_is_the_identity() -> None:
-    e = embeddings(2, 9, 33, dtype=torch.float64)
-    alpha, _, scale = ops.perturb(e, 3, *ANYWHERE, 5)
-    plain = ops.perturb_rows(e, alpha, scale, 5)
-    factor = torch.eye(33, dtype=torch.float64)
-    assert same(ops.perturb_rows(e, alpha, scale, 5, factor=factor), plain)
-
-
-def test_a_factor_that_is_not_finite() -> None:
-    e = embeddings(1, 3, 8)
-    for bad in (torch.nan, torch.inf, 1e30):
-        ops.perturb(e, 2, *ANYWHERE, 5, factor=torch.full((8, 8), bad))
-
-
-def test_threads_do_not_change_shaped_blocks(threads: int) -> None:
-    e = embeddings(2, 40, 96)
-    factor = torch.eye(96).flip(0)
-    alpha, _, scale = ops.perturb(e, 5, *ANYWHERE, 5, factor=factor)
-    expected = perturbation.perturb(e, factor, 5, *ANYWHERE, 5)
-    assert same(alpha, expected[0]) and same(scale, expected[2])  # A permutation rounds nothing.
-    rows = ops.perturb_rows(e, alpha, scale, 5, factor=factor)
-    assert same(rows, perturbation.perturb_rows(e, factor, alpha, scale, 5))
-
-
 def test_arguments_that_the_code_relies_on() -> None:
     raw = torch.ops.realera_fast
     e, one = embeddings(2, 3, 8), torch.ones(2, 4)
     for call in (
-        lambda: raw.perturb(e[0], None, 2, *NEIGHBOR, 1, 0, 0),
-        lambda: raw.perturb(e.to(torch.int32), None, 2, *NEIGHBOR, 1, 0, 0),
-        lambda: raw.perturb(e, None, -1, *NEIGHBOR, 1, 0, 0),
-        lambda: raw.perturb(e, one, 2, *NEIGHBOR, 1, 0, 0),
-        lambda: raw.perturb_rows(e, None, one, one[:1], 1, 0, 0),
-        lambda: raw.perturb_rows(e, None, one[0], one[0], 1, 0, 0),
-        lambda: raw.perturb_rows(e, None, one.double(), one.double(), 1, 0, 0),
+        lambda: raw.perturb(e[0], 2, *NEIGHBOR, 1, 0, 0),
+        lambda: raw.perturb(e.to(torch.int32), 2, *NEIGHBOR, 1, 0, 0),
+        lambda: raw.perturb(e, -1, *NEIGHBOR, 1, 0, 0),
+        lambda: raw.perturb_rows(e, one, one[:1], 1, 0, 0),
+        lambda: raw.perturb_rows(e, one[0], one[0], 1, 0, 0),
+        lambda: raw.perturb_rows(e, one.double(), one.double(), 1, 0, 0),
     ):
         with pytest.raises(RuntimeError):
             call()
@@ -261,11 +218,14 @@ def test_arguments_that_the_code_relies_on() -> None:
 # nothing of torch, are compiled here once more, each set by itself.
 SOURCE = """
 #include "noise.h"
+#include <vector>
 namespace realera_fast { extern const NoiseKernels loops; }
 using namespace realera_fast;
 extern "C" void draw(uint64_t seed, uint32_t sample, uint32_t prompt, int64_t token, int64_t count,
                      int64_t width, float* out) {
-  loops.draw({seed, sample, prompt}, token, count, width, out);
+  std::vector<float> zero(width);
+  loops.rows({seed, sample, prompt}, token, width,
+             {zero.data(), Kind::kFloat, count, 0, 1}, 0.0, 1.0, out);
 }
 extern "C" void moments(uint64_t seed, uint32_t sample, uint32_t prompt, int64_t token,
                         int64_t count, int64_t width, const float* e, Moments* out) {
@@ -274,7 +234,7 @@ extern "C" void moments(uint64_t seed, uint32_t sample, uint32_t prompt, int64_t
 extern "C" void rows(uint64_t seed, uint32_t sample, uint32_t prompt, int64_t token, int64_t count,
                      int64_t width, void* e, int kind, double alpha, double scale, void* out) {
   loops.rows({seed, sample, prompt}, token, width,
-             {e, static_cast<Kind>(kind), count, width, 1}, alpha, scale, nullptr, out);
+             {e, static_cast<Kind>(kind), count, width, 1}, alpha, scale, out);
 }
 extern "C" double largest(void* e, int kind, int64_t count, int64_t width) {
   return loops.largest({e, static_cast<Kind>(kind), count, width, 1}, width);

@@ -26,8 +26,8 @@ def draw(
     e: Tensor, samples: int, region: tuple[float, float, float], seed: int, **stream: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, alpha, beta, scale of the definition."""
-    scalars = perturbation.perturb(e, None, samples, *region, seed, **stream)
-    rows = perturbation.perturb_rows(e, None, scalars[0], scalars[2], seed, **stream)
+    scalars = perturbation.perturb(e, samples, *region, seed, **stream)
+    rows = perturbation.perturb_rows(e, scalars[0], scalars[2], seed, **stream)
     return rows, *scalars
 
 
@@ -149,20 +149,6 @@ def test_half_precision_is_the_rounding_of_exact_samples(dtype):
     assert torch.equal(rows, wide[0].to(dtype))
 
 
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float64])
-def test_factor_shapes_the_noise(factor_dtype):
-    e = embeddings(1, 30, 4, dtype=factor_dtype)
-    scale = torch.tensor([1.9, 0.5, 0.3, 0.2])
-    factor = torch.diag(scale / scale.square().mean().sqrt()).to(factor_dtype)
-    alpha, _, size = perturbation.perturb(e, factor, 200, *NEIGHBOR, 1)
-    rows = perturbation.perturb_rows(e, factor, alpha, size, 1)
-    noise = (rows - alpha[..., None, None] * e[:, None])[0, :, 1:]
-    spread = noise.square().mean((0, 1)).sqrt().float()
-    assert torch.allclose(spread / spread[0], scale / scale[0], rtol=0.05)
-    cosine, distance = in_float64(e, rows)
-    assert cosine.min() >= 0.5 and cosine.max() <= 0.9 and distance.max() <= 1.6
-
-
 # ---- The operations, whoever serves them -----------------------------------------------------
 
 
@@ -181,23 +167,6 @@ def test_the_operations_equal_the_definition_bit_by_bit(shape, samples, dtype, r
         assert a.dtype == b.dtype and torch.equal(a.cpu(), b)
     again = ops.perturb_rows(e.to(device), got[0], got[2], 5, **stream)
     assert again.dtype == dtype and torch.equal(again.cpu(), rows)
-
-
-def test_the_operations_with_a_factor(device):
-    e, factor = embeddings(2, 5, 24), 0.2 * embeddings(24, 24, seed=1)
-    exact = [t.double() for t in (e, factor)]
-    got = ops.perturb(e.to(device), 3, *NEIGHBOR, 5, factor=factor.to(device))
-    rows = ops.perturb_rows(e.to(device), got[0], got[2], 5, factor=factor.to(device))
-    reference = perturbation.perturb(*exact, 3, *NEIGHBOR, 5)
-    plain = perturbation.perturb(e, factor, 3, *NEIGHBOR, 5)
-    for name, g, x, p in zip(("alpha", "beta", "scale"), got, reference, plain, strict=True):
-        check(name, g.cpu(), x, p)
-    exact_rows = perturbation.perturb_rows(*exact, reference[0], reference[2], 5)
-    plain_rows = perturbation.perturb_rows(e, factor, plain[0], plain[2], 5)
-    check("rows", rows.cpu(), exact_rows, plain_rows)
-    isotropic = ops.perturb(e.to(device), 3, *NEIGHBOR, 5)
-    same = ops.perturb(e.to(device), 3, *NEIGHBOR, 5, factor=torch.eye(24, device=device))
-    assert torch.allclose(isotropic[1], same[1]) and not torch.allclose(isotropic[1], got[1])
 
 
 def test_non_contiguous_embeddings(device):
@@ -288,8 +257,6 @@ def test_large_seeds_and_counters(seed, offset, concept_offset, device):
         ({"offset": -1}, "offset"),
         ({"offset": (1 << 32) - 1}, "offset"),
         ({"concept_offset": (1 << 32) - 1}, "concept_offset"),
-        ({"factor": torch.eye(3)}, "factor"),
-        ({"factor": torch.eye(4).double()}, "factor"),
     ],
 )
 def test_bad_arguments(change, name):
@@ -326,15 +293,10 @@ def test_bad_scalars():
 )
 def test_opcheck(shape, dtype, device):
     e = embeddings(*shape).to(device, dtype)
-    exact = perturbation.exact_dtype(dtype)
-    factor = torch.eye(shape[2], dtype=exact, device=device)
-    for f in (None, factor):
-        arguments = (e, f, 3, *NEIGHBOR, 7, 0, 1)
-        torch.library.opcheck(torch.ops.realera_fast.perturb.default, arguments)
-        alpha, _, scale = torch.ops.realera_fast.perturb(*arguments)
-        torch.library.opcheck(
-            torch.ops.realera_fast.perturb_rows.default, (e, f, alpha, scale, 7, 0, 1)
-        )
+    arguments = (e, 3, *NEIGHBOR, 7, 0, 1)
+    torch.library.opcheck(torch.ops.realera_fast.perturb.default, arguments)
+    alpha, _, scale = torch.ops.realera_fast.perturb(*arguments)
+    torch.library.opcheck(torch.ops.realera_fast.perturb_rows.default, (e, alpha, scale, 7, 0, 1))
 
 
 def test_the_operations_compile_into_one_graph():

@@ -163,10 +163,10 @@ def test_perturb_project(dtype, concepts, samples, tokens, block, device, monkey
     factors = {n: values[n].clone().requires_grad_() for n in ("down", "up")}
     got = ops.perturb_project(e, alpha, scale, seed=5, **(values | factors))
     assert got.shape == (concepts, samples, tokens, 8) and got.dtype == dtype
-    rows = perturbation.perturb_rows(e, None, alpha, scale, 5)
+    rows = perturbation.perturb_rows(e, alpha, scale, 5)
     doubles = wide(values)
     exact = reference.project(rows.double().view(-1, 13), *(doubles[n] for n in names))
-    plain = reference.perturb_project(e, None, alpha, scale, *(values[n] for n in names), *stream)
+    plain = reference.perturb_project(e, alpha, scale, *(values[n] for n in names), *stream)
     check("y", got.detach(), exact.view(plain.shape), plain)
     grad = normal(*got.shape, seed=4).to(device, dtype)
     gradients = torch.autograd.grad(got, list(factors.values()), grad)
@@ -180,19 +180,17 @@ def test_perturb_project(dtype, concepts, samples, tokens, block, device, monkey
         check(name, g, x, p.to(dtype))
 
 
-def test_perturb_project_with_counters_factor_and_strides(device):
+def test_perturb_project_with_counters_and_strides(device):
     values = problem((3, 5), 4, torch.float32, device)
     e = normal(13, 4, 3).float().to(device).permute(2, 1, 0)
-    factor = 0.3 * normal(13, 13).float().to(device)
-    stream = {"factor": factor, "offset": 3, "concept_offset": 2}
+    stream = {"offset": 3, "concept_offset": 2}
     alpha, _, scale = ops.perturb(e, 4, *NEIGHBOR, 5, **stream)
     got = ops.perturb_project(e, alpha, scale, seed=5, **values, **stream)
     rows = ops.perturb_rows(e, alpha, scale, 5, **stream)
     expected = ops.project(rows.view(-1, 13), **values).view(3, 4, 4, 8)
     torch.testing.assert_close(got, expected)
     samples = ops.perturb_project(
-        e[1:2], alpha[1:2, 2:], scale[1:2, 2:], seed=5, **values, factor=factor, offset=5,
-        concept_offset=3,
+        e[1:2], alpha[1:2, 2:], scale[1:2, 2:], seed=5, **values, offset=5, concept_offset=3,
     )  # fmt: skip
     torch.testing.assert_close(samples, expected[1:2, 2:])
 
@@ -210,14 +208,14 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
     destination = None if kind == "stay" else normal(3, 5, 13, seed=2).to(device, dtype)
     sums = [normal(13, 13, seed=i).to(device) for i in (1, 2)]
     sums[0] = sums[0] @ sums[0].mT
-    arguments = (e, None, alpha, scale, weight, destination, kind == "relative", 5, 0, 0)
+    arguments = (e, alpha, scale, weight, destination, kind == "relative", 5, 0, 0)
     got, plain = ([s.clone() for s in sums] for _ in range(2))
     ops.perturb_accumulate_(
         *got, e, alpha, scale, weight, 5, destination=destination, relative=kind == "relative"
     )
     # In extended precision, and by PyTorch in the type of the rows.
     wide = e.to(perturbation.exact_dtype(dtype))
-    rows = perturbation.perturb_rows(wide, None, alpha, scale, 5).view(-1, 13)
+    rows = perturbation.perturb_rows(wide, alpha, scale, 5).view(-1, 13)
     w = weight[:, None].expand(3, 4, 5).reshape(-1, 1)
     y = torch.zeros_like(e) if destination is None else destination
     y = y[:, None].expand(3, 4, 5, 13).reshape(-1, 13).to(rows.dtype)
@@ -232,7 +230,7 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
         plain[1] += (w.to(rows.dtype) * moved).mT @ rows
     for name, g, x, p in zip(("gram", "cross"), got, exact, plain, strict=True):
         check(name, g, torch.from_numpy(x.astype(np.float64)).to(device), p)
-    arguments = (e, None, alpha, scale, weight, destination, kind == "relative", 5, 0, 0)
+    arguments = (e, alpha, scale, weight, destination, kind == "relative", 5, 0, 0)
     defined = [s.clone() for s in sums]
     reference.perturb_accumulate_(*defined, *arguments)
     torch.testing.assert_close(got, defined, rtol=1e-5, atol=1e-5)
@@ -389,18 +387,18 @@ def test_opcheck(device):
     plain = [f.detach() for f in factors]
     torch.library.opcheck(namespace.project_into.default, (y, x, values["weight"], *plain, *rest))
     torch.library.opcheck(namespace.project_backward.default, (y.zero_(), x, *plain, *rest))
-    arguments = (e, None, alpha, scale, values["weight"], *factors, *rest, 5, 0, 0)
+    arguments = (e, alpha, scale, values["weight"], *factors, *rest, 5, 0, 0)
     torch.library.opcheck(namespace.perturb_project.default, arguments)
     grad = torch.ones(2, 2, 3, 8, device=device)
     torch.library.opcheck(
         namespace.perturb_project_backward.default,
-        (grad, e, None, alpha, scale, *plain, *rest, 5, 0, 0),
+        (grad, e, alpha, scale, *plain, *rest, 5, 0, 0),
     )
     sums = [torch.zeros(13, 13, dtype=torch.float64, device=device) for _ in range(2)]
     weight = torch.ones(2, 3, device=device)
     torch.library.opcheck(
         namespace.perturb_accumulate_.default,
-        (*sums, e, None, alpha, scale, weight, e.clone(), False, 5, 0, 0),
+        (*sums, e, alpha, scale, weight, e.clone(), False, 5, 0, 0),
     )
     torch.library.opcheck(namespace.gram_.default, (sums[0], x, torch.ones(4, device=device)))
 

@@ -84,7 +84,6 @@ def resources(binary: bytes, folder: Any) -> dict[str, int]:
 
 KERNELS = {
     "norms": perturb._norms,
-    "noise": perturb._noise,
     "sums": perturb._sums,
     "scalars": perturb._scalars,
     "rows": perturb._rows,
@@ -94,15 +93,11 @@ BLOCKS = {"norms": perturb._NORM_BLOCK, "scalars": perturb._PAIRS}
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
-@pytest.mark.parametrize("shaped", [False, True])
 @pytest.mark.parametrize("name", list(KERNELS))
-def test_perturb_compiles_without_spills(name, shaped, dtype, capability, tmp_path, monkeypatch):
-    if shaped and name not in ("sums", "rows"):
-        pytest.skip("the same whether or not noise is shaped")
+def test_perturb_compiles_without_spills(name, dtype, capability, tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     constants = {
         "DOUBLE": dtype == "fp64",
-        "SHAPED": shaped,
         "BLOCK": BLOCKS.get(name, perturb._BLOCK),
     }
     result = compiled(KERNELS[name], dtype, capability, constants)
@@ -115,7 +110,7 @@ def test_perturb_compiles_without_spills(name, shaped, dtype, capability, tmp_pa
     # (`floor` flushes subnormal numbers, which it never gets here.)
     ptx = result.asm["ptx"].replace("cvt.rmi.ftz.f32.f32", "")
     assert not re.search(r"\bfma\.rn\.f(32|64)|\bmad\.f|\.approx|\.ftz|div\.full", ptx)
-    if name == "rows" and not shaped:
+    if name == "rows":
         assert "sqrt.rn.f32" in ptx and re.search(r"mul\.(wide|hi)\.u32", ptx)
 
 
@@ -127,6 +122,6 @@ def test_one_element_compiles(tmp_path, monkeypatch):
     constants = {"BLOCK": perturb._NORM_BLOCK, "width": 1, "stride_t": 1}
     assert compiled(perturb._norms, "fp32", 90, constants).asm["cubin"]
     constants = {n: 1 for n in ("samples", "width", "groups", "tiles", "stride_t")}
-    constants |= {"DOUBLE": False, "SHAPED": False, "BLOCK": 4}
+    constants |= {"DOUBLE": False, "BLOCK": 4}
     for kernel in (perturb._sums, perturb._rows):
         assert compiled(kernel, "fp32", 90, constants).asm["cubin"]
