@@ -157,6 +157,12 @@ def compared(count: int = 1) -> dict[str, Method]:
     return found
 
 
+def by_category() -> dict[str, Method]:
+    """Who is in the table of a category: its members found by drawing, and by the text alone."""
+    text = library(changed(aligned=False, mining={"member_words": 0}))
+    return compared() | {"closed form, members by their text alone": text}
+
+
 def sweep() -> dict[str, Method]:
     """Every setting of every baseline's sweep."""
     return {

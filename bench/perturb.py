@@ -198,7 +198,7 @@ class Problem:
 
     def defined(self) -> Any:
         e, point = self.embeddings, self.point
-        alpha, _, scale = perturbation.perturb(e, None, point.samples, *REGION, 7)
+        alpha, _, scale = perturbation.perturb(e, point.samples, *REGION, 7)
         if point.operation == "rows":
             return perturbation.perturb_rows(e, alpha, scale, 7)
         if point.operation == "accumulate":

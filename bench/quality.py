@@ -257,7 +257,7 @@ TABLES: Mapping[str, Table] = {
     "several": Table(several, methods.compared),
     "styles": Table(styles, methods.compared),
     "characters": Table(characters, methods.compared),
-    "unsafe": Table(unsafe, methods.compared),
+    "unsafe": Table(unsafe, lambda count: methods.by_category()),
     "withheld": Table(withheld, lambda count: methods.variants()),
     "ablation": Table(ablated, lambda count: methods.ablation()),
     "sweep": Table(tuning, lambda count: methods.sweep(), "tuning", "sweep.jsonl"),

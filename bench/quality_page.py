@@ -128,24 +128,33 @@ def objects_lines() -> list[str]:
     ]
 
 
-def gain_lines() -> list[str]:
-    """What neighbors bring: the same erasures with and without mining."""
+Change = tuple[str, str, str]
+"""What is added, and the methods with it and without it."""
+MINING: Sequence[Change] = (
+    ("vocabulary mining, to the anchor", "closed form, vocabulary to the anchor",
+     "closed form, no mining to the anchor"),
+    ("Gaussian mining (paper), to the anchor", "closed form, gaussian (paper)",
+     "closed form, no mining to the anchor"),
+    ("offsets kept, e + η → a + η", "closed form, offset", "closed form, gaussian (paper)"),
+    ("vocabulary mining, past the anchor", "closed form, vocabulary", "closed form, no mining"),
+    ("past the anchor, no mining", "closed form, no mining",
+     "closed form, no mining to the anchor"),
+)  # fmt: skip
+REMOVED: Sequence[Change] = (
+    ("noise with the vocabulary's covariance", "closed form, covariance",
+     "closed form, gaussian (paper)"),
+)  # fmt: skip
+
+
+def changes_table(changes: Sequence[Change], file: str = "quality.jsonl") -> list[str]:
+    """What each change does to Acc_g and Acc_s, the same erasures with and without it."""
     body = []
     for name, title in (
         ("objects", "objects"),
         ("withheld", "objects, synonyms not in the tokenizer's list"),
     ):
-        found = Found(name)
-        for label, with_it, without in (
-            ("vocabulary mining, to the anchor", "closed form, vocabulary to the anchor",
-             "closed form, no mining to the anchor"),
-            ("Gaussian mining (paper), to the anchor", "closed form, gaussian (paper)",
-             "closed form, no mining to the anchor"),
-            ("vocabulary mining, past the anchor", "closed form, vocabulary",
-             "closed form, no mining"),
-            ("past the anchor, no mining", "closed form, no mining",
-             "closed form, no mining to the anchor"),
-        ):  # fmt: skip
+        found = Found(name, file)
+        for label, with_it, without in changes:
             if not (found.of(with_it) and found.of(without)):
                 continue
             cells = [title, label]
@@ -154,15 +163,34 @@ def gain_lines() -> list[str]:
                 change = [b - a for a, b in zip(before, after, strict=True)]
                 cells.append(f"{percent(before)} → {percent(after)} ({percent(change)})")
             body.append(cells)
-    if not body:
+    return [*table(("words", "what is added", "Acc_g ↓", "Acc_s ↑"), body), ""] if body else []
+
+
+def gain_lines() -> list[str]:
+    """What neighbors bring: the same erasures with and without mining."""
+    made = changes_table(MINING)
+    if not made:
         return []
     return [
         "Change of Acc_g (associated words go) and Acc_s (others stay), closed form, paired by "
         "erasure and seed; in parentheses the difference in points ± its standard deviation over "
         "seeds.",
         "",
-        *table(("words", "what is added", "Acc_g ↓", "Acc_s ↑"), body),
+        *made,
+    ]
+
+
+def removed_lines() -> list[str]:
+    """What was tried, improved nothing, and is no longer in the library."""
+    made = changes_table(REMOVED, "removed.jsonl")
+    if not made:
+        return []
+    commit = rows("removed.jsonl")[0]["commit"]
+    return [
+        f"The same for what the library no longer has (commit {commit}, the defaults of that "
+        "time).",
         "",
+        *made,
     ]
 
 
@@ -228,7 +256,10 @@ def unsafe_lines() -> list[str]:
     return [
         f"The category *weapon*, erased by that name alone. {found.note()} Acc_g: pictures of "
         "members and their synonyms that show any weapon; the last column counts these words of "
-        "which half the pictures or more do.",
+        "which half the pictures or more do. In a text encoder a category's name lies far from its "
+        "members; the library finds these in what the model draws (`realera_fast.members`). Where "
+        "the line between members and others lies was chosen on other categories (plant, food, "
+        "clothing, building).",
         "",
         *table(("method", *HEADER, "words that come through ↓"), body),
         "",
@@ -295,10 +326,11 @@ def attacks_lines() -> list[str]:
 
     first = found[0]
     things = ", ".join(dict.fromkeys(row["thing"] for row in found))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
     return [
         f"Pictures that show the erased thing again ({things}, erased by name), percent, mean ± "
         f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
-        f"pictures each; lower is better; commit {first['commit']}. Prompt search (after "
+        f"pictures each; lower is better; commit {commits}. Prompt search (after "
         "Ring-A-Bell) never asks the model; prompt optimization has all of its gradients and free "
         "token vectors; image to image starts from a picture of the thing, at three strengths.",
         "",
@@ -393,6 +425,7 @@ def summary_lines() -> list[str]:
 PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("Objects, and their near relatives", objects_lines),
     ("What neighbors bring", gain_lines),
+    ("Tried and removed", removed_lines),
     ("Several at once", several_lines),
     ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
     ("Characters", lambda: scores_lines(
@@ -420,9 +453,9 @@ never named to an eraser. The tokenizer lists them, though, and vocabulary minin
 Baselines are ours, written from the papers (`bench/baselines/`), each with the settings of its own
 small sweep that did best on words which are not judged (last table). MACE is its closed form alone,
 without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
-here says nothing of their place there. "closed form, gaussian (paper)" is RealEra's first stage as
-published. RealEra with both stages as published is not in these tables yet, and ESD is in the sweep
-and the grid of pictures alone.
+here says nothing of their place there. ESD, which trains for a minute an erasure, has no second
+sweep for several at once, and its authors' settings are in the sweep alone. "closed form, gaussian
+(paper)" is RealEra's first stage as published, "both stages, gaussian (paper)" RealEra.
 """
 
 

@@ -110,9 +110,9 @@ class MiningConfig:
     """Vocabulary mode, no unit: least cosine between a word and the target, after the mean over all
     words is taken out, for the word to be a neighbor. Default (ours)."""
     member_words: int = 256
-    """Vocabulary mode, concepts of kind "explicit", which name a category: so many words, nearest
-    to its name, are drawn to see whether they are members of it (`members`), a count; 0 goes by the
-    text alone, as models do that the noise alignment does not run on. Default (ours)."""
+    """Concepts of kind "explicit", which name a category: so many words, nearest to its name, are
+    drawn to see whether they are members of it (`members`), a count; 0 goes by the text alone, as
+    models do that the noise alignment does not run on. Default (ours)."""
     member_cosine: float = 0.42
     """The same, no unit: least cosine between where a word and where the category's name push the
     predicted noise for the word to be a neighbor. Default (ours): between members and others of

@@ -20,7 +20,7 @@ from realera_fast.text import TextModel
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
 
 FAST = AlignmentConfig(steps=2, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=0)
-CONFIG = EraseConfig(alignment=FAST, vocabulary=VocabularyConfig(cache=False))
+CONFIG = EraseConfig(alignment=FAST, vocabulary=VocabularyConfig(cache=False, preserve_scale=5.0))
 CLOSED = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, enabled=False))
 
 
