@@ -27,14 +27,14 @@ setup:
 demo:
 	@$(call with_environment,"$$python" -m realera_fast demo --out "$(OUT)")
 
-# Two processes, side by side: Triton's interpreter, which the kernels' tests need where there is no
-# GPU, is a choice for the whole process, and the tests in tests/aot compile instead. What these say
-# is shown at the end.
+# Side by side: Triton's interpreter, which the kernels' tests need where there is no GPU, is a choice
+# for the whole process, and the tests in tests/aot compile instead. What these say is shown at the
+# end. The others are shared by two processes, file by file.
 test:
 	@mkdir -p out
 	@$(call with_environment,{ \
 	  env -u TRITON_INTERPRET "$$python" -m pytest -q tests/aot > out/aot.log 2>&1 & aot=$$!; \
-	  "$$python" -m pytest -q --benchmark-disable tests; status=$$?; \
+	  "$$python" -m pytest -q -n 2 --dist loadfile --benchmark-disable tests; status=$$?; \
 	  wait $$aot || status=$$?; cat out/aot.log; exit $$status; })
 
 lint:
