@@ -126,11 +126,12 @@ def seconds(path: Path) -> None:
             color=_color(method), linewidth=0.8,
         )  # fmt: skip
         panel.annotate(
-            method, (x, statistics.mean(values)), textcoords="offset points", xytext=(6, -9),
-            fontsize=8,
+            method, (x, statistics.mean(values)), textcoords="offset points", xytext=(0, -13),
+            fontsize=8, ha="center",
         )  # fmt: skip
     panel.set_xscale("log")
-    panel.set_xlabel("seconds of one erasure, one CPU thread (log)", fontsize=9)
+    panel.margins(x=0.16, y=0.12)
+    panel.set_xlabel("seconds of one erasure (log)", fontsize=9)
     panel.set_ylabel("H_o, objects, percent", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
