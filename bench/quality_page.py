@@ -455,7 +455,8 @@ small sweep that did best on words which are not judged (last table). MACE is it
 without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
 here says nothing of their place there. ESD, which trains for a minute an erasure, has no second
 sweep for several at once, and its authors' settings are in the sweep alone. "closed form, gaussian
-(paper)" is RealEra's first stage as published, "both stages, gaussian (paper)" RealEra.
+(paper)" is RealEra's first stage as published, "both stages, gaussian (paper)" RealEra, both with this
+library's preserve prior, whose weight was chosen for the default and not for them.
 """
 
 
