@@ -435,8 +435,8 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("Ablation", lambda: scores_lines(
         "ablation",
         "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
-        "without the check that would drop alignment where it does not help. Two things, cat and ship. "
-        "Rows of the noise alignment (`quality.py ablation` makes them too) are not among these; "
+        "without the check that would drop alignment where it does not help. Two things: cat "
+        "and ship. Rows of the noise alignment (`quality.py ablation` makes them too) are not among these; "
         "both stages together are in the table of objects.")),
     ("Attacks", attacks_lines),
     ("Costs", costs_lines),
@@ -457,8 +457,8 @@ small sweep that did best on words which are not judged (last table). MACE is it
 without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
 here says nothing of their place there. ESD, which trains for a minute an erasure, has no second
 sweep for several at once, and its authors' settings are in the sweep alone. "closed form, gaussian
-(paper)" is RealEra's first stage as published, "both stages, gaussian (paper)" RealEra, both with this
-library's preserve prior, whose weight was chosen for the default and not for them.
+(paper)" is RealEra's first stage as published, "both stages, gaussian (paper)" RealEra, both with
+this library's preserve prior, whose weight was chosen for the default and not for them.
 """
 
 
