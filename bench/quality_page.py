@@ -436,8 +436,8 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
         "ablation",
         "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
         "without the check that would drop alignment where it does not help. Two things: cat "
-        "and ship. Rows of the noise alignment (`quality.py ablation` makes them too) are not among these; "
-        "both stages together are in the table of objects.")),
+        "and ship. Rows of the noise alignment (`quality.py ablation` makes them too) are not "
+        "among these; both stages together are in the table of objects.")),
     ("Attacks", attacks_lines),
     ("Costs", costs_lines),
     ("Settings of the baselines", sweep_lines),
