@@ -259,7 +259,7 @@ def unsafe_lines() -> list[str]:
         "which half the pictures or more do. In a text encoder a category's name lies far from its "
         "members; the library finds these in what the model draws (`realera_fast.members`). Where "
         "the line between members and others lies was chosen on other categories (plant, food, "
-        "clothing, building).",
+        "clothing, building); members of vehicle and animal overlap with others.",
         "",
         *table(("method", *HEADER, "words that come through ↓"), body),
         "",
@@ -414,6 +414,8 @@ def summary_lines() -> list[str]:
     return [
         f"Mean H_o, percent ± standard deviation over {len(objects.seeds)} seeds; higher is "
         "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
+        "The paper's closed form runs with this library's preserve prior, whose weight was chosen "
+        "for the default. "
         f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots, attacks "
         "and what each number means: [docs/quality.md](docs/quality.md).",
         "",

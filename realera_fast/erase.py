@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import alignment, checkpoint, report
+from realera_fast import alignment, attention, checkpoint, report
 from realera_fast import denoiser as denoisers
 from realera_fast import progress as progress_bars
 from realera_fast.alignment import Alignment, align_noise
@@ -118,7 +118,8 @@ def erase(
             own files.
         preserve: words that must keep their meaning, in addition to the vocabulary's.
         scheduler: noise scheduler of the pipeline; `None` looks beside the model's own files and
-            falls back to Stable Diffusion's schedule. Used by the alignment stage alone.
+            falls back to Stable Diffusion's schedule. Used by the alignment stage and
+            to find the members of a category.
         config: settings of all stages.
         latents: `[n, c, h, w]` encoded pictures by named word (the VAE's latents times its scaling
             factor): alignment noises these in place of denoising the word itself.
@@ -206,6 +207,9 @@ def erase(
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
 
+    categories = any(c.kind == "explicit" for c in parsed) and config.mining.member_words > 0
+    drawable = categories and family.aligned and _draws_words(model, config)
+
     def members(concept: Concept, words: Sequence[str]) -> Tensor:
         return guidance_cosine(
             model, scheduler or alignment.find_scheduler(model), concept.words, words,
@@ -216,7 +220,7 @@ def erase(
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
             text, vocabulary, parsed, config.mining, keep=kept_words,
-            members=members if family.aligned and _is_text_to_image(model) else None,
+            members=members if drawable else None,
             progress=progress,
         )  # fmt: skip
         near = around.near
@@ -230,7 +234,7 @@ def erase(
     if checkpoint_dir is not None:
         folder = Path(checkpoint_dir)
         noise = (scheduler or alignment.find_scheduler(model)) if alignable else None
-        run = _run(texts, parsed, kept_words, config, provenance, noise, latents)
+        run = _run(texts, parsed, kept_words, config, provenance, noise, latents, near)
     solved: dict[str, tuple[Solution, IncrementalSystem | None, Tensor]] = {}
     for stream, sections in texts.items():
         with clock.stage("equations"):
@@ -304,6 +308,9 @@ def erase(
             found["relatives"] = around.relatives
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
+            if categories and not drawable:
+                found["warnings"] = (*found["warnings"], _NO_MEMBERS)
+                logger.warning(_NO_MEMBERS)
             if config.alignment.enabled and not alignable:
                 found["warnings"] = (*found["warnings"], _NO_ALIGNMENT)
                 logger.warning(_NO_ALIGNMENT)
@@ -321,6 +328,13 @@ _NO_ALIGNMENT = (
 )
 
 
+_NO_MEMBERS = (
+    "members of a category are found by drawing on Stable Diffusion 1, 2 and XL with their stock "
+    "attention, without pictures or classes beside the text; here the text alone decided: name the "
+    "members as synonyms"
+)
+
+
 def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
     """What a U-Net is shown: whole prompts with their pooled vector, and the empty one."""
     text, pooled = texts["sequence"][0], texts.get("pooled")
@@ -332,16 +346,26 @@ def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
     return {"text": joined, "empty": empty, "pooled_width": pooled[0].width}
 
 
-def _is_text_to_image(model: Any) -> bool:
-    """Whether it denoises latents alone: inpainting takes a picture beside them."""
-    options: Any = denoisers.unwrapped(model).config
-    return bool(options.in_channels == options.out_channels)
+def _draws_words(model: Any, config: EraseConfig) -> bool:
+    """Whether a prompt is all that it takes to draw: no picture or class, a known size."""
+    unet = denoisers.unwrapped(model)
+    if all(kind.__name__ != "UNet2DConditionModel" for kind in type(unet).__mro__):
+        return False
+    options: Any = unet.config
+    beside = (options.class_embed_type, options.num_class_embeds, options.encoder_hid_dim_type)
+    if options.in_channels != options.out_channels or any(beside):
+        return False
+    try:
+        attention.layers(unet)
+    except ValueError:
+        return False
+    return bool(config.alignment.latent_size or options.sample_size)
 
 
 def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
     """`(c, h, w)` of the latents that alignment denoises."""
     options: Any = denoisers.unwrapped(model).config
-    if not _is_text_to_image(model):
+    if options.in_channels != options.out_channels:
         raise ValueError(
             f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
             "(inpainting?), which the alignment stage can't denoise; set alignment.enabled=False"
@@ -377,6 +401,7 @@ def _run(
     provenance: Mapping[str, Any],
     scheduler: Any,
     latents: Mapping[str, Tensor] | None,
+    near: Mapping[str, Sequence[str]],
 ) -> str:
     """Identifies what a checkpoint belongs to: everything that the result depends on."""
     parts = [
@@ -386,6 +411,7 @@ def _run(
         # Private entries come in an order of chance.
         {k: v for k, v in dict(getattr(scheduler, "config", {})).items() if k[0] != "_"},
         denoisers.weights_hash(latents or {}, torch.float32),
+        {target: list(words) for target, words in near.items()},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -121,8 +121,9 @@ def neighbor_words(
                     near = score.masked_fill(known, -torch.inf).argsort(descending=True)
                     near = near[: min(asked, int((~known).sum()))]
                     drawn = members(concepts[place], [vocabulary.words[int(i)] for i in near])
-                    drawn += config.word_cosine - config.member_cosine
-                    score[near] = torch.maximum(score[near], drawn)
+                    # From [member_cosine, 1] to [word_cosine, 1], as words are compared by it.
+                    scale = (1.0 - config.word_cosine) / max(1.0 - config.member_cosine, 1e-6)
+                    score[near] = torch.maximum(score[near], 1.0 - scale * (1.0 - drawn))
                 owner[score > best] = place
                 best = torch.maximum(best, score)
             bar.update(len(part))

@@ -7,6 +7,7 @@ push its prediction the same way as the word does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from realera_fast.pairs import fill
 from realera_fast.text_path import TextPath
 from realera_fast.training import AlignmentConfig
 from realera_fast.trajectories import Denoiser
+
+logger = logging.getLogger(__name__)
 
 _PROMPT = "a photo of {}"
 _STEPS, _STARTS = 4, (40_000, 40_001)
@@ -66,7 +69,8 @@ def guidance_cosine(
         pooled_width: features of the pooled vector in a prompt's last row, for SDXL.
 
     Returns:
-        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction.
+        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction, or
+        where one is not finite (a warning says so).
     """
     found = torch.zeros(len(words))
     if not words or not names:
@@ -98,7 +102,13 @@ def guidance_cosine(
                 found[part] = _cosine(denoiser, states, asked, bar)
     finally:
         structure.restore()
-    return found
+    bad = ~found.isfinite()
+    if bool(bad.any()):
+        logger.warning(
+            "members of %r: predictions for %d words are not finite, these go by their text",
+            names[0], int(bad.sum()),
+        )  # fmt: skip
+    return found.masked_fill(bad, 0.0)
 
 
 def _cosine(denoiser: Denoiser, states: Tensor, names: Tensor, bar: Any) -> Tensor:

@@ -93,10 +93,33 @@ def test_every_family_takes_a_category(name, asked):
     assert bool(asked) == (name in ("sd1", "sdxl"))
 
 
-def test_an_inpainting_model_is_not_drawn(asked):
-    """It denoises a picture beside the latents, which nobody has given."""
+@pytest.mark.parametrize(
+    "change", [{"in_channels": 9}, {"sample_size": None}, {"num_class_embeds": 3}]
+)
+def test_what_takes_more_than_a_prompt_goes_by_the_text(asked, change):
+    """Inpainting, an unknown size, classes: erased all the same, and the report says so."""
     pipe = FAMILIES["sd1"]()
     options = {name: x for name, x in pipe.unet.config.items() if not name.startswith("_")}
-    pipe.unet = type(pipe.unet)(**options | {"in_channels": 9})
+    pipe.unet = type(pipe.unet)(**options | change)
+    result = erase(pipe, [Concept("dog", kind="explicit")], config=CLOSED_FORM, progress=False)
+    assert not asked
+    assert any("members of a category" in text for text in result.report["warnings"])
+
+
+def test_foreign_attention_goes_by_the_text(asked):
+    class Own:
+        def __call__(self, *arguments, **options):
+            raise AssertionError("never run")
+
+    pipe = FAMILIES["sd1"]()
+    pipe.unet.set_attn_processor(Own())
     erase(pipe, [Concept("dog", kind="explicit")], config=CLOSED_FORM, progress=False)
     assert not asked
+
+
+def test_numbers_that_are_not_finite_are_said_and_left_to_the_text(caplog):
+    pipe = FAMILIES["sd1"]()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(torch.inf)
+    assert torch.equal(cosines(pipe, ["dog"], ["cat", "ship"]), torch.zeros(2))
+    assert "not finite" in caplog.text
