@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import alignment, attention, checkpoint, report
+from realera_fast import alignment, checkpoint, report
 from realera_fast import denoiser as denoisers
 from realera_fast import progress as progress_bars
 from realera_fast.alignment import Alignment, align_noise
@@ -31,7 +31,7 @@ from realera_fast.erasure import Erasure, history_of
 from realera_fast.families import components_of, family_of, is_pipeline, text_streams
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
-from realera_fast.members import guidance_cosine
+from realera_fast.members import can_be_drawn, guidance_cosine
 from realera_fast.pairs import ConceptPrompts, fill
 from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
@@ -118,8 +118,8 @@ def erase(
             own files.
         preserve: words that must keep their meaning, in addition to the vocabulary's.
         scheduler: noise scheduler of the pipeline; `None` looks beside the model's own files and
-            falls back to Stable Diffusion's schedule. Used by the alignment stage and
-            to find the members of a category.
+            falls back to Stable Diffusion's schedule. Used by the alignment stage and to find the
+            members of a category.
         config: settings of all stages.
         latents: `[n, c, h, w]` encoded pictures by named word (the VAE's latents times its scaling
             factor): alignment noises these in place of denoising the word itself.
@@ -208,7 +208,7 @@ def erase(
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
 
     categories = any(c.kind == "explicit" for c in parsed) and config.mining.member_words > 0
-    drawable = categories and family.aligned and _draws_words(model, config)
+    drawable = categories and family.aligned and can_be_drawn(model, config.alignment)
 
     def members(concept: Concept, words: Sequence[str]) -> Tensor:
         return guidance_cosine(
@@ -220,8 +220,7 @@ def erase(
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
             text, vocabulary, parsed, config.mining, keep=kept_words,
-            members=members if drawable else None,
-            progress=progress,
+            members=members if drawable else None, progress=progress,
         )  # fmt: skip
         near = around.near
         gone = [w for c in parsed for w in (*c.words, *near[c.target])]
@@ -235,7 +234,7 @@ def erase(
         folder = Path(checkpoint_dir)
         noise = (scheduler or alignment.find_scheduler(model)) if alignable else None
         run = _run(texts, parsed, kept_words, config, provenance, noise, latents, near)
-    solved: dict[str, tuple[Solution, IncrementalSystem | None, Tensor]] = {}
+    solved: dict[str, tuple[Solution, IncrementalSystem | None]] = {}
     for stream, sections in texts.items():
         with clock.stage("equations"):
             gathered = gather(
@@ -250,9 +249,9 @@ def erase(
                 progress=progress,
             )
         with clock.stage("closed form"):
-            solved[stream] = (*solve(*gathered, config), gathered[-1])
-    solution, system, prior = solved["sequence"]
-    pooled, pooled_system, _ = solved.get("pooled", (None, None, None))
+            solved[stream] = solve(*gathered, config)
+    solution, system = solved["sequence"]
+    pooled, pooled_system = solved.get("pooled", (None, None))
     # The result is small and outlives the model: it rests on the CPU.
     concept_map = solution.map.to("cpu")
     pooled_map = None if pooled is None else pooled.map.to("cpu")
@@ -344,22 +343,6 @@ def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
     # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
     empty = torch.zeros_like(joined.encode([""]))
     return {"text": joined, "empty": empty, "pooled_width": pooled[0].width}
-
-
-def _draws_words(model: Any, config: EraseConfig) -> bool:
-    """Whether a prompt is all that it takes to draw: no picture or class, a known size."""
-    unet = denoisers.unwrapped(model)
-    if all(kind.__name__ != "UNet2DConditionModel" for kind in type(unet).__mro__):
-        return False
-    options: Any = unet.config
-    beside = (options.class_embed_type, options.num_class_embeds, options.encoder_hid_dim_type)
-    if options.in_channels != options.out_channels or any(beside):
-        return False
-    try:
-        attention.layers(unet)
-    except ValueError:
-        return False
-    return bool(config.alignment.latent_size or options.sample_size)
 
 
 def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:

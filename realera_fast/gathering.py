@@ -222,7 +222,7 @@ def gather(
             for number in prompts[0].numbers(index):
                 named = number if number < prompts[0].named else None
                 for offset, words_of in enumerate(prompts):
-                    add_word(into, words_of[number], prior, config, number=named, section=offset)
+                    add_word(into, words_of[number], config, number=named, section=offset)
             saved.advance(index + 1, last=index + 1 == len(concepts))
             bar.update(1)
     return equations, parts, prior
@@ -231,7 +231,6 @@ def gather(
 def add_word(
     equations: NormalEquations,
     prompts: AlignedPrompts,
-    prior: Tensor,
     config: EraseConfig,
     *,
     number: int | None,
@@ -240,7 +239,6 @@ def add_word(
     """Adds a word's rows, and if it was named its neighbor and beyond rows. Returns the equations.
 
     Args:
-        prior: `[d, d]` mean second moments of the preserve prior.
         number: of the named word's noise; None for a mined word.
         section: which part of the token sequence the prompts are; each draws its own noise.
     """

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from realera_fast import attention
 from realera_fast import progress as progress_bars
 from realera_fast.concept_map import ConceptMap
 from realera_fast.denoiser import Structure, unwrapped
@@ -35,6 +36,26 @@ class Encoder(Protocol):
     """Prompts to what the denoiser is shown."""
 
     def encode(self, prompts: Sequence[str]) -> Tensor: ...
+
+
+def can_be_drawn(model: Any, config: AlignmentConfig) -> bool:
+    """Whether a prompt is all that it takes to draw: no picture or class, a known size.
+
+    Args:
+        config: may say the size of the latents.
+    """
+    unet = unwrapped(model)
+    if all(kind.__name__ != "UNet2DConditionModel" for kind in type(unet).__mro__):
+        return False
+    options: Any = unet.config
+    beside = (options.class_embed_type, options.num_class_embeds, options.encoder_hid_dim_type)
+    if options.in_channels != options.out_channels or any(beside):
+        return False
+    try:
+        attention.layers(unet)
+    except ValueError:
+        return False
+    return bool(config.latent_size or options.sample_size)
 
 
 def guidance_cosine(
@@ -87,7 +108,7 @@ def guidance_cosine(
         latent_size=config.latent_size, batch_size=config.sampling_batch_size,
     )  # fmt: skip
     asked = text.encode([fill(_PROMPT, name) for name in names])
-    size = max(1, config.sampling_batch_size // (len(_STARTS) * (2 + len(names))))
+    size = max(1, config.sampling_batch_size // len(_STARTS))
     total = denoiser.passes * -(-len(words) // size)
     try:
         unwrapped(unet).eval()
@@ -114,17 +135,15 @@ def guidance_cosine(
 def _cosine(denoiser: Denoiser, states: Tensor, names: Tensor, bar: Any) -> Tensor:
     """`[w]` for prompts `[w, t, d]` of words and `[n, t, d]` of names."""
     words, starts = len(states), len(_STARTS)
-    latents = denoiser.noise(_STARTS).repeat(words, 1, 1, 1)
+    path, latents = denoiser.path, denoiser.noise(_STARTS).repeat(words, 1, 1, 1)
     states = states.repeat_interleave(starts, dim=0)
-    shown = [denoiser.empty.expand_as(states), states]
-    shown += [name.expand_as(states) for name in names]
-    prompts = denoiser.path.condition(torch.cat([x.to(states) for x in shown]), "original")
+    shown = [denoiser.empty.expand_as(states), states, *(n.expand_as(states) for n in names)]
+    prompts = [path.condition(x.to(states), "original") for x in shown]
     # Sums over time steps: of <word, name>, |name|^2 `[n, w s]` and |word|^2 `[w s]`.
     dot = both = own = torch.zeros(())
     for timestep in denoiser.scheduler.timesteps:
-        rows = torch.cat([latents] * len(shown))
-        free, word, *named = denoiser.path.predict(rows, timestep.expand(len(rows)), prompts).chunk(
-            len(shown)
+        free, word, *named = (
+            path.predict(latents, timestep.expand(len(latents)), part) for part in prompts
         )
         noise = free + denoiser.guidance_scale * (word - free)
         latents = denoiser.scheduler.step(noise, timestep, latents).prev_sample

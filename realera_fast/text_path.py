@@ -8,6 +8,7 @@ weights are never touched.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,13 +90,18 @@ class TextPath:
         rest = [name for name in self._layers if name not in lora.names]
         self._names = [*lora.names, *rest]
         self._heights = [self._layers[name].out_features for name in self._names]
-        self._edited = torch.cat([self._layers[name].weight.detach() for name in self._names])
-        if concept_map.rank:
-            left, right = concept_map.left.to(self.device), concept_map.right.to(self.device)
-            ops.low_rank_update_([self._edited], left, right)
-        self._edited = self._edited.to(self.dtype)
+        self._map = concept_map
         self._handed: Conditioning | None = None
         self._forward = torch.compile(self.unet) if compiled else self.unet
+
+    @functools.cached_property
+    def _edited(self) -> Tensor:
+        """All weights of the closed form one below the other; a copy, for those who ask for it."""
+        edited = torch.cat([self._layers[name].weight.detach() for name in self._names])
+        if self._map.rank:
+            left, right = self._map.left.to(self.device), self._map.right.to(self.device)
+            ops.low_rank_update_([edited], left, right)
+        return edited.to(self.dtype)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
