@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from realera_fast import checkpoint, mining
 from realera_fast import progress as progress_bars
@@ -252,18 +252,18 @@ def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
 @contextlib.contextmanager
 def _prepared(unet: Any, config: AlignmentConfig) -> Iterator[None]:
     """Evaluation mode, frozen weights and checkpointing as asked for; all as before afterwards."""
-    model: nn.Module = unwrapped(unet)
+    model: Any = unwrapped(unet)
     structure = Structure(model)
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
     try:
         model.eval().requires_grad_(False)
         if config.gradient_checkpointing and not checkpointing:
-            unet.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing()
         yield
     finally:
-        if config.gradient_checkpointing and not checkpointing:
-            unet.disable_gradient_checkpointing()
         structure.restore()
+        if config.gradient_checkpointing and not checkpointing:
+            model.disable_gradient_checkpointing()
 
 
 class _Checkpoints:
@@ -469,7 +469,7 @@ def find_scheduler(unet: Any) -> Any:
     """The noise scheduler beside the U-Net's own files, or Stable Diffusion's schedule."""
     from diffusers import DDIMScheduler
 
-    name = str(getattr(unet.config, "_name_or_path", "") or "")
+    name = str(getattr(unwrapped(unet).config, "_name_or_path", "") or "")
     if name:
         local = Path(name).exists()
         place = str(Path(name).parent) if local else name

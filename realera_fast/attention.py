@@ -119,8 +119,13 @@ def install(unet: nn.Module, projector: Projector) -> dict[str, Any]:
     """
     found = layers(unet)
     former = {name: attn.processor for name, attn in found.items()}
-    for name, attn in found.items():
-        attn.set_processor(TextAttnProcessor(name, projector))
+    try:
+        for name, attn in found.items():
+            attn.set_processor(TextAttnProcessor(name, projector))
+    except BaseException:
+        # An interrupt between two layers.
+        reinstate(unet, former)
+        raise
     return former
 
 

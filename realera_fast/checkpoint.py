@@ -15,8 +15,8 @@ from torch import Tensor
 
 from realera_fast.files import write_atomically
 
-ALIGNMENT = "alignment"
-"""Name of the training's checkpoint."""
+ALIGNMENT, MEMBERS = "alignment", "members"
+"""Names of the checkpoints of training and of the search for members."""
 
 
 class CheckpointError(ValueError):

@@ -30,7 +30,9 @@ class Concept:
         target: the words that are erased, as they would stand in a prompt.
         anchor: what the target becomes; `None` takes the default of the kind (`DEFAULT_ANCHORS`),
             `""` is the prompt without the target.
-        kind: one of `KINDS`; decides prompt templates and the default anchor.
+        kind: one of `KINDS`; decides prompt templates and the default anchor. The target of
+            "explicit" is the name of a category, whose members go with it
+            (`MiningConfig.member_words`).
         synonyms: further words for the same thing, erased with it. Words that are not named here
             are found by neighbor mining.
 

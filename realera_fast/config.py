@@ -29,7 +29,8 @@ class EraseConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     """The LoRA stage."""
     erase_scale: float = 1.0
-    """Weight of each named word's mean row (ratio to the prior; UCE's `erase_scale`, 1)."""
+    """Weight of each named word's rows, noise around it included (ratio to the prior; UCE's
+    `erase_scale`, 1)."""
     seed: int = 0
     """All randomness comes from it (default: 0)."""
 

@@ -126,6 +126,33 @@ def streams(model: nn.Module) -> dict[str, Stream]:
     return found
 
 
+def check_drawable(model: nn.Module, latent_size: int | None) -> None:
+    """Refuses a denoiser that needs more than a prompt to draw, or draws in an unknown size.
+
+    Args:
+        latent_size: height and width of the latents, if the caller knows them.
+
+    Raises:
+        ValueError: not a U-Net of Stable Diffusion, a picture or class beside the text, no size.
+    """
+    model = unwrapped(model)
+    if all(kind.__name__ != "UNet2DConditionModel" for kind in type(model).__mro__):
+        raise ValueError(f"model: {type(model).__name__} is not a UNet2DConditionModel")
+    options: Any = model.config
+    if options.in_channels != options.out_channels:
+        raise ValueError(
+            f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
+            "(inpainting?)"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if getattr(options, name):
+            raise ValueError(
+                f"model: it takes more than text and noise ({name}={getattr(options, name)!r})"
+            )
+    if not (latent_size or options.sample_size):
+        raise ValueError("model: its config has no sample_size; name AlignmentConfig.latent_size")
+
+
 def _check_arguments(model: nn.Module, known: set[Stream]) -> None:
     """Refuses a denoiser with a way in for text that the rule doesn't know."""
     allowed = {"encoder_hidden_states"} | ({"pooled_projections"} if "pooled" in known else set())

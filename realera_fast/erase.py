@@ -31,8 +31,9 @@ from realera_fast.erasure import Erasure, history_of
 from realera_fast.families import components_of, family_of, is_pipeline, text_streams
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
-from realera_fast.members import can_be_drawn, guidance_cosine
+from realera_fast.members import MemberSearch, can_be_drawn, guidance_cosine
 from realera_fast.pairs import ConceptPrompts, fill
+from realera_fast.processes import Processes
 from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
 
@@ -209,31 +210,40 @@ def erase(
 
     categories = any(c.kind == "explicit" for c in parsed) and config.mining.member_words > 0
     drawable = categories and family.aligned and can_be_drawn(model, config.alignment)
+    noise = None
+    if alignable or drawable:
+        noise = scheduler or alignment.find_scheduler(model)
+    run = ""
+    if checkpoint_dir is not None:
+        folder = Path(checkpoint_dir)
+        run = _run(texts, parsed, kept_words, config, provenance, noise, latents)
+    members = None
+    if drawable:
+        processes = Processes(accelerator)
 
-    def members(concept: Concept, words: Sequence[str]) -> Tensor:
-        return guidance_cosine(
-            model, scheduler or alignment.find_scheduler(model), concept.words, words,
-            config=config.alignment, progress=progress, **_shown(texts),
+        def measure(names: Sequence[str], words: Sequence[str]) -> Tensor:
+            return guidance_cosine(
+                model, noise, names, words, config=config.alignment,
+                progress=progress if processes.is_main else False, **_shown(texts),
+            )  # fmt: skip
+
+        members = MemberSearch(
+            measure, next(iter(layers.values())).weight.device, processes=processes,
+            place=None if checkpoint_dir is None else (folder, run, resume),
         )  # fmt: skip
-
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
             text, vocabulary, parsed, config.mining, keep=kept_words,
-            members=members if drawable else None, progress=progress,
+            members=members, progress=progress,
         )  # fmt: skip
         near = around.near
-        gone = [w for c in parsed for w in (*c.words, *near[c.target])]
+        gone = [w for c in parsed for w in (*c.words, *near[c.target], *around.surplus[c.target])]
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
         if config.mining.mode == "vocabulary":
             mined = near
             if not vocabulary.words:
                 logger.warning("the tokenizer offers no whole words: no neighbors are mined")
-    run = ""
-    if checkpoint_dir is not None:
-        folder = Path(checkpoint_dir)
-        noise = (scheduler or alignment.find_scheduler(model)) if alignable else None
-        run = _run(texts, parsed, kept_words, config, provenance, noise, latents, near)
     solved: dict[str, tuple[Solution, IncrementalSystem | None]] = {}
     for stream, sections in texts.items():
         with clock.stage("equations"):
@@ -271,7 +281,7 @@ def erase(
             with clock.stage("alignment"):
                 aligned = align_noise(
                     model,
-                    scheduler or alignment.find_scheduler(model),
+                    noise,
                     solution.map,
                     prompts=ConceptPrompts(
                         shown, parsed, mined, config.pairs, avoid=gone, words=known
@@ -307,6 +317,7 @@ def erase(
             found["relatives"] = around.relatives
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
+            found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined))
             if categories and not drawable:
                 found["warnings"] = (*found["warnings"], _NO_MEMBERS)
                 logger.warning(_NO_MEMBERS)
@@ -317,8 +328,8 @@ def erase(
         result = dataclasses.replace(draft, report=full, system=system, pooled_system=pooled_system)
         result.apply_(model)
     if checkpoint_dir is not None:
-        for stream in texts:
-            checkpoint.remove(folder, stream)
+        for stage in (*texts, checkpoint.MEMBERS):
+            checkpoint.remove(folder, stage)
     return result
 
 
@@ -329,8 +340,8 @@ _NO_ALIGNMENT = (
 
 _NO_MEMBERS = (
     "members of a category are found by drawing on Stable Diffusion 1, 2 and XL with their stock "
-    "attention, without pictures or classes beside the text; here the text alone decided: name the "
-    "members as synonyms"
+    "attention, without pictures or classes beside the text and with latents of a known size "
+    "(alignment.latent_size); here the text alone decided: name the members as synonyms"
 )
 
 
@@ -348,11 +359,13 @@ def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
 def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
     """`(c, h, w)` of the latents that alignment denoises."""
     options: Any = denoisers.unwrapped(model).config
-    if options.in_channels != options.out_channels:
+    try:
+        denoisers.check_drawable(model, config.alignment.latent_size)
+    except ValueError as error:
         raise ValueError(
-            f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
-            "(inpainting?), which the alignment stage can't denoise; set alignment.enabled=False"
-        )
+            f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
+            "the closed form alone"
+        ) from None
     size = config.alignment.latent_size or options.sample_size
     return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
@@ -384,7 +397,6 @@ def _run(
     provenance: Mapping[str, Any],
     scheduler: Any,
     latents: Mapping[str, Tensor] | None,
-    near: Mapping[str, Sequence[str]],
 ) -> str:
     """Identifies what a checkpoint belongs to: everything that the result depends on."""
     parts = [
@@ -394,9 +406,20 @@ def _run(
         # Private entries come in an order of chance.
         {k: v for k, v in dict(getattr(scheduler, "config", {})).items() if k[0] != "_"},
         denoisers.weights_hash(latents or {}, torch.float32),
-        {target: list(words) for target, words in near.items()},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _cut(surplus: Mapping[str, Sequence[str]], mined: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Warns of neighbors that are too many to be erased."""
+    for target, words in surplus.items():
+        if words and mined[target]:
+            text = (
+                f"{target!r}: {len(words)} words of its neighborhood, {words[0]!r} the nearest of "
+                "them, were too many to be erased with it: raise mining.max_words"
+            )
+            logger.warning(text)
+            yield text
 
 
 def _stayers(

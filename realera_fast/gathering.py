@@ -75,7 +75,9 @@ class Neighborhood:
     """Words of the tokenizer around concepts, by target, nearest first."""
 
     near: dict[str, tuple[str, ...]]
-    """Inside the neighborhood; a word near two concepts goes to the nearer one."""
+    """Inside the neighborhood, `max_words` at most; a word near two goes to the nearer one."""
+    surplus: dict[str, tuple[str, ...]]
+    """Inside it as well, but more than `max_words`."""
     relatives: dict[str, tuple[str, ...]]
     """The first few outside of it: what a reader should look at."""
 
@@ -101,12 +103,12 @@ def neighbor_words(
     beyond: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
     if not vocabulary.words or not concepts:
         nothing: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
-        return Neighborhood(nothing, nothing)
+        return Neighborhood(nothing, nothing, nothing)
     taken = {word.casefold() for c in concepts for word in (*c.words, c.destination or "")}
     taken |= {word.casefold() for word in keep}
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
     taken |= {part for phrase in list(taken) for part in phrase.split()}
-    best = torch.full((len(vocabulary.words),), -torch.inf)
+    best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64)
     owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
     known = torch.tensor([word.casefold() in taken for word in vocabulary.words])
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
@@ -115,15 +117,17 @@ def neighbor_words(
             described = describe(text, [word for concept in part for word in concept.words])
             own = described.split([len(concept.words) for concept in part])
             for place, rows in enumerate(own, start=start):
-                score = _similarity(vocabulary, rows, ~known, config)
+                score = _similarity(vocabulary, rows, ~known, config).double()
                 asked = config.member_words if concepts[place].kind == "explicit" else 0
                 if members is not None and asked:
                     near = score.masked_fill(known, -torch.inf).argsort(descending=True)
                     near = near[: min(asked, int((~known).sum()))]
                     drawn = members(concepts[place], [vocabulary.words[int(i)] for i in near])
+                    near, drawn = near[fits := drawn >= config.member_cosine], drawn[fits].double()
                     # From [member_cosine, 1] to [word_cosine, 1], as words are compared by it.
-                    scale = (1.0 - config.word_cosine) / max(1.0 - config.member_cosine, 1e-6)
-                    score[near] = torch.maximum(score[near], 1.0 - scale * (1.0 - drawn))
+                    way = (drawn - config.member_cosine) / max(1.0 - config.member_cosine, 1e-6)
+                    way = config.word_cosine + (1.0 - config.word_cosine) * way.clamp(0.0, 1.0)
+                    score[near] = torch.maximum(score[near], way)
                 owner[score > best] = place
                 best = torch.maximum(best, score)
             bar.update(len(part))
@@ -132,12 +136,14 @@ def neighbor_words(
             into = found if float(best[index]) >= config.word_cosine else beyond
             into[concepts[int(owner[index])].target].append((float(best[index]), word))
 
-    def nearest(words: list[tuple[float, str]], count: int) -> tuple[str, ...]:
-        return tuple(word for _, word in sorted(words, reverse=True)[:count])
+    def nearest(words: list[tuple[float, str]]) -> tuple[str, ...]:
+        return tuple(word for _, word in sorted(words, reverse=True))
 
+    inside = {target: nearest(words) for target, words in found.items()}
     return Neighborhood(
-        {target: nearest(words, config.max_words) for target, words in found.items()},
-        {target: nearest(words, _RELATIVES) for target, words in beyond.items()},
+        {target: words[: config.max_words] for target, words in inside.items()},
+        {target: words[config.max_words :] for target, words in inside.items()},
+        {target: nearest(words)[:_RELATIVES] for target, words in beyond.items()},
     )
 
 
@@ -249,9 +255,12 @@ def add_word(
     )
     if number is not None and config.mining.mode in ("gaussian", "offset"):
         seed = philox.fold_seed(config.seed, number)
+        source, destination, weight = _moving(prompts)
         mining.add_neighbors(
             equations,
-            *_moving(prompts),
+            source,
+            destination,
+            config.erase_scale * weight,
             config.mining,
             seed=philox.fold_seed(seed, section) if section else seed,
         )

@@ -7,20 +7,24 @@ push its prediction the same way as the word does.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from realera_fast import attention
+from realera_fast import attention, checkpoint, denoiser
 from realera_fast import progress as progress_bars
 from realera_fast.concept_map import ConceptMap
-from realera_fast.denoiser import Structure, unwrapped
+from realera_fast.concepts import Concept
 from realera_fast.lora import LoraParameters
 from realera_fast.pairs import fill
-from realera_fast.text_path import TextPath
+from realera_fast.processes import Processes
+from realera_fast.text_path import Conditioning, TextPath
 from realera_fast.training import AlignmentConfig
 from realera_fast.trajectories import Denoiser
 
@@ -44,18 +48,12 @@ def can_be_drawn(model: Any, config: AlignmentConfig) -> bool:
     Args:
         config: may say the size of the latents.
     """
-    unet = unwrapped(model)
-    if all(kind.__name__ != "UNet2DConditionModel" for kind in type(unet).__mro__):
-        return False
-    options: Any = unet.config
-    beside = (options.class_embed_type, options.num_class_embeds, options.encoder_hid_dim_type)
-    if options.in_channels != options.out_channels or any(beside):
-        return False
     try:
-        attention.layers(unet)
+        denoiser.check_drawable(model, config.latent_size)
+        attention.layers(model)
     except ValueError:
         return False
-    return bool(config.latent_size or options.sample_size)
+    return True
 
 
 def guidance_cosine(
@@ -90,37 +88,38 @@ def guidance_cosine(
         pooled_width: features of the pooled vector in a prompt's last row, for SDXL.
 
     Returns:
-        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction, or
+        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction, -1
         where one is not finite (a warning says so).
     """
     found = torch.zeros(len(words))
     if not words or not names:
         return found
-    structure = Structure(unwrapped(unet))
+    structure = denoiser.Structure(denoiser.unwrapped(unet))
     lora = LoraParameters({}, {}, r=1, lora_alpha=1.0, seed=0)
     path = TextPath(
         unet, ConceptMap.identity(empty.shape[-1]), lora,
         pooled_map=None if pooled_width is None else ConceptMap.identity(pooled_width),
         mixed_precision=config.mixed_precision,
     )  # fmt: skip
-    denoiser = Denoiser(
+    sampler = Denoiser(
         path, scheduler, empty, steps=_STEPS, guidance_scale=config.guidance_scale,
         latent_size=config.latent_size, batch_size=config.sampling_batch_size,
     )  # fmt: skip
     asked = text.encode([fill(_PROMPT, name) for name in names])
     size = max(1, config.sampling_batch_size // len(_STARTS))
-    total = denoiser.passes * -(-len(words) // size)
+    total = sampler.passes * -(-len(words) // size)
     try:
-        unwrapped(unet).eval()
+        denoiser.unwrapped(unet).eval()
         with (
             torch.no_grad(),
             path.installed(),
             progress_bars.bar(total=total, desc="members", progress=progress) as bar,
         ):
+            fixed = [path.condition(x[None], "original") for x in (empty[0], *asked)]
             for start in range(0, len(words), size):
                 part = slice(start, start + size)
                 states = text.encode([fill(_PROMPT, word) for word in words[part]])
-                found[part] = _cosine(denoiser, states, asked, bar)
+                found[part] = _cosine(sampler, states, fixed, bar)
     finally:
         structure.restore()
     bad = ~found.isfinite()
@@ -129,29 +128,76 @@ def guidance_cosine(
             "members of %r: predictions for %d words are not finite, these go by their text",
             names[0], int(bad.sum()),
         )  # fmt: skip
-    return found.masked_fill(bad, 0.0)
+    return found.masked_fill(bad, -1.0)
 
 
-def _cosine(denoiser: Denoiser, states: Tensor, names: Tensor, bar: Any) -> Tensor:
-    """`[w]` for prompts `[w, t, d]` of words and `[n, t, d]` of names."""
+def _cosine(sampler: Denoiser, states: Tensor, fixed: Sequence[Conditioning], bar: Any) -> Tensor:
+    """`[w]` for prompts `[w, t, d]` of words.
+
+    Args:
+        fixed: the empty prompt and the names, one row each: kept once, however many there are.
+    """
     words, starts = len(states), len(_STARTS)
-    path, latents = denoiser.path, denoiser.noise(_STARTS).repeat(words, 1, 1, 1)
-    states = states.repeat_interleave(starts, dim=0)
-    shown = [denoiser.empty.expand_as(states), states, *(n.expand_as(states) for n in names)]
-    prompts = [path.condition(x.to(states), "original") for x in shown]
+    path, latents = sampler.path, sampler.noise(_STARTS).repeat(words, 1, 1, 1)
+    empty, *names = (prompt.expand(len(latents)) for prompt in fixed)
+    own = path.condition(states.repeat_interleave(starts, dim=0), "original")
+    prompts = [empty, own, *names]
     # Sums over time steps: of <word, name>, |name|^2 `[n, w s]` and |word|^2 `[w s]`.
-    dot = both = own = torch.zeros(())
-    for timestep in denoiser.scheduler.timesteps:
+    dot = named_square = word_square = torch.zeros(())
+    for timestep in sampler.scheduler.timesteps:
         free, word, *named = (
             path.predict(latents, timestep.expand(len(latents)), part) for part in prompts
         )
-        noise = free + denoiser.guidance_scale * (word - free)
-        latents = denoiser.scheduler.step(noise, timestep, latents).prev_sample
+        noise = free + sampler.guidance_scale * (word - free)
+        latents = sampler.scheduler.step(noise, timestep, latents).prev_sample
         word = (word - free).flatten(1)
         name = torch.stack(named).sub(free).flatten(2)
         dot = dot + (word * name).sum(-1).cpu()
-        both = both + name.square().sum(-1).cpu()
-        own = own + word.square().sum(-1).cpu()
+        named_square = named_square + name.square().sum(-1).cpu()
+        word_square = word_square + word.square().sum(-1).cpu()
         bar.update(1)
-    cosine = dot / (both * own).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    cosine = dot / (named_square * word_square).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return cosine.view(-1, words, starts).mean(-1).amax(0)
+
+
+class MemberSearch:
+    """Measures words once and for all processes: a resumed run does not draw them again."""
+
+    def __init__(
+        self,
+        measure: Callable[[Sequence[str], Sequence[str]], Tensor],
+        device: torch.device,
+        *,
+        processes: Processes,
+        place: tuple[Path, str, bool] | None,
+    ) -> None:
+        """
+        Args:
+            measure: `guidance_cosine` of names and words.
+            device: where processes exchange what they measured.
+            processes: what shares the words; all get the same values.
+            place: of a checkpoint: folder, run, and whether to go on from what is there.
+        """
+        self._measure, self._device, self._processes = measure, device, processes
+        self._place = place if processes.is_main else None
+        self._measured: dict[str, Tensor] = {}
+        if self._place is not None and self._place[2]:
+            saved = checkpoint.load(*self._place[:2], checkpoint.MEMBERS)
+            self._measured = {} if saved is None else saved[0]
+
+    def __call__(self, concept: Concept, words: Sequence[str]) -> Tensor:
+        """`[w]` cosines of words and a category, on the CPU."""
+        asked = json.dumps([concept.words, words])
+        key = hashlib.sha256(asked.encode()).hexdigest()
+        # The main process alone reads checkpoints, so that all go by the same.
+        known = self._measured.get(key)
+        found = torch.zeros(len(words)) if known is None else known
+        if not self._processes.agreed(known is not None, self._device):
+            share = self._processes.share(len(words))
+            found[share] = self._measure(concept.words, words[share])
+        found = self._processes.summed(found, self._device)
+        if self._place is not None and known is None:
+            self._measured[key] = found
+            folder, run, _ = self._place
+            checkpoint.save(folder, self._measured, {}, run, checkpoint.MEMBERS)
+        return found

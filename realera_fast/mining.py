@@ -78,9 +78,11 @@ class MiningConfig:
 
     mode: str = "vocabulary"
     """Source of neighbors. "vocabulary": the tokenizer's own words whose prompts fall inside the
-    neighbor region; "gaussian": isotropic noise, mapped to the anchor (the paper); "offset": the
-    same noise, whose offset from the target is kept, e + eta -> a + eta; "none": no mining. Default
-    (ours): words did best of all on the embedded model (docs/quality.md)."""
+    neighbor region; "gaussian": isotropic noise, mapped to where the target goes (the paper: to
+    the anchor, which `PairsConfig.negative_guidance=0` asks for); "offset": the same noise, whose
+    offset from the target is kept, e + eta -> a + eta; "none": no mining. In every
+    mode the preserve prior leaves the words of the neighborhood out, so these are always looked
+    for. Default (ours): words did best of all on the embedded model (docs/quality.md)."""
     samples: int | None = None
     """Samples per prompt and region, a count; `None` takes the limit of infinitely many in closed
     form. Default (ours): the limit has no sampling noise and a cost independent of the count."""
@@ -98,23 +100,26 @@ class MiningConfig:
     """D2, in units of the embedding's norm: longest step of a beyond sample. Default (ours): equal
     to D1."""
     neighbor_scale: float = 1.0
-    """Weight of all neighbors of a prompt together, in units of the prompt's own weight. Default
-    (ours): as much as the target itself."""
+    """Weight of all noise neighbors of a prompt together, in units of the prompt's own weight; in
+    vocabulary mode of each mined word, where a named one has `erase_scale`. Default (ours): as much
+    as the target itself."""
     beyond_scale: float = 0.1
     """Weight of all beyond samples of a prompt together, in units of the prompt's own weight.
     Default (ours): enough to hold directions that no other row defends, too little to hold the
     target."""
     max_words: int = 64
-    """Vocabulary mode: most neighbor words per concept, a count. Default (ours)."""
+    """Most words in the neighborhood of a concept, a count. Default (ours)."""
     word_cosine: float = 0.6
-    """Vocabulary mode, no unit: least cosine between a word and the target, after the mean over all
-    words is taken out, for the word to be a neighbor. Default (ours)."""
+    """No unit: least cosine between a word and the target, after the mean over all words is taken
+    out, for the word to be in its neighborhood. Default (ours)."""
     member_words: int = 256
     """Concepts of kind "explicit", which name a category: so many words, nearest to its name, are
-    drawn to see whether they are members of it (`members`), a count. Each takes 8 passes of the
-    U-Net for every name of the category and for two more prompts: hours on a CPU for Stable
-    Diffusion. 0 goes by the text alone, as models do that the noise alignment does not run on.
-    Default (ours)."""
+    drawn to see whether they are members of it (`members`), a count. The size of latents and
+    batches, the guidance scale and the precision are those of `AlignmentConfig`. Each word takes 8
+    passes of the U-Net for every name of the category and for two more prompts: hours on a CPU for
+    Stable Diffusion. A name that the model does not know finds what it happens to draw: read the
+    report's neighbors. 0 goes by the text alone, as models do that the noise alignment does not run
+    on. Default (ours)."""
     member_cosine: float = 0.42
     """The same, no unit: least cosine between where a word and where the category's name push the
     predicted noise for the word to be a neighbor. Default (ours): between members and others of

@@ -57,6 +57,12 @@ class Processes:
         self.sum_([answer])
         return bool(answer)
 
+    def summed(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The sum over all processes, which exchange it on a device; where `tensor` is."""
+        total = tensor.to(device, copy=True)
+        self.sum_([total])
+        return total.to(tensor.device)
+
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Hands values to the accelerator's trackers, if it has some."""
         if self._accelerator is not None and self._accelerator.trackers:

@@ -134,14 +134,15 @@ def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tu
     for word in words:
         if word.moved is not None and word.role != "neighbor" and word.moved < MOVED_ENOUGH:
             found.append(
-                f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to "
-                f"{word.anchor!r}: raise erase_scale, lower preserve_scale or choose a nearer "
-                "anchor"
+                f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to where it is "
+                f"sent ({word.anchor}, or past it): raise erase_scale, lower preserve_scale or "
+                "choose a nearer anchor"
             )
         if word.drift is not None and word.drift > DRIFTED:
             found.append(
                 f"{word.role} {word.word!r} moved {word.drift:.2f} word distances: name it in "
-                "preserve=, or narrow the neighborhood (mining.word_cosine)"
+                "preserve=, or narrow the neighborhood (mining.word_cosine, of a category "
+                "mining.member_cosine)"
             )
     if str(alignment.get("stopped", "")).startswith("diverged"):
         found.append(

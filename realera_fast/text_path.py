@@ -46,6 +46,15 @@ class Conditioning:
     adapted: bool
     """Whether the factors of queries and outputs count too."""
 
+    def expand(self, rows: int) -> Conditioning:
+        """One prompt as a batch of `rows` equal ones, without a copy."""
+        return Conditioning(
+            self.states.expand(rows, -1, -1),
+            None if self.pooled is None else self.pooled.expand(rows, -1),
+            {name: part.expand(rows, -1, -1) for name, part in self.projected.items()},
+            self.adapted,
+        )
+
 
 class TextPath:
     """Runs a U-Net as each of the three models, with the text's part computed once.
@@ -106,8 +115,9 @@ class TextPath:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """For the length of the block the attention layers take what they are handed."""
-        former = attention.install(self.unet, self)
+        former = {name: attn.processor for name, attn in attention.layers(self.unet).items()}
         try:
+            attention.install(self.unet, self)
             yield
         finally:
             self._handed = None

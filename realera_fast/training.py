@@ -33,7 +33,11 @@ _WORSE = 10.0
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """The LoRA stage. The paper publishes none of these values: all defaults are ours."""
+    """The LoRA stage. The paper publishes none of these values: all defaults are ours.
+
+    `guidance_scale`, `latent_size`, `sampling_batch_size` and `mixed_precision` hold for the search
+    for members of a category too (`MiningConfig.member_words`), with the stage enabled or not.
+    """
 
     enabled: bool = True
     """Run the stage (default: yes, RealEra has two stages)."""

@@ -309,6 +309,13 @@ class WindowFiller:
         self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
         last = denoiser.scheduler.config.num_train_timesteps * min_timestep
         self.used = denoiser.scheduler.timesteps >= last
+        if not bool(self.used.any()):
+            first = int(denoiser.scheduler.timesteps[0])
+            raise ValueError(
+                f"AlignmentConfig.min_timestep: {min_timestep} leaves none of "
+                f"{len(self.used)} denoising steps, of which the first is at time step {first}; "
+                "lower it or raise sampling_steps"
+            )
 
     @property
     def passes(self) -> int:

@@ -51,6 +51,24 @@ def test_output_is_that_of_diffusers_to_the_bit(dtype, masked):
     assert all(unet.get_submodule(name).processor is p for name, p in former.items())
 
 
+def test_an_interrupt_between_two_layers_leaves_none_behind(monkeypatch):
+    unet = tiny_unet()
+    former = unet.attn_processors
+    count, make = 0, attention.TextAttnProcessor
+
+    def interrupted(*arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    monkeypatch.setattr(attention, "TextAttnProcessor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attention.install(unet, Own())
+    assert all(p is former[name] for name, p in unet.attn_processors.items())
+
+
 def test_gradients_are_those_of_diffusers_also_recomputed():
     found = []
     for own, recomputed in ((False, False), (True, False), (True, True)):

@@ -394,6 +394,57 @@ def test_bad_arguments_of_the_alignment_are_named(pipe, options, message):
     assert same(pipe.unet, before)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_channels": 9}, r"takes 9 channels and gives 4 .*alignment.enabled=False"),
+        ({"num_class_embeds": 3}, r"num_class_embeds=3.*alignment.enabled=False"),
+        ({"sample_size": None}, r"no sample_size; name AlignmentConfig.latent_size"),
+    ],
+)
+def test_what_alignment_can_not_denoise_is_named(pipe, change, message):
+    options = {name: x for name, x in pipe.unet.config.items() if not name.startswith("_")}
+    pipe.unet = type(pipe.unet)(**options | change)
+    with pytest.raises(ValueError, match=message):
+        run(pipe, ["cat"], CONFIG)
+    run(pipe, ["cat"], CLOSED)
+
+
+def test_the_size_of_latents_can_be_named(pipe):
+    pipe.unet.register_to_config(sample_size=None)
+    run(
+        pipe,
+        ["cat"],
+        dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, latent_size=8)),
+    )
+
+
+def test_a_wrapped_unet_is_aligned(pipe):
+    fast = dataclasses.replace(FAST, gradient_checkpointing=True)
+    realera_fast.erase(
+        torch.nn.DataParallel(pipe.unet), pipe.text_encoder, ["cat"], tokenizer=pipe.tokenizer,
+        config=dataclasses.replace(CONFIG, alignment=fast), progress=False,
+    )  # fmt: skip
+    assert not pipe.unet.is_gradient_checkpointing
+
+
+def test_a_part_of_the_schedule_without_steps_is_refused(pipe):
+    fast = dataclasses.replace(FAST, min_timestep=0.99)
+    before = weights(pipe.unet)
+    with pytest.raises(ValueError, match=r"min_timestep: 0.99 leaves none of 2 denoising steps"):
+        run(pipe, ["cat"], dataclasses.replace(CONFIG, alignment=fast))
+    assert same(pipe.unet, before)
+
+
+def test_neighbors_that_are_too_many_are_told(pipe):
+    mining = MiningConfig(word_cosine=-1.0, max_words=2)
+    result = run(pipe, ["cat"], dataclasses.replace(CLOSED, mining=mining))
+    assert len(result.report["neighbors"]["cat"]) == 2
+    assert any("raise mining.max_words" in text for text in result.report["warnings"])
+    # Whoever is inside is not among those that should stay.
+    assert {w["role"] for w in result.report["words"]} == {"target", "neighbor"}
+
+
 def test_pictures_of_a_word_can_be_given(pipe):
     with_pictures = run(pipe, ["cat"], CONFIG, latents={"cat": torch.ones(2, 4, 8, 8)})
     without = run(tiny_pipeline(), ["cat"], CONFIG)

@@ -21,7 +21,8 @@ from realera_fast.checkpoint import CheckpointError
 from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.concept_file import ConceptFileError, read_concepts
 from realera_fast.mining import MiningConfig
-from realera_fast.pairs import PairsConfig
+from realera_fast.pairs import PairsConfig, align
+from realera_fast.text import TextModel
 from realera_fast.vocabulary import Vocabulary
 
 ONE = replace(CLOSED, pairs=PairsConfig(templates={"object": ("a photo of a {}",)}))
@@ -239,3 +240,79 @@ def test_members_of_a_category_are_those_that_the_model_draws_as_it(monkeypatch,
     drawn = kind == "explicit" and asked > 0
     assert found.near["name"] == (("member",) if drawn else ())
     assert shown == (["member", "opposite", "other"][:asked] if drawn else [])
+
+
+def around(scores, concepts, config, drawn=None, monkeypatch=None):
+    """Neighborhoods of words by their cosine with the first axis, on which every concept lies."""
+    values = torch.tensor(list(scores.values()))
+    rest = (1 - values.square()).sqrt()
+    signs = torch.tensor([(-1.0) ** i for i in range(len(scores))])
+    descriptors = torch.stack([values, signs * rest, 0 * rest], dim=1)
+    gram = torch.zeros(3, 3, dtype=torch.float64)
+    vocabulary = Vocabulary(tuple(scores), descriptors, gram, 1, "")
+    monkeypatch.setattr(
+        gathering_module, "describe",
+        lambda text, asked: torch.tensor([[1.0, 0.0, 0.0]] * len(asked)),
+    )  # fmt: skip
+    return gathering_module.neighbor_words(
+        None, vocabulary, concepts, config,
+        members=drawn and (lambda concept, words: torch.tensor([drawn[w] for w in words])),
+    )  # fmt: skip
+
+
+FAR = {"one": 0.1, "two": 0.0, "three": -0.1, "four": -0.2}
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn", "inside"),
+    [
+        ({}, 0.0, 0),
+        ({"word_cosine": 1.0}, 0.0, 0),
+        ({"word_cosine": 1.0}, 0.5, 4),
+        ({"member_cosine": -0.1}, -1.0, 0),
+        ({"word_cosine": 0.7, "member_cosine": 0.5}, 0.5, 4),
+        ({"member_cosine": 1.0}, 0.999, 0),
+    ],
+)
+def test_the_cosine_of_members_alone_decides_who_is_one(monkeypatch, options, drawn, inside):
+    concepts = [Concept("name", kind="explicit")]
+    config = MiningConfig(**{"word_cosine": 0.99} | options)
+    found = around(FAR, concepts, config, dict.fromkeys(FAR, drawn), monkeypatch)
+    assert len(found.near["name"]) == inside
+
+
+def test_a_word_of_two_concepts_goes_to_the_nearer_one(monkeypatch):
+    """A member by a wide margin is nearer than a word just inside the text's threshold."""
+    concepts = [Concept("thing"), Concept("name", kind="explicit")]
+    config = MiningConfig(word_cosine=-0.5, member_cosine=0.4)
+    drawn = {"one": 0.95, "two": 0.41, "three": 0.0, "four": 0.9}
+    found = around(FAR, concepts, config, drawn, monkeypatch)
+    assert set(found.near["name"]) == {"one", "four"}
+    assert set(found.near["thing"]) == {"two", "three"}
+
+
+def test_words_that_are_too_many_are_neither_erased_nor_kept(monkeypatch):
+    words = {f"word{i}": 0.99 - 0.001 * i for i in range(10)} | {"far": -0.9, "away": -0.8}
+    config = MiningConfig(max_words=4, word_cosine=0.6)
+    found = around(words, [Concept("name")], config, None, monkeypatch)
+    near, surplus = found.near["name"], found.surplus["name"]
+    assert len(near) == 4 and "word0" in near
+    assert {*near, *surplus} == {f"word{i}" for i in range(10)} and len(surplus) == 6
+    assert set(found.relatives["name"]) == {"far", "away"}
+
+
+@pytest.mark.parametrize("mode", ["none", "gaussian", "offset"])
+@pytest.mark.parametrize("samples", [None, 3])
+def test_noise_weighs_what_its_word_weighs(mode, samples):
+    """`erase_scale` holds for the neighbors and the beyond of a named word too."""
+    pipe = sd1()
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    word = align(text, "cat", "dog", ["a photo of a {}"])
+    config = replace(ONE, mining=MiningConfig(mode=mode, samples=samples))
+    grams = [
+        gathering_module.add_word(
+            NormalEquations(text.width), word, replace(config, erase_scale=scale), number=0
+        ).gram
+        for scale in (1.0, 10.0)
+    ]
+    assert_close(grams[1], 10.0 * grams[0])

@@ -50,8 +50,8 @@ ORDER = (
         "pairs",
         "vocabulary",
     ),
-    *("lora", "text_path", "trajectories", "training", "members"),
-    *("checkpoint", "alignment", "config"),
+    *("lora", "text_path", "trajectories", "training"),
+    *("checkpoint", "members", "alignment", "config"),
     *("gathering", "report", "adapters", "single_file", "model_card"),
     *(
         "erasure",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 
 import pytest
 import torch
+from conftest import check
+from diffusers import DDIMScheduler
 from tiny_families import FAMILIES
 from torch.testing import assert_close
 
 from realera_fast import Concept, EraseConfig, embedded, erase
+from realera_fast.checkpoint import CheckpointError
 from realera_fast.families import text_streams
 from realera_fast.members import guidance_cosine
 from realera_fast.mining import MiningConfig
+from realera_fast.text import TextWithPooled
+from realera_fast.text_path import TextPath
 from realera_fast.training import AlignmentConfig
 
 CLOSED_FORM = EraseConfig(alignment=AlignmentConfig(enabled=False))
@@ -58,6 +65,74 @@ def test_the_name_that_fits_best_counts(pipe):
         cosines(pipe, names, words) for names in (["food"], ["building"], ["food", "building"])
     )
     assert_close(both, torch.maximum(food, building), rtol=0.0, atol=0.05)
+
+
+def shown(pipe):
+    """What `guidance_cosine` is told of the text, for a pipeline of Stable Diffusion 1, 2 or XL."""
+    encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
+    tokenizers = [pipe.tokenizer, getattr(pipe, "tokenizer_2", None)]
+    encoders, tokenizers = ([x for x in part if x is not None] for part in (encoders, tokenizers))
+    texts = text_streams(pipe.unet, tuple(encoders), tuple(tokenizers))
+    text = texts["sequence"][0]
+    if "pooled" not in texts:
+        return {"text": text, "empty": text.encode([""]), "pooled_width": None}
+    joined = TextWithPooled(text, texts["pooled"][0])
+    return {
+        "text": joined,
+        "empty": torch.zeros_like(joined.encode([""])),
+        "pooled_width": texts["pooled"][0].width,
+    }
+
+
+def plainly(pipe, name, words, dtype):
+    """The definition in diffusers' own terms, one word and start after the other."""
+    seen = shown(pipe)
+    unet = copy.deepcopy(pipe.unet).to(dtype)
+    scheduler = DDIMScheduler.from_config({**pipe.scheduler.config, "clip_sample": False})
+    scheduler.set_timesteps(4)
+
+    def predict(x, t, prompt):
+        added = None
+        if seen["pooled_width"] is not None:
+            vector, prompt = prompt[:, -1, : seen["pooled_width"]], prompt[:, :-1]
+            sizes = torch.tensor([[64, 64, 0, 0, 64, 64]], dtype=dtype)
+            added = {"text_embeds": vector.to(dtype), "time_ids": sizes}
+        out = unet(x.to(dtype), t, prompt.to(dtype), added_cond_kwargs=added).sample
+        return out.to(torch.promote_types(dtype, torch.float32))
+
+    asked = seen["text"].encode([f"a photo of {name}"])
+    found = []
+    for word in words:
+        prompt, cosines = seen["text"].encode([f"a photo of {word}"]), []
+        for seed in (40_000, 40_001):
+            x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+            x = x.to(torch.promote_types(dtype, torch.float32))
+            pushes = []
+            for t in scheduler.timesteps:
+                free, own, named = (predict(x, t, p) for p in (seen["empty"], prompt, asked))
+                x = scheduler.step(free + 5.0 * (own - free), t, x).prev_sample
+                pushes.append((own - free, named - free))
+            own, named = (torch.cat(part).flatten() for part in zip(*pushes, strict=True))
+            cosines.append(torch.dot(own, named) / (own.norm() * named.norm()))
+        found.append(torch.stack(cosines).mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@torch.no_grad()
+def test_cosines_are_those_of_the_plain_loop(family, dtype):
+    """Noise and v-prediction, one text encoder and two."""
+    pipe = FAMILIES[family](dtype=dtype)
+    words = ["dog", "ship", "tree", "bird", "house", "chair", "car", "boat", "horse"]
+    got = guidance_cosine(
+        pipe.unet, pipe.scheduler, ["cat"], words, config=AlignmentConfig(), **shown(pipe)
+    )
+    assert got.dtype == torch.float32 and len(set(got.tolist())) == len(words)
+    check(
+        family, got, plainly(pipe, "cat", words, torch.float64),
+        plainly(pipe, "cat", words, dtype),
+    )  # fmt: skip
 
 
 def test_nothing_is_asked_of_no_words(pipe):
@@ -121,5 +196,58 @@ def test_numbers_that_are_not_finite_are_said_and_left_to_the_text(caplog):
     pipe = FAMILIES["sd1"]()
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(torch.inf)
-    assert torch.equal(cosines(pipe, ["dog"], ["cat", "ship"]), torch.zeros(2))
+    assert torch.equal(cosines(pipe, ["dog"], ["cat", "ship"]), -torch.ones(2))
     assert "not finite" in caplog.text
+
+
+CATEGORY = [Concept("dog", kind="explicit")]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_search_that_is_cut_off_leaves_the_model_as_it_was(monkeypatch, error):
+    pipe = FAMILIES["sd1"]()
+    pipe.unet.train()
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    processors = dict(pipe.unet.attn_processors)
+    predict, count = TextPath.predict, 0
+
+    def failing(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise error
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(TextPath, "predict", failing)
+    with pytest.raises(error):
+        erase(pipe, CATEGORY, config=CLOSED_FORM, progress=False)
+    assert count == 5 and pipe.unet.training
+    assert all(torch.equal(before[k], v) for k, v in pipe.unet.state_dict().items())
+    assert all(p is processors[name] for name, p in pipe.unet.attn_processors.items())
+
+
+def test_a_resumed_run_draws_no_word_again(asked, monkeypatch, tmp_path):
+    module = importlib.import_module("realera_fast.erase")
+    whole = FAMILIES["sd1"]()
+    erase(whole, CATEGORY, config=CLOSED_FORM, progress=False)
+    pipe, solve = FAMILIES["sd1"](), module.solve
+
+    def cut(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "solve", cut)
+    options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        erase(pipe, CATEGORY, **options)
+    assert len(asked) == 2
+    monkeypatch.setattr(module, "solve", solve)
+    other = dataclasses.replace(CLOSED_FORM, seed=1)
+    with pytest.raises(CheckpointError, match="of another run"):
+        erase(pipe, CATEGORY, resume=True, **options | {"config": other})
+    erase(pipe, CATEGORY, resume=True, **options)
+    assert len(asked) == 2 and not list(tmp_path.iterdir())
+    expected = whole.unet.state_dict()
+    assert all(torch.equal(expected[k], v) for k, v in pipe.unet.state_dict().items())
+    # Without `resume` everything is made anew.
+    erase(FAMILIES["sd1"](), CATEGORY, **options)
+    assert len(asked) == 3
