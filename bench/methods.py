@@ -32,7 +32,7 @@ TUNED: Mapping[str, Any] = {
     ),
     "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, expand=True),
     "OCE": oce.Settings(erase_scale=1000.0),
-    "ESD": esd.Settings(sampling_steps=20, learning_rate=2e-4),
+    "ESD": esd.Settings(sampling_steps=20, learning_rate=2e-4, negative_guidance=3.0),
 }
 """The settings of each baseline's sweep with the highest mean H_o on words that are not judged
 (`bench/results/sweep.jsonl`)."""
@@ -78,7 +78,7 @@ def baseline(module: ModuleType, settings: Any) -> Method:
     """A baseline with these settings."""
 
     def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
-        # Baselines keep no word near a target, listed or not.
+        # Baselines keep no word that the library erases as a neighbor.
         module.erase(pipe, concepts, settings, seed)
 
     return Method(erase, module is esd, dataclasses.asdict(settings))
@@ -124,13 +124,15 @@ def variants() -> dict[str, Method]:
     ):  # fmt: skip
         config = changed(aligned=False, mining={"mode": mode}, **PAPER)
         found[f"closed form, {name}"] = library(config)
-    found[BOTH] = library(changed(mining={"mode": "gaussian"}, **PAPER))
+    paper: Mapping[str, Any] = {"mining": {"mode": "gaussian"}, **PAPER}
+    found["both stages, gaussian"] = library(changed(**paper))
+    found[BOTH] = library(changed(alignment={"negative_guidance": 0.0, "check_seeds": 0}, **paper))
     return found
 
 
 CLOSED = "closed form, gaussian (paper)"
 BOTH = "both stages, gaussian (paper)"
-"""RealEra as published: its closed form, and with noise alignment."""
+"""RealEra as published: its closed form, and with a noise alignment that follows the anchor."""
 
 
 def baselines(*, authors: bool = True) -> dict[str, Method]:
@@ -160,10 +162,13 @@ def compared(count: int = 1) -> dict[str, Method]:
 def by_category() -> dict[str, Method]:
     """Who is in the table of a category: its members found by drawing, and by the text alone."""
     return compared() | {
-        "closed form, members drawn": library(changed(aligned=False)),
-        "closed form, members by their text alone": library(
-            changed(aligned=False, mining={"member_words": 0})
-        ),
+        f"closed form, {name}": library(changed(aligned=False, mining=mining))
+        for name, mining in (
+            ("members drawn", {}),
+            ("members drawn from 64 words", {"member_words": 64}),
+            ("members by their text alone", {"member_words": 0}),
+            ("members by their text alone, cosine 0.4", {"member_words": 0, "word_cosine": 0.4}),
+        )
     }
 
 
@@ -203,7 +208,7 @@ def ablation() -> dict[str, Method]:
         for mode in ("gaussian", "none", "vocabulary"):
             add(f"closed form, {mode}, guidance {guidance:g}", mining={"mode": mode},
                 pairs={"negative_guidance": guidance}, **closed)  # fmt: skip
-    add("closed form, vocabulary", mining={"mode": "vocabulary"}, **closed)
+    add("closed form, vocabulary, guidance 0", mining={"mode": "vocabulary"}, **closed)
     for scale in (1.0, 10.0, 40.0, 160.0):
         add(f"closed form, vocabulary, guidance 0.75, preserve {scale:g}",
             vocabulary={"preserve_scale": scale}, pairs={}, **closed)  # fmt: skip

@@ -1,10 +1,11 @@
 """ESD (Gandikota et al., arXiv 2303.07345): fine-tuning away from the concept.
 
-    | eps'(x_t, c) - (eps(x_t, "") - eta (eps(x_t, c) - eps(x_t, ""))) |^2
+    | eps'(x_t, c) - (eps(x_t, c) - eta (eps(x_t, c) - eps(x_t, ""))) |^2
 
-x_t is denoised by the model as it is trained, up to a random step; nothing is preserved. Trained
-are the cross-attention projections ("esd-x"). Several x_t are denoised together, for as many
-iterations: the published code denoises one anew for each, which is most of its time.
+with eta as the published code counts it, one more than the paper's. x_t is denoised by the model as
+it is trained, up to a random step; nothing is preserved. Trained are the cross-attention
+projections ("esd-x"). Several x_t are denoised together, for as many iterations: the published code
+denoises one anew for each, which is most of its time.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Settings:
 
 SWEEP = (
     Settings(),
-    Settings(sampling_steps=20),
+    Settings(negative_guidance=3.0),
+    Settings(negative_guidance=3.0, sampling_steps=20),
+    Settings(negative_guidance=3.0, sampling_steps=20, learning_rate=2e-4),
     Settings(sampling_steps=20, learning_rate=2e-4),
-    Settings(sampling_steps=20, learning_rate=2e-4, negative_guidance=1.0),
 )
 """What is tried on words that are not judged; the authors' settings come first."""
 
@@ -96,7 +98,7 @@ def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int 
         with torch.no_grad():
             both = torch.stack([states[0], states[word]])
             free, guided = predict(teacher, torch.cat([x, x]), t, both).chunk(2)
-            wanted = free - settings.negative_guidance * (guided - free)
+            wanted = guided - settings.negative_guidance * (guided - free)
         loss = functional.mse_loss(predict(unet, x, t, states[word : word + 1]), wanted)
         loss.backward()
         with torch.no_grad():

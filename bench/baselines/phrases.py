@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from realera_fast.concepts import Concept
 from realera_fast.families import text_streams
 from realera_fast.gathering import neighbor_words
+from realera_fast.members import guidance_cosine
 from realera_fast.mining import MiningConfig
 from realera_fast.text import Text
+from realera_fast.training import AlignmentConfig
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
 
 UNIT = 784.0
@@ -33,6 +35,7 @@ class Phrases:
     """Embeddings in Stable Diffusion's scale."""
 
     def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
         self.text: Text = text_streams(pipe.unet, pipe.text_encoder, pipe.tokenizer)["sequence"][0]
         rows = self.text.encode(["a photo of a"])
         self.scale = (UNIT / rows.square().sum(-1).mean()).sqrt()
@@ -51,15 +54,24 @@ class Phrases:
     def kept(self, concepts: Sequence[Concept]) -> tuple[str, ...]:
         """Words to keep: those of the tokenizer that are neither erased nor near what is.
 
-        The library's own preserve prior, so that no method knows of more words than another.
+        The words of the library's own preserve prior, so that no method knows of more than another:
+        members of a category, which the library finds by drawing, are left out here too.
         """
         key = tuple(concepts)
         if key not in self._words:
             vocabulary = encode_vocabulary(self.text, VocabularyConfig())
-            near = neighbor_words(self.text, vocabulary, concepts, MiningConfig()).near
+            near = neighbor_words(
+                self.text, vocabulary, concepts, MiningConfig(), members=self._members
+            ).near
             gone = {w.casefold() for c in concepts for w in (*c.words, *near[c.target])}
             self._words[key] = tuple(w for w in vocabulary.words if w.casefold() not in gone)
         return self._words[key]
+
+    def _members(self, concept: Concept, words: Sequence[str]) -> Tensor:
+        return guidance_cosine(
+            self._pipe.unet, self._pipe.scheduler, concept.words, words,
+            text=self.text, empty=self.text.encode([""]), config=AlignmentConfig(),
+        )  # fmt: skip
 
 
 EXPANSIONS: Mapping[str, tuple[str, ...]] = {
