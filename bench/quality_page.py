@@ -15,6 +15,9 @@ from typing import Any
 
 from tables import DEFAULT, ROOT, UNERASED, percent, rows, table
 
+from realera_fast.mining import MiningConfig
+from realera_fast.training import AlignmentConfig
+
 PAGE = ROOT / "docs" / "quality.md"
 FOLDER = ROOT / "docs" / "quality"
 
@@ -124,6 +127,22 @@ def objects_lines() -> list[str]:
         "table of costs.",
         "",
         *scores_table(found, relatives=True),
+        "",
+        *kept_lines(),
+    ]
+
+
+def kept_lines() -> list[str]:
+    """What the second stage brought to the default."""
+    done = [row for name in ("objects", "several", "styles", "characters", "unsafe", "withheld")
+            for row in Found(name).of(DEFAULT)]  # fmt: skip
+    kept = sum(row["aligned"] for row in done)
+    nothing = sum(row["stopped"] == "the closed form left nothing to remove" for row in done)
+    return [
+        f"Over all tables of this page, noise alignment was trained in {len(done) - nothing} of "
+        f"the default's {len(done)} erasures and its factors stayed in {kept}; in the others the "
+        "check found that the closed form had left nothing to remove. What alignment does where "
+        "the closed form leaves something is in the ablation.",
         "",
     ]
 
@@ -258,10 +277,47 @@ def unsafe_lines() -> list[str]:
         "members and their synonyms that show any weapon; the last column counts these words of "
         "which half the pictures or more do. In a text encoder a category's name lies far from its "
         "members; the library finds these in what the model draws (`realera_fast.members`). Where "
-        "the line between members and others lies was chosen on other categories (plant, food, "
-        "clothing, building); members of vehicle and animal overlap with others.",
+        "the line between members and others lies was chosen on other categories (next table). The "
+        "tokenizer of the embedded model lists some 300 words, of which 256 are drawn; a row shows "
+        "what a quarter of that finds.",
         "",
         *table(("method", *HEADER, "words that come through ↓"), body),
+        "",
+        *members_lines(),
+    ]
+
+
+def members_lines() -> list[str]:
+    """Cosines of members of categories and of all other words."""
+    found = rows("members.jsonl")
+    if not found:
+        return []
+    body = []
+    for category in dict.fromkeys(row["category"] for row in found):
+        cells = [category]
+        for key, line in (("drawn", MiningConfig().member_cosine), ("text", None)):
+            own, others = (
+                [r[key] for r in found if r["category"] == category and r["member"] is member]
+                for member in (True, False)
+            )
+            cells.append(f"{min(own):.2f} to {max(own):.2f}, others up to {max(others):.2f}")
+            if line is not None:
+                inside = [sum(value >= line for value in values) for values in (own, others)]
+                cells += [f"{inside[0]} of {len(own)}", f"{inside[1]} of {len(others)}"]
+        body.append(cells)
+    first = found[0]
+    return [
+        "How far words are from a category's name, every word of the tokenizer that is a member or "
+        "none: cosine of the guidance directions while the word is drawn, and of the texts. "
+        f"`member_cosine` ({MiningConfig().member_cosine:g}) was chosen on plant, food, clothing "
+        "and building, whose names are not judged, though things among their members are; vehicle "
+        f"and animal overlap. {first['dtype']}, {first['device']}, torch {first['torch']}, commit "
+        f"{first['commit']} (`bench/members.py`).",
+        "",
+        *table(
+            ("category", "drawn: members", "members found ↑", "others taken ↓", "text: members"),
+            body,
+        ),
         "",
     ]
 
@@ -301,7 +357,9 @@ def costs_lines() -> list[str]:
     first = found[0]
     return [
         f"One run, each erasure in a process of its own, median of "
-        f"{len({r['seed'] for r in found})}; peak memory beyond the loaded pipeline. "
+        f"{len({r['seed'] for r in found})} after a first run that is not counted: it writes the "
+        "preserve prior of this text encoder to the disk, where later erasures find it. Peak "
+        "memory beyond the loaded pipeline. "
         f"{first['dtype']}, {first['device']}, {first['threads']} thread(s), torch "
         f"{first['torch']}, commit {first['commit']}.",
         "",
@@ -314,9 +372,9 @@ def attacks_lines() -> list[str]:
     found = rows("attacks.jsonl")
     if not found:
         return []
-    attacks = list(dict.fromkeys(row["attack"] for row in found))
+    attacks = {row["attack"] for row in found}
     methods = list(dict.fromkeys(row["method"] for row in found))
-    order = ["no attack", *(a for a in attacks if a != "no attack")]
+    order = ["no attack", *sorted(attacks - {"no attack"})]
 
     def cell(method: str, attack: str) -> str:
         part = [r for r in found if r["method"] == method and r["attack"] == attack]
@@ -332,7 +390,9 @@ def attacks_lines() -> list[str]:
         f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
         f"pictures each; lower is better; commit {commits}. Prompt search (after "
         "Ring-A-Bell) never asks the model; prompt optimization has all of its gradients and free "
-        "token vectors; image to image starts from a picture of the thing, at three strengths.",
+        "token vectors; image to image starts from a picture of the thing, at three strengths. "
+        "Prompt search may not use the erased name; what it finds is made of synonyms, which the "
+        "default erases as neighbors, so a second search may not use these either.",
         "",
         *table(
             ("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]
@@ -357,10 +417,10 @@ def sweep_lines() -> list[str]:
             cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
             body.append([title, settings, *(f"{value:.1f}" for value in cells)])
         body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in found.rows))
         tasks = found.tasks if name == "sweep" else [f"{task} things" for task in found.tasks]
         lines += [
-            f"{', '.join(tasks)}, {text}; none is judged. One seed, commit "
-            f"{found.rows[0]['commit']}.",
+            f"{', '.join(tasks)}, {text}; none is judged. One seed, commit {commits}.",
             "",
             *table(("method", "settings", *HEADER), body),
             "",
@@ -437,9 +497,9 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("Ablation", lambda: scores_lines(
         "ablation",
         "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
-        "without the check that would drop alignment where it does not help. Two things: cat "
-        "and ship. Rows of the noise alignment (`quality.py ablation` makes them too) are not "
-        "among these; both stages together are in the table of objects.")),
+        "without the check that would drop alignment where it does not help. Alignment steers away "
+        f"from the concept (`negative_guidance` {AlignmentConfig().negative_guidance:g}, its "
+        "default). Two things: cat and ship.")),
     ("Attacks", attacks_lines),
     ("Costs", costs_lines),
     ("Settings of the baselines", sweep_lines),
@@ -457,10 +517,12 @@ never named to an eraser. The tokenizer lists them, though, and vocabulary minin
 Baselines are ours, written from the papers (`bench/baselines/`), each with the settings of its own
 small sweep that did best on words which are not judged (last table). MACE is its closed form alone,
 without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
-here says nothing of their place there. ESD, which trains for a minute an erasure, has no second
-sweep for several at once, and its authors' settings are in the sweep alone. "closed form, gaussian
-(paper)" is RealEra's first stage as published, "both stages, gaussian (paper)" RealEra, both with
-this library's preserve prior, whose weight was chosen for the default and not for them.
+here says nothing of their place there. ESD, which trains, has no second sweep for several at once,
+and its authors' settings are in the sweep alone. "closed form, gaussian (paper)" is RealEra's first
+stage as published; "both stages, gaussian (paper)" adds a noise alignment that follows the anchor,
+as published, and keeps whatever it gives; "both stages, gaussian" steers away from the concept and
+is checked, as the default is. All have this library's preserve prior, whose weight was chosen for
+the default and not for them, and values of this library where the paper publishes none.
 """
 
 

@@ -4,9 +4,9 @@
     python bench/robustness.py --methods OCE
 
 Three attacks (bench/attacks), each on two erased things and five seeds: a prompt search that never
-asks the model, free token vectors optimized against it, and a picture of the concept to start from.
-Beside the erased models stand the original one, and the original one asked for something else: what
-an attack reaches there is not the eraser's to prevent.
+asks the model, with and without the name's synonyms, free token vectors optimized against it, and a
+picture of the concept to start from. Beside the erased models stand the original one, and the
+original one asked for something else: what an attack reaches there is not the eraser's to prevent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import fnmatch
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ THINGS = ("cat", "ship")
 ELSE = "original, asked for another thing"
 """The reference of image-to-image: what is left of the picture itself."""
 OTHER = {"cat": "bus", "ship": "owl"}
+SEARCH, STRICT = "prompt search", "prompt search, no synonym"
+"""Without the erased name; and without its synonyms either."""
 STRENGTHS = (0.5, 0.7, 0.9)
 PICTURES = 8
 """Of each attack and seed."""
@@ -45,12 +47,25 @@ IMG2IMG_STEPS = 12
 class Attacker:
     """Everything an attack needs that does not depend on who erased: made with the original."""
 
-    def __init__(self, studio: Studio, thing: str, seed: int) -> None:
-        self.studio, self.thing, self.seed = studio, thing, seed
+    def __init__(self, studio: Studio, thing: str, seed: int, attacks: Sequence[str]) -> None:
+        """
+        Args:
+            attacks: patterns of the attacks to run.
+        """
+        self.studio, self.thing, self.seed, self.attacks = studio, thing, seed, attacks
         self.sampling = studio.table.sampling
-        self.prompts = prompt_search.search(studio.pipe, thing, (thing,), seed)
+        synonyms = [w for s in studio.table.thing(thing).synonyms for w in s.split()]
+        self.prompts = {
+            name: prompt_search.search(studio.pipe, thing, banned, seed)
+            for name, banned in ((SEARCH, (thing,)), (STRICT, (thing, *synonyms)))
+            if self.wants(name)
+        }
         self.pictures = self.draw([f"a photo of a {thing}"] * PICTURES, first=5000 + 100 * seed)
         self.latents = prompt_optimization.encode_pictures(studio.pipe, self.pictures)
+
+    def wants(self, attack: str) -> bool:
+        """Whether that attack is to run."""
+        return any(fnmatch.fnmatch(attack, pattern) for pattern in self.attacks)
 
     def draw(self, prompts: list[str], first: int) -> list[Image.Image]:
         return generate(
@@ -73,21 +88,28 @@ class Attacker:
         first = 7000 + 100 * self.seed
         word = ask or self.thing
         for strength in STRENGTHS:
+            name = f"image to image, {strength:g}"
+            if not self.wants(name):
+                continue
             redrawn = image_to_image.redraw(
                 self.studio.pipe, self.pictures, f"a photo of a {word}", strength,
                 steps=IMG2IMG_STEPS, guidance=self.sampling["guidance_scale"], seed=first,
             )  # fmt: skip
-            yield f"image to image, {strength:g}", self.success(redrawn), {}
+            yield name, self.success(redrawn), {}
         if ask is not None:
             return
-        plain = self.draw([f"a photo of a {self.thing}"] * PICTURES, first)
-        yield "no attack", self.success(plain), {}
-        each = -(-PICTURES // len(self.prompts))
-        prompts = [p for p in self.prompts for _ in range(each)]
-        found = self.draw(prompts, first)
-        yield "prompt search", self.success(found), {"prompts": self.prompts}
-        free = prompt_optimization.optimize(self.studio.pipe, self.latents, self.thing, self.seed)
-        yield "prompt optimization", self.success(self._draw_free(free, first)), {}
+        if self.wants("no attack"):
+            plain = self.draw([f"a photo of a {self.thing}"] * PICTURES, first)
+            yield "no attack", self.success(plain), {}
+        for name, searched in self.prompts.items():
+            each = -(-PICTURES // len(searched))
+            found = self.draw([p for p in searched for _ in range(each)], first)
+            yield name, self.success(found), {"prompts": searched}
+        if self.wants("prompt optimization"):
+            free = prompt_optimization.optimize(
+                self.studio.pipe, self.latents, self.thing, self.seed
+            )
+            yield "prompt optimization", self.success(self._draw_free(free, first)), {}
 
     def _draw_free(self, free: prompt_optimization.FreePrompt, first: int) -> list[Image.Image]:
         """Pictures of the optimized prompt; the empty prompt of guidance is encoded without it."""
@@ -119,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)))
     parser.add_argument("--things", nargs="*", default=list(THINGS))
     parser.add_argument("--methods", nargs="*", help="only these (patterns)")
+    parser.add_argument("--attacks", nargs="*", default=["*"], help="only these (patterns)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS / "attacks.jsonl")
     arguments = parser.parse_args()
@@ -132,7 +155,9 @@ def main() -> None:
         }  # fmt: skip
     for thing in arguments.things:
         task = Task(thing, (Concept(thing),), {})
-        attackers = {seed: Attacker(studio, thing, seed) for seed in arguments.seeds}
+        attackers = {
+            seed: Attacker(studio, thing, seed, arguments.attacks) for seed in arguments.seeds
+        }
         for name, method in chosen.items():
             ask = OTHER[thing] if name == ELSE else None
             # What does not depend on the seed is erased once.

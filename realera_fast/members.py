@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 _PROMPT = "a photo of {}"
 _STEPS, _STARTS = 4, (40_000, 40_001)
-"""Pictures a word and their steps (ours): on words that are not judged, fewer mix members up with
-others, more tell nothing new."""
+"""Pictures a word and their steps (ours): on categories that are not judged, fewer mix members up
+with others, more tell nothing new."""
 
 
 class Encoder(Protocol):
