@@ -281,7 +281,18 @@ class _Checkpoints:
         """
         if self._folder is None:
             return None
-        found = checkpoint.load(self._folder, self._run, checkpoint.ALIGNMENT)
+        found, broken = None, None
+        try:
+            found = checkpoint.load(self._folder, self._run, checkpoint.ALIGNMENT)
+        except CheckpointError as error:
+            broken = error
+        # One that stopped here alone would leave the others waiting.
+        count = torch.tensor([float(broken is not None)], device=device)
+        self._processes.sum_([count])
+        if broken is not None:
+            raise broken
+        if bool(count):
+            raise CheckpointError("checkpoint_dir: another process can't read its checkpoint")
         if self._processes.agreed(found is not None, device) != (found is not None):
             raise CheckpointError(
                 f"checkpoint_dir: {self._folder} is not the same folder for all processes; name "

@@ -34,6 +34,7 @@ from realera_fast.erasure import Erasure, read_description
 from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import folder_atomically
 from realera_fast.loading import DTYPES, find_device, load_pipeline
+from realera_fast.members import can_be_drawn
 
 PROGRAM = "realera-fast"
 
@@ -918,6 +919,12 @@ def _echo_plan(
     typer.echo(_columns(lines, right=(4,)))
     if preserve:
         typer.echo(f"would preserve {', '.join(preserve)}")
+    names = [c.target for c in concepts if c.kind == "explicit"]
+    if names and config.mining.member_words and can_be_drawn(parts.model, config.alignment):
+        typer.echo(
+            f"would draw up to {config.mining.member_words} words to find the members of "
+            f"{', '.join(names)}"
+        )
     stage = "with" if config.alignment.enabled else "without"
     typer.echo(
         f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, seed {config.seed}"

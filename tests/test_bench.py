@@ -42,7 +42,7 @@ def quality_row(method, seed, task="cat", near=0.5, **scores):
         "table": "objects", "method": method, "task": task, "seed": seed, "scores": values,
         "relatives": values | {"acc_s": near}, "words": {}, "pictures": 4, "concepts": 1,
         "seconds": 2.0, "device": "cpu", "threads": 1, "torch": "2", "commit": "abc",
-        "dtype": "float32",
+        "dtype": "float32", "aligned": seed == 1, "stopped": "all steps done",
     }  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def test_a_changed_row_of_quality_would_show(bench, report, tmp_path):
     cells = "0.0 ± 0.0 | 90.0 ± 0.0 | 20.0 ± 0.0 | 85.0 ± 7.1 | 50.0 ± 0.0 | 85.0 ± 7.1 | 2.0 |"
     assert f"| **realera_fast** | {cells}" in text
     assert text.index("| UCE |") < text.index("| un-erased model |")
+    assert "trained in 4 of the default's 4 erasures and its factors stayed in 2;" in text
     assert "| **realera_fast** | 85.0 ± 7.1 | 85.0 ± 7.1 |" in report.generated()
 
 
@@ -68,7 +69,7 @@ def test_repeated_rows_of_quality_are_refused(bench, report, tmp_path):
         bench("quality_page").generated()
 
 
-SCRIPTS = ["quality", "quality_page", "robustness", "train_embedded", "run"]
+SCRIPTS = ["members", "quality", "quality_page", "robustness", "train_embedded", "run"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -238,6 +238,9 @@ def test_dry_run_changes_nothing(run: Any, model: str, tmp_path: Path) -> None:
         line.split() for line in text.splitlines()
     ]
     assert list(tmp_path.iterdir()) == []
+    assert "would draw" not in text
+    _, text, _ = run("erase", model, "-c", "cat", "--kind", "explicit", "--dry-run", "-o", out)
+    assert "would draw up to 256 words to find the members of cat" in text
 
 
 # --- erase, wrong inputs -------------------------------------------------------------------

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from test_alignment import UNCHECKED, run
 from tiny_models import tiny_pipeline
 
+from realera_fast import alignment
+from realera_fast.checkpoint import CheckpointError
 from realera_fast.processes import Processes
 from realera_fast.text import TextModel
 
@@ -167,7 +169,8 @@ ERASE = """
     config = t.dataclasses.replace(
         t.CONFIG, alignment=t.dataclasses.replace(t.FAST, check_seeds=0, steps=3)
     )
-    t.run(pipe, ["cat=dog"], config, accelerator=accelerator)
+    concepts = ["cat=dog", t.Concept("ship", kind="explicit")]
+    t.run(pipe, concepts, config, accelerator=accelerator)
     save_file(pipe.unet.state_dict(), f"{folder}/rank{{accelerator.process_index}}.safetensors")
     accelerator.end_training()
 """
@@ -178,3 +181,25 @@ def test_every_process_gets_the_same_erased_model(tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     plain = tiny_pipeline().unet.state_dict()
     assert any(not torch.equal(value, plain[name]) for name, value in first.items())
+
+
+class Beside:
+    """An accelerator whose other process adds what it is told to."""
+
+    process_index, num_processes, trackers = 0, 2, ()
+
+    def __init__(self, other: float) -> None:
+        self.other = other
+
+    def reduce(self, values, reduction):
+        return values + self.other
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_checkpoint_that_one_process_can_not_read_stops_all(tmp_path, broken):
+    if broken == 0:
+        (tmp_path / "alignment.safetensors").write_bytes(b"nonsense")
+    keeper = alignment._Checkpoints(tmp_path, "a", Processes(Beside(float(broken))))
+    message = ("is not a checkpoint", "another process can't read")[broken]
+    with pytest.raises(CheckpointError, match=message):
+        keeper.load(torch.device("cpu"))
