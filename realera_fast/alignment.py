@@ -23,7 +23,6 @@ from torch import Tensor
 
 from realera_fast import checkpoint, mining
 from realera_fast import progress as progress_bars
-from realera_fast.checkpoint import CheckpointError
 from realera_fast.concept_map import ConceptMap
 from realera_fast.denoiser import Structure, projections, queries_and_outputs, unwrapped
 from realera_fast.lora import LoraFactors, LoraParameters
@@ -281,24 +280,9 @@ class _Checkpoints:
         """
         if self._folder is None:
             return None
-        found, broken = None, None
-        try:
-            found = checkpoint.load(self._folder, self._run, checkpoint.ALIGNMENT)
-        except CheckpointError as error:
-            broken = error
-        # One that stopped here alone would leave the others waiting.
-        count = torch.tensor([float(broken is not None)], device=device)
-        self._processes.sum_([count])
-        if broken is not None:
-            raise broken
-        if bool(count):
-            raise CheckpointError("checkpoint_dir: another process can't read its checkpoint")
-        if self._processes.agreed(found is not None, device) != (found is not None):
-            raise CheckpointError(
-                f"checkpoint_dir: {self._folder} is not the same folder for all processes; name "
-                "one that they share"
-            )
-        return found
+        return checkpoint.load_together(
+            self._folder, self._run, checkpoint.ALIGNMENT, self._processes, device
+        )
 
     def offer(
         self, trainer: Trainer, window: Window | None, number: int, *, always: bool = False

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from realera_fast.files import write_atomically
+from realera_fast.processes import Processes
 
 ALIGNMENT, MEMBERS = "alignment", "members"
 """Names of the checkpoints of training and of the search for members."""
@@ -79,3 +81,37 @@ def load(folder: Path, run: str, name: str) -> tuple[dict[str, Tensor], dict[str
             "name another folder, or start with resume=False, which replaces it"
         )
     return tensors, state
+
+
+def load_together(
+    folder: Path, run: str, name: str, processes: Processes, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """`load`, the same for every process: where one fails, all do, so that none waits for it.
+
+    Args:
+        device: where the processes exchange what they found.
+
+    Raises:
+        CheckpointError: it can't be read, was written by another run, or is not there for every
+            process.
+    """
+    found, broken = None, None
+    try:
+        found = load(folder, run, name)
+    except CheckpointError as error:
+        broken = error
+    counts = torch.tensor([float(broken is not None), float(found is not None)], device=device)
+    processes.sum_([counts])
+    if broken is not None:
+        raise broken
+    if bool(counts[0]):
+        raise CheckpointError(
+            f"checkpoint_dir: another process can't read {file(folder, name)} and says why; delete "
+            "it, or start with resume=False"
+        )
+    if int(counts[1]) not in (0, processes.count):
+        raise CheckpointError(
+            f"checkpoint_dir: {folder} is not the same folder for all processes; name one that "
+            "they share"
+        )
+    return found

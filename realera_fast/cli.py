@@ -30,8 +30,9 @@ from realera_fast.concepts import KINDS, Concept, parse_concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.denoiser import projections
 from realera_fast.erase import erase as erase_concepts
+from realera_fast.erase import latent_shape
 from realera_fast.erasure import Erasure, read_description
-from realera_fast.families import component_name, components_of, text_streams
+from realera_fast.families import component_name, components_of, family_of, text_streams
 from realera_fast.files import folder_atomically
 from realera_fast.loading import DTYPES, find_device, load_pipeline
 from realera_fast.members import can_be_drawn
@@ -919,13 +920,19 @@ def _echo_plan(
     typer.echo(_columns(lines, right=(4,)))
     if preserve:
         typer.echo(f"would preserve {', '.join(preserve)}")
-    names = [c.target for c in concepts if c.kind == "explicit"]
+    encoders = parts.text_encoders
+    count = len(encoders) if isinstance(encoders, tuple | list) else 1
+    aligned = family_of(parts.model, count).aligned
+    names = [c.target for c in concepts if c.kind == "explicit"] if aligned else []
     if names and config.mining.member_words and can_be_drawn(parts.model, config.alignment):
         typer.echo(
-            f"would draw up to {config.mining.member_words} words to find the members of "
+            f"would draw up to {config.mining.member_words} words each to find the members of "
             f"{', '.join(names)}"
         )
-    stage = "with" if config.alignment.enabled else "without"
+    stage = "without"
+    if aligned and config.alignment.enabled:
+        latent_shape(parts.model, config)
+        stage = "with"
     typer.echo(
         f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, seed {config.seed}"
     )

@@ -124,11 +124,11 @@ def erase(
         config: settings of all stages.
         latents: `[n, c, h, w]` encoded pictures by named word (the VAE's latents times its scaling
             factor): alignment noises these in place of denoising the word itself.
-        accelerator: an `accelerate.Accelerator`: its processes share the alignment stage (start
-            the script with `accelerate launch`; each erases its own copy of the model and all get
-            the same result) and its trackers get the losses.
-        checkpoint_dir: folder where the run keeps what it needs to go on: sums of the concepts
-            read so far, then a checkpoint of the alignment stage (megabytes).
+        accelerator: an `accelerate.Accelerator`: its processes share the search for members of a
+            category and the alignment stage (start the script with `accelerate launch`; each erases
+            its own copy of the model and all get the same result), its trackers get the losses.
+        checkpoint_dir: folder where the run keeps what it needs to go on: members found so far,
+            sums of the concepts read so far, then a checkpoint of the alignment stage (megabytes).
         resume: continue from that checkpoint, if there is one; the result is that of a run that
             was never stopped.
         progress: draw progress bars; `None` follows diffusers' switch.
@@ -179,7 +179,7 @@ def erase(
     if resume and checkpoint_dir is None:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
     if alignable:
-        latents = _checked_latents(latents, parsed, _latent_shape(model, config))
+        latents = _checked_latents(latents, parsed, latent_shape(model, config))
     elif latents:
         raise ValueError("latents: they are for the alignment stage, which does not run here")
     texts = text_streams(model, text_encoders, tokenizer)
@@ -213,24 +213,22 @@ def erase(
     noise = None
     if alignable or drawable:
         noise = scheduler or alignment.find_scheduler(model)
-    run = ""
-    if checkpoint_dir is not None:
-        folder = Path(checkpoint_dir)
-        run = _run(texts, parsed, kept_words, config, provenance, noise, latents)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     members = None
     if drawable:
-        processes = Processes(accelerator)
-
-        def measure(names: Sequence[str], words: Sequence[str]) -> Tensor:
-            return guidance_cosine(
-                model, noise, names, words, config=config.alignment,
-                progress=progress if processes.is_main else False, **_shown(texts),
-            )  # fmt: skip
-
+        drawing = config.alignment
+        settings = (drawing.guidance_scale, drawing.latent_size, drawing.mixed_precision)
+        own = _run(texts, noise, provenance, settings)
         members = MemberSearch(
-            measure, next(iter(layers.values())).weight.device, processes=processes,
-            place=None if checkpoint_dir is None else (folder, run, resume),
-        )  # fmt: skip
+            lambda names, words: guidance_cosine(
+                model, noise, names, words, config=drawing, **_shown(texts)
+            ),
+            next(iter(layers.values())).weight.device,
+            together=max(1, drawing.sampling_batch_size // 2),
+            processes=Processes(accelerator),
+            place=None if folder is None else (folder, own, resume),
+            progress=progress,
+        )
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
@@ -244,6 +242,13 @@ def erase(
             mined = near
             if not vocabulary.words:
                 logger.warning("the tokenizer offers no whole words: no neighbors are mined")
+    run = ""
+    if folder is not None:
+        run = _run(
+            texts, noise, provenance, [concept.to_dict() for concept in parsed], kept_words,
+            config.to_dict(), denoisers.weights_hash(latents or {}, torch.float32), near,
+            around.surplus,
+        )  # fmt: skip
     solved: dict[str, tuple[Solution, IncrementalSystem | None]] = {}
     for stream, sections in texts.items():
         with clock.stage("equations"):
@@ -255,7 +260,7 @@ def erase(
                 gone,
                 vocabulary,
                 config,
-                place=None if checkpoint_dir is None else (folder, stream, run, resume),
+                place=None if folder is None else (folder, stream, run, resume),
                 progress=progress,
             )
         with clock.stage("closed form"):
@@ -297,7 +302,7 @@ def erase(
                     latents=latents,
                     seed=config.seed,
                     accelerator=accelerator,
-                    checkpoint_dir=None if checkpoint_dir is None else folder,
+                    checkpoint_dir=folder,
                     resume=resume,
                     run=run,
                     progress=progress,
@@ -327,7 +332,7 @@ def erase(
         full = report.Report(**found, seconds=clock.seconds).to_dict()
         result = dataclasses.replace(draft, report=full, system=system, pooled_system=pooled_system)
         result.apply_(model)
-    if checkpoint_dir is not None:
+    if folder is not None:
         for stage in (*texts, checkpoint.MEMBERS):
             checkpoint.remove(folder, stage)
     return result
@@ -356,9 +361,12 @@ def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
     return {"text": joined, "empty": empty, "pooled_width": pooled[0].width}
 
 
-def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
-    """`(c, h, w)` of the latents that alignment denoises."""
-    options: Any = denoisers.unwrapped(model).config
+def latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
+    """`(c, h, w)` of the latents that alignment denoises.
+
+    Raises:
+        ValueError: it can't denoise with this model.
+    """
     try:
         denoisers.check_drawable(model, config.alignment.latent_size)
     except ValueError as error:
@@ -366,6 +374,7 @@ def _latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
             f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
             "the closed form alone"
         ) from None
+    options: Any = denoisers.unwrapped(model).config
     size = config.alignment.latent_size or options.sample_size
     return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
@@ -390,22 +399,19 @@ def _checked_latents(
 
 
 def _run(
-    texts: Mapping[Any, Sequence[Text]],
-    concepts: Sequence[Concept],
-    kept: Sequence[str],
-    config: EraseConfig,
-    provenance: Mapping[str, Any],
-    scheduler: Any,
-    latents: Mapping[str, Tensor] | None,
+    texts: Mapping[Any, Sequence[Text]], scheduler: Any, provenance: Mapping[str, Any], *more: Any
 ) -> str:
-    """Identifies what a checkpoint belongs to: everything that the result depends on."""
+    """Identifies what a checkpoint belongs to: everything that what it holds depends on.
+
+    Args:
+        more: beside model, text encoders and scheduler; plain JSON values.
+    """
     parts = [
-        [concept.to_dict() for concept in concepts], list(kept), config.to_dict(),
         provenance["base_hashes"], provenance["versions"],
         [text.fingerprint() for sections in texts.values() for text in sections],
         # Private entries come in an order of chance.
         {k: v for k, v in dict(getattr(scheduler, "config", {})).items() if k[0] != "_"},
-        denoisers.weights_hash(latents or {}, torch.float32),
+        *more,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -7,7 +7,6 @@ push its prediction the same way as the word does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -66,7 +65,6 @@ def guidance_cosine(
     empty: Tensor,
     config: AlignmentConfig,
     pooled_width: int | None = None,
-    progress: bool | None = False,
 ) -> Tensor:
     """Cosine between where words and where a category's name push the prediction.
 
@@ -88,7 +86,7 @@ def guidance_cosine(
         pooled_width: features of the pooled vector in a prompt's last row, for SDXL.
 
     Returns:
-        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction, -1
+        `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction, -inf
         where one is not finite (a warning says so).
     """
     found = torch.zeros(len(words))
@@ -107,19 +105,14 @@ def guidance_cosine(
     )  # fmt: skip
     asked = text.encode([fill(_PROMPT, name) for name in names])
     size = max(1, config.sampling_batch_size // len(_STARTS))
-    total = sampler.passes * -(-len(words) // size)
     try:
         denoiser.unwrapped(unet).eval()
-        with (
-            torch.no_grad(),
-            path.installed(),
-            progress_bars.bar(total=total, desc="members", progress=progress) as bar,
-        ):
+        with torch.no_grad(), path.installed():
             fixed = [path.condition(x[None], "original") for x in (empty[0], *asked)]
             for start in range(0, len(words), size):
                 part = slice(start, start + size)
                 states = text.encode([fill(_PROMPT, word) for word in words[part]])
-                found[part] = _cosine(sampler, states, fixed, bar)
+                found[part] = _cosine(sampler, states, fixed)
     finally:
         structure.restore()
     bad = ~found.isfinite()
@@ -128,10 +121,10 @@ def guidance_cosine(
             "members of %r: predictions for %d words are not finite, these go by their text",
             names[0], int(bad.sum()),
         )  # fmt: skip
-    return found.masked_fill(bad, -1.0)
+    return found.masked_fill(bad, -torch.inf)
 
 
-def _cosine(sampler: Denoiser, states: Tensor, fixed: Sequence[Conditioning], bar: Any) -> Tensor:
+def _cosine(sampler: Denoiser, states: Tensor, fixed: Sequence[Conditioning]) -> Tensor:
     """`[w]` for prompts `[w, t, d]` of words.
 
     Args:
@@ -155,7 +148,6 @@ def _cosine(sampler: Denoiser, states: Tensor, fixed: Sequence[Conditioning], ba
         dot = dot + (word * name).sum(-1).cpu()
         named_square = named_square + name.square().sum(-1).cpu()
         word_square = word_square + word.square().sum(-1).cpu()
-        bar.update(1)
     cosine = dot / (named_square * word_square).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return cosine.view(-1, words, starts).mean(-1).amax(0)
 
@@ -168,36 +160,50 @@ class MemberSearch:
         measure: Callable[[Sequence[str], Sequence[str]], Tensor],
         device: torch.device,
         *,
+        together: int,
         processes: Processes,
         place: tuple[Path, str, bool] | None,
+        progress: bool | None = False,
     ) -> None:
         """
         Args:
             measure: `guidance_cosine` of names and words.
             device: where processes exchange what they measured.
+            together: words that a process measures at a time; then they are in the checkpoint.
             processes: what shares the words; all get the same values.
-            place: of a checkpoint: folder, run, and whether to go on from what is there.
+            place: of a checkpoint: folder, what the values depend on, and whether to go on from
+                what is there.
         """
         self._measure, self._device, self._processes = measure, device, processes
-        self._place = place if processes.is_main else None
-        self._measured: dict[str, Tensor] = {}
-        if self._place is not None and self._place[2]:
-            saved = checkpoint.load(*self._place[:2], checkpoint.MEMBERS)
-            self._measured = {} if saved is None else saved[0]
+        self._together, self._place = together, place
+        self._progress = progress if processes.is_main else False
+        self._measured: dict[str, dict[str, float]] = {}
+        """By names and word."""
+        if place is not None and place[2]:
+            folder, run, _ = place
+            saved = checkpoint.load_together(folder, run, checkpoint.MEMBERS, processes, device)
+            self._measured = {} if saved is None else saved[1]
 
     def __call__(self, concept: Concept, words: Sequence[str]) -> Tensor:
         """`[w]` cosines of words and a category, on the CPU."""
-        asked = json.dumps([concept.words, words])
-        key = hashlib.sha256(asked.encode()).hexdigest()
-        # The main process alone reads checkpoints, so that all go by the same.
-        known = self._measured.get(key)
-        found = torch.zeros(len(words)) if known is None else known
-        if not self._processes.agreed(known is not None, self._device):
-            share = self._processes.share(len(words))
-            found[share] = self._measure(concept.words, words[share])
-        found = self._processes.summed(found, self._device)
-        if self._place is not None and known is None:
-            self._measured[key] = found
+        known = self._measured.setdefault(json.dumps(concept.words), {})
+        left = [word for word in words if word not in known]
+        size = self._together * self._processes.count
+        with progress_bars.bar(
+            total=len(words), initial=len(words) - len(left), desc="members",
+            progress=self._progress,
+        ) as bar:  # fmt: skip
+            for start in range(0, len(left), size):
+                part = left[start : start + size]
+                found, share = torch.zeros(len(part)), self._processes.share(len(part))
+                found[share] = self._measure(concept.words, part[share])
+                found = self._processes.summed(found, self._device)
+                known |= zip(part, found.tolist(), strict=True)
+                bar.update(len(part))
+                self._save()
+        return torch.tensor([known[word] for word in words])
+
+    def _save(self) -> None:
+        if self._place is not None and self._processes.is_main:
             folder, run, _ = self._place
-            checkpoint.save(folder, self._measured, {}, run, checkpoint.MEMBERS)
-        return found
+            checkpoint.save(folder, {}, self._measured, run, checkpoint.MEMBERS)

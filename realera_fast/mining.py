@@ -108,7 +108,8 @@ class MiningConfig:
     Default (ours): enough to hold directions that no other row defends, too little to hold the
     target."""
     max_words: int = 64
-    """Most words in the neighborhood of a concept, a count. Default (ours)."""
+    """Most words that are erased with a concept, a count; more that are in its neighborhood are
+    neither erased nor preserved, and the report warns of them. Default (ours)."""
     word_cosine: float = 0.6
     """No unit: least cosine between a word and the target, after the mean over all words is taken
     out, for the word to be in its neighborhood. Default (ours)."""

@@ -240,7 +240,7 @@ def test_dry_run_changes_nothing(run: Any, model: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert "would draw" not in text
     _, text, _ = run("erase", model, "-c", "cat", "--kind", "explicit", "--dry-run", "-o", out)
-    assert "would draw up to 256 words to find the members of cat" in text
+    assert "would draw up to 256 words each to find the members of cat" in text
 
 
 # --- erase, wrong inputs -------------------------------------------------------------------

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 from realera_fast import Concept, EraseConfig, embedded, erase
 from realera_fast.checkpoint import CheckpointError
 from realera_fast.families import text_streams
-from realera_fast.members import guidance_cosine
+from realera_fast.members import MemberSearch, guidance_cosine
 from realera_fast.mining import MiningConfig
+from realera_fast.processes import Processes
 from realera_fast.text import TextWithPooled
 from realera_fast.text_path import TextPath
 from realera_fast.training import AlignmentConfig
@@ -196,7 +197,7 @@ def test_numbers_that_are_not_finite_are_said_and_left_to_the_text(caplog):
     pipe = FAMILIES["sd1"]()
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(torch.inf)
-    assert torch.equal(cosines(pipe, ["dog"], ["cat", "ship"]), -torch.ones(2))
+    assert torch.equal(cosines(pipe, ["dog"], ["cat", "ship"]), torch.full((2,), -torch.inf))
     assert "not finite" in caplog.text
 
 
@@ -226,28 +227,120 @@ def test_a_search_that_is_cut_off_leaves_the_model_as_it_was(monkeypatch, error)
     assert all(p is processors[name] for name, p in pipe.unet.attn_processors.items())
 
 
-def test_a_resumed_run_draws_no_word_again(asked, monkeypatch, tmp_path):
+class Cut(KeyboardInterrupt):
+    """A run that ends where the test wants it."""
+
+
+def cut_off(*arguments):
+    raise Cut
+
+
+def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
+    """Every word is drawn once, and what comes out is what an uninterrupted run gives."""
+    config = dataclasses.replace(
+        CLOSED_FORM,
+        alignment=dataclasses.replace(CLOSED_FORM.alignment, sampling_batch_size=8),
+        vocabulary=dataclasses.replace(CLOSED_FORM.vocabulary, preserve_scale=5.0),
+    )
+    whole, pipe = FAMILIES["sd1"](), FAMILIES["sd1"]()
+    erase(whole, CATEGORY, config=config, progress=False)
+    drawn = [tuple(words) for words in asked]
+    assert len(drawn) > 2 and all(len(words) <= 4 for words in drawn)
+    asked.clear()
+    options = {"config": config, "checkpoint_dir": tmp_path, "progress": False}
     module = importlib.import_module("realera_fast.erase")
-    whole = FAMILIES["sd1"]()
-    erase(whole, CATEGORY, config=CLOSED_FORM, progress=False)
-    pipe, solve = FAMILIES["sd1"](), module.solve
+    counting = module.guidance_cosine
 
-    def cut(*arguments):
-        raise KeyboardInterrupt
+    def cut(*arguments, **more):
+        if len(asked) == 2:
+            raise Cut
+        return counting(*arguments, **more)
 
-    monkeypatch.setattr(module, "solve", cut)
-    options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(module, "guidance_cosine", cut)
         erase(pipe, CATEGORY, **options)
-    assert len(asked) == 2
-    monkeypatch.setattr(module, "solve", solve)
-    other = dataclasses.replace(CLOSED_FORM, seed=1)
-    with pytest.raises(CheckpointError, match="of another run"):
-        erase(pipe, CATEGORY, resume=True, **options | {"config": other})
+    # Later stages may change; what was drawn does not depend on them.
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(module, "solve", cut_off)
+        erase(pipe, CATEGORY, resume=True, **options)
     erase(pipe, CATEGORY, resume=True, **options)
-    assert len(asked) == 2 and not list(tmp_path.iterdir())
+    assert [tuple(words) for words in asked] == drawn
+    assert not list(tmp_path.iterdir())
     expected = whole.unet.state_dict()
     assert all(torch.equal(expected[k], v) for k, v in pipe.unet.state_dict().items())
-    # Without `resume` everything is made anew.
-    erase(FAMILIES["sd1"](), CATEGORY, **options)
-    assert len(asked) == 3
+
+
+def test_without_resume_all_is_drawn_anew_and_other_drawings_are_refused(
+    asked, tmp_path, monkeypatch
+):
+    module, pipe = importlib.import_module("realera_fast.erase"), FAMILIES["sd1"]()
+    monkeypatch.setattr(module, "solve", cut_off)
+    options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
+    for _ in range(2):
+        with pytest.raises(Cut):
+            erase(pipe, CATEGORY, **options)
+    assert len(asked) == 2
+    alignment = dataclasses.replace(CLOSED_FORM.alignment, guidance_scale=3.0)
+    other = {"config": dataclasses.replace(CLOSED_FORM, alignment=alignment)}
+    with pytest.raises(CheckpointError, match="members.safetensors is of another run"):
+        erase(pipe, CATEGORY, resume=True, **options | other)
+
+
+def test_sums_of_other_members_are_refused(tmp_path, monkeypatch):
+    """A search that finds other words than the one whose sums are in the checkpoint."""
+    module, pipe = importlib.import_module("realera_fast.erase"), FAMILIES["sd1"]()
+    solve = module.solve
+    options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
+
+    def only(member):
+        def found(unet, scheduler, names, words, **more):
+            return torch.tensor([float(word == member) for word in words])
+
+        return found
+
+    monkeypatch.setattr(module, "guidance_cosine", only("cat"))
+    monkeypatch.setattr(module, "solve", cut_off)
+    with pytest.raises(Cut):
+        erase(pipe, CATEGORY, **options)
+    (tmp_path / "members.safetensors").unlink()
+    monkeypatch.setattr(module, "solve", solve)
+    monkeypatch.setattr(module, "guidance_cosine", only("horse"))
+    with pytest.raises(CheckpointError, match="sequence.safetensors is of another run"):
+        erase(pipe, CATEGORY, resume=True, **options)
+
+
+class Rank(Processes):
+    """One of two processes; what the other one adds is known before."""
+
+    def __init__(self, rank, other):
+        super().__init__()
+        self.rank, self.count, self.other, self.sums = rank, 2, other, []
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            self.sums.append(tensor.clone())
+            if self.other is not None:
+                tensor += self.other[len(self.sums) - 1]
+
+
+def test_two_processes_measure_each_word_once():
+    words = [f"word{i}" for i in range(11)]
+    asked = {0: [], 1: []}
+
+    def search(rank, other):
+        def measure(names, part):
+            asked[rank].extend(part)
+            return torch.tensor([float(words.index(word)) for word in part])
+
+        processes = Rank(rank, other)
+        found = MemberSearch(
+            measure, torch.device("cpu"), together=2, processes=processes, place=None
+        )(Concept("name"), words)
+        return found, processes.sums
+
+    own = {rank: search(rank, None)[1] for rank in (0, 1)}
+    asked = {0: [], 1: []}
+    for rank in (0, 1):
+        found, _ = search(rank, own[1 - rank])
+        assert torch.equal(found, torch.arange(11.0))
+    assert sorted(asked[0] + asked[1]) == sorted(words) and asked[0] and asked[1]

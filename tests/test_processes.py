@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from test_alignment import UNCHECKED, run
 from tiny_models import tiny_pipeline
 
-from realera_fast import alignment
-from realera_fast.checkpoint import CheckpointError
+from realera_fast.checkpoint import ALIGNMENT, CheckpointError, load_together
 from realera_fast.processes import Processes
 from realera_fast.text import TextModel
 
@@ -188,18 +187,27 @@ class Beside:
 
     process_index, num_processes, trackers = 0, 2, ()
 
-    def __init__(self, other: float) -> None:
-        self.other = other
+    def __init__(self, *other: float) -> None:
+        self.other, self.sums = torch.tensor(other), 0
 
     def reduce(self, values, reduction):
+        self.sums += 1
         return values + self.other
 
 
-@pytest.mark.parametrize("broken", [0, 1])
-def test_a_checkpoint_that_one_process_can_not_read_stops_all(tmp_path, broken):
-    if broken == 0:
-        (tmp_path / "alignment.safetensors").write_bytes(b"nonsense")
-    keeper = alignment._Checkpoints(tmp_path, "a", Processes(Beside(float(broken))))
-    message = ("is not a checkpoint", "another process can't read")[broken]
+@pytest.mark.parametrize(
+    ("content", "other", "message"),
+    [
+        (b"nonsense", (0.0, 1.0), "is not a checkpoint of this library"),
+        (None, (1.0, 0.0), "another process can't read .*alignment.safetensors"),
+        (None, (0.0, 1.0), "not the same folder for all processes"),
+    ],
+)
+def test_a_checkpoint_that_one_process_can_not_read_stops_all(tmp_path, content, other, message):
+    if content is not None:
+        (tmp_path / "alignment.safetensors").write_bytes(content)
+    beside = Beside(*other)
     with pytest.raises(CheckpointError, match=message):
-        keeper.load(torch.device("cpu"))
+        load_together(tmp_path, "a", ALIGNMENT, Processes(beside), torch.device("cpu"))
+    # Whoever fails says so first: the other one would wait.
+    assert beside.sums == 1

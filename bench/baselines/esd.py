@@ -3,9 +3,10 @@
     | eps'(x_t, c) - (eps(x_t, c) - eta (eps(x_t, c) - eps(x_t, ""))) |^2
 
 with eta as the published code counts it, one more than the paper's. x_t is denoised by the model as
-it is trained, up to a random step; nothing is preserved. Trained are the cross-attention
-projections ("esd-x"). Several x_t are denoised together, for as many iterations: the published code
-denoises one anew for each, which is most of its time.
+it is trained, up to a random step, as in the paper (the published code takes the original model);
+nothing is preserved. Trained are the cross-attention projections ("esd-x"). Several x_t are
+denoised together, for as many iterations: the published code denoises one anew for each, which is
+most of its time.
 """
 
 from __future__ import annotations

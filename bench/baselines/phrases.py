@@ -60,10 +60,11 @@ class Phrases:
         key = tuple(concepts)
         if key not in self._words:
             vocabulary = encode_vocabulary(self.text, VocabularyConfig())
-            near = neighbor_words(
+            found = neighbor_words(
                 self.text, vocabulary, concepts, MiningConfig(), members=self._members
-            ).near
-            gone = {w.casefold() for c in concepts for w in (*c.words, *near[c.target])}
+            )
+            near = [w for words in (found.near, found.surplus) for w in words.values()]
+            gone = {w.casefold() for words in (*near, *(c.words for c in concepts)) for w in words}
             self._words[key] = tuple(w for w in vocabulary.words if w.casefold() not in gone)
         return self._words[key]
 
