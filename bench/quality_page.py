@@ -430,7 +430,9 @@ def sweep_lines() -> list[str]:
     return [
         "Every setting that was tried for the baselines. Tables use the best of each, of the "
         "second list where several things are erased at once, and the first table the authors' "
-        "too. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's embeddings.",
+        "too. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's embeddings. "
+        "ESD's `negative_guidance` is counted as in its published code; commit 1884259 counted "
+        "from the empty prompt, so 2.0 and 1.0 there are 3.0 and 2.0 here.",
         "",
         *lines,
     ]
