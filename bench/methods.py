@@ -136,11 +136,10 @@ BOTH = "both stages, gaussian (paper)"
 
 
 def baselines(*, authors: bool = True) -> dict[str, Method]:
-    """Each baseline with the tuned settings, and with its authors' (of ESD, which takes a minute
-    for each erasure, in the sweep alone)."""
+    """Each baseline with the tuned settings, and with its authors'."""
     found = {}
     for name, module in BASELINES.items():
-        if authors and module is not esd:
+        if authors:
             found[f"{name}, authors'"] = baseline(module, module.Settings())
         found[name] = baseline(module, TUNED[name])
     return found

@@ -519,12 +519,12 @@ never named to an eraser. The tokenizer lists them, though, and vocabulary minin
 Baselines are ours, written from the papers (`bench/baselines/`), each with the settings of its own
 small sweep that did best on words which are not judged (last table). MACE is its closed form alone,
 without the second stage; OCE, SPEED and MACE were published for Stable Diffusion, and their place
-here says nothing of their place there. ESD, which trains, has no second sweep for several at once,
-and its authors' settings are in the sweep alone. "closed form, gaussian (paper)" is RealEra's first
-stage as published; "both stages, gaussian (paper)" adds a noise alignment that follows the anchor,
-as published, and keeps whatever it gives; "both stages, gaussian" steers away from the concept and
-is checked, as the default is. All have this library's preserve prior, whose weight was chosen for
-the default and not for them, and values of this library where the paper publishes none.
+here says nothing of their place there. ESD, which trains, has no second sweep for several at once.
+"closed form, gaussian (paper)" is RealEra's first stage as published; "both stages, gaussian
+(paper)" adds a noise alignment that follows the anchor, as published, and keeps whatever it gives;
+"both stages, gaussian" steers away from the concept and is checked, as the default is. All have
+this library's preserve prior, whose weight was chosen for the default and not for them, and values
+of this library where the paper publishes none.
 """
 
 
