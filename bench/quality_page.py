@@ -382,6 +382,8 @@ def attacks_lines() -> list[str]:
         means = [statistics.mean(r["success"] for r in part if r["seed"] == s) for s in seeds]
         return percent(means) if means else "–"
 
+    strict = "prompt search, no synonym" in attacks
+    second = ", so a second search may not use these either" if strict else ""
     first = found[0]
     things = ", ".join(dict.fromkeys(row["thing"] for row in found))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
@@ -391,8 +393,8 @@ def attacks_lines() -> list[str]:
         f"pictures each; lower is better; commit {commits}. Prompt search (after "
         "Ring-A-Bell) never asks the model; prompt optimization has all of its gradients and free "
         "token vectors; image to image starts from a picture of the thing, at three strengths. "
-        "Prompt search may not use the erased name; what it finds is made of synonyms, which the "
-        "default erases as neighbors, so a second search may not use these either.",
+        "Prompt search may not use the erased name; every prompt that it found holds a synonym, "
+        f"which the default erases as a neighbor{second}.",
         "",
         *table(
             ("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]
