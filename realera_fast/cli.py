@@ -94,7 +94,10 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(metavar="fp32|bf16|fp16", help="Dtype in which the model is loaded and saved."),
+    typer.Option(
+        metavar="fp32|bf16|fp16",
+        help="Dtype in which the model is loaded and saved. On most CPUs the 16-bit ones are slow.",
+    ),
 ]
 Variant = Annotated[
     str | None,

@@ -40,6 +40,7 @@ from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.members import MemberSearch, can_be_drawn, guidance_cosine
 from realera_fast.pairs import ConceptPrompts, fill
+from realera_fast.precision import cpu_warnings
 from realera_fast.processes import Processes
 from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
@@ -119,7 +120,8 @@ def erase(
 
     Args:
         model: a U-Net or transformer of diffusers (fp32, bf16 or fp16; CPU or CUDA), or a pipeline,
-            classic or modular, that has one.
+            classic or modular, that has one. 16 bits on a CPU that does not multiply them natively
+            are slow, and a warning says so.
         text_encoders: its text encoder, or a tuple of them in the order of the pipeline; never
             changed. With a pipeline the concepts stand here.
         concepts: strings, `Concept`s or a mix; `"Van Gogh=art"` names an anchor.
@@ -237,6 +239,11 @@ def erase(
     noise = None
     if alignable or drawable:
         noise = scheduler or alignment.find_scheduler(model)
+    encoders = text_encoders if isinstance(text_encoders, tuple | list) else (text_encoders,)
+    autocast = config.alignment.mixed_precision == "bf16" and (alignable or drawable)
+    slow = cpu_warnings((model, *encoders), autocast=autocast)
+    for warning in slow:
+        logger.warning(warning)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     members = None
     if drawable:
@@ -345,7 +352,7 @@ def erase(
             found["reading"] = family.explained()
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
-            found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined))
+            found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined), *slow)
             if categories and not drawable:
                 found["warnings"] = (*found["warnings"], _NO_MEMBERS)
                 logger.warning(_NO_MEMBERS)

@@ -210,7 +210,8 @@ class Erasure:
             if name in self.lora:
                 wide_weight, factors = edited[name], self.lora[name]
                 up, down = factors.up.to(wide_weight), factors.down.to(wide_weight)
-                wide_weight[:, : down.shape[1]].addmm_(up, down)
+                # Not `addmm_`: some BLAS would round at the weight's magnitude with every term.
+                wide_weight[:, : down.shape[1]] += up @ down
                 edited[name] = wide_weight.to(weights[name].dtype)
             if not edited[name].isfinite().all():
                 raise ValueError(

@@ -30,6 +30,7 @@ from realera_fast.erasure import Erasure
 from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
+from realera_fast.precision import cpu_warnings
 from realera_fast.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -373,6 +374,8 @@ def verify(
         return [tuple(pictures[i : i + len(seeds)]) for i in range(0, len(pictures), len(seeds))]
 
     parts = components_of(pipe)
+    for warning in cpu_warnings(pipe.components.values()):
+        logger.warning(warning)
     with _applied(parts.model, erasure, False):
         before = draw("before:")
         maps = None if erasure.reading is None else erasure.reading.maps
