@@ -24,6 +24,7 @@ ORDER = (
     *(
         "metrics",
         "progress",
+        "names",
         "files",
         "safetensors_file",
         "processes",
