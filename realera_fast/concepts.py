@@ -153,7 +153,7 @@ def parse_concepts(
         concepts = [concepts]
     if concepts is None:
         raise TypeError("concepts: expected strings or Concepts, or a list of them, got None")
-    found = listed(concepts, "concepts", of="strings or Concepts")
+    found = listed(concepts, "concepts", of="strings or Concepts, or a list of them")
     parsed = tuple(c if isinstance(c, Concept) else parse_concept(c) for c in found)
     check_names(parsed, clean_names(preserve, "preserve"))
     return parsed

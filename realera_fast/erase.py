@@ -241,7 +241,7 @@ def erase(
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
-            text, vocabulary, parsed, config.mining, keep=kept_words,
+            text, vocabulary, parsed, config.mining, keep=kept_words, key=key,
             members=members, progress=progress,
         )  # fmt: skip
         near = around.near

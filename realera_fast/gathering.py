@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,7 @@ def neighbor_words(
     config: mining.MiningConfig,
     *,
     keep: Sequence[str] = (),
+    key: Callable[[str], Hashable] = folded,
     members: Callable[[Concept, Sequence[str]], Tensor] | None = None,
     progress: bool | None = False,
 ) -> Neighborhood:
@@ -97,6 +98,7 @@ def neighbor_words(
 
     Args:
         keep: words that are never neighbors (preserved words and anchors).
+        key: equal for words that are the same; named words are not their own neighbors.
         members: cosine `[w]` between a category and words as the model draws them
             (`members.guidance_cosine`); asked for concepts of kind "explicit".
     """
@@ -108,12 +110,12 @@ def neighbor_words(
     named = [word for c in concepts for word in (*c.words, c.destination or "")]
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
     parts = [part for phrase in (*named, *keep) for part in (phrase, *phrase.split())]
-    taken = {text.name_key(part) for part in parts}
+    taken = {key(part) for part in parts}
     # Other spellings of what is erased can be neighbors, but nothing that is to be kept.
     spelled = {folded(word) for c in concepts for word in c.words}
     best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64)
     owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
-    known = torch.tensor([text.name_key(word) in taken for word in vocabulary.words])
+    known = torch.tensor([key(word) in taken for word in vocabulary.words])
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for start in range(0, len(concepts), _TOGETHER):
             part = concepts[start : start + _TOGETHER]

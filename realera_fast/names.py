@@ -89,7 +89,7 @@ def folded(text: str) -> str:
     return " ".join(text.split())
 
 
-def listed(values: Any, what: str, *, of: str = "strings") -> tuple[Any, ...]:
+def listed(values: Any, what: str, *, of: str = "a list of strings") -> tuple[Any, ...]:
     """The items of an argument that takes several, read once; None is none.
 
     The items of a set are sorted, as its own order differs from run to run.
@@ -100,13 +100,13 @@ def listed(values: Any, what: str, *, of: str = "strings") -> tuple[Any, ...]:
     if values is None:
         return ()
     if isinstance(values, str):
-        raise TypeError(f"{what}: expected a list of {of}, got one string: write [{values!r}]")
+        raise TypeError(f"{what}: expected {of}, got one string: write [{values!r}]")
     if isinstance(values, bytes | bytearray | memoryview | Mapping):
-        raise TypeError(f"{what}: expected a list of {of}, got {type(values).__name__}")
+        raise TypeError(f"{what}: expected {of}, got {type(values).__name__}")
     try:
         items = tuple(values)
     except TypeError:
-        raise TypeError(f"{what}: expected a list of {of}, got {type(values).__name__}") from None
+        raise TypeError(f"{what}: expected {of}, got {type(values).__name__}") from None
     return tuple(sorted(items, key=str)) if isinstance(values, set | frozenset) else items
 
 

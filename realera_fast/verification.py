@@ -419,7 +419,7 @@ def verify(
 
 def _seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(seed) for seed in listed(seeds, "seeds", of="ints"))
+        return tuple(operator.index(seed) for seed in listed(seeds, "seeds", of="a list of ints"))
     except TypeError as error:
         raise TypeError(f"seeds: expected a list of ints, got {seeds!r}"[:200]) from error
 
