@@ -261,10 +261,12 @@ def erase(
     if dry_run:
         _check_output(out, force)
         pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        _check_tokens(pipe, concepts, preserved, settings)
         _echo_plan(pipe, concepts, preserved, settings, out, wanted)
         return
     with _output_folder(out, force) as folder:
         pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        _check_tokens(pipe, concepts, preserved, settings)
         if "pipeline" in wanted:
             _check_space(pipe, folder)
         edited = components_of(pipe).model
@@ -771,6 +773,18 @@ def _concepts(
         raise _usage("--concept", str(error)) from error
 
 
+def _check_tokens(
+    pipe: Any, concepts: Sequence[Concept], preserve: Sequence[str], config: EraseConfig
+) -> None:
+    """What only the model's tokenizers can tell of the names is wrong usage like all else."""
+    parts = components_of(pipe)
+    texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
+    try:
+        check_tokens(texts, concepts, preserve, config)
+    except ValueError as error:
+        raise _usage("--concept", str(error)) from error
+
+
 def _settings(
     file: Path | None, *, mining: str | None, no_align: bool, seed: int | None
 ) -> EraseConfig:
@@ -933,9 +947,7 @@ def _echo_plan(
 ) -> None:
     parts = components_of(pipe)
     layers = projections(parts.model)
-    texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
-    check_tokens(texts, concepts, preserve, config)
-    text = texts["sequence"][0]
+    text = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"][0]
     weight = next(iter(layers.values())).weight
     dtype = str(weight.dtype).removeprefix("torch.")
     typer.echo(f"would edit {len(layers)} projections of {type(parts.model).__name__} ({dtype})")

@@ -19,10 +19,6 @@ MARKER = "complete.json"
 """Written last into a folder: sizes and SHA-256 of its files. Without it the folder is a part."""
 
 
-_PREFIX = ".realera_fast."
-"""Of temporary names: made of the target's, they could be longer than a name may be."""
-
-
 def read_json(text: str | bytes, *, constants: bool = False) -> Any:
     """The value of a JSON text.
 
@@ -90,6 +86,11 @@ def _outputs() -> Iterator[os.stat_result]:
             yield os.fstat(stream)
 
 
+def _prefix(path: Path) -> str:
+    """Of a temporary name beside `path`; a whole name with more to it could be too long."""
+    return f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
+
+
 def write_atomically(path: str | Path, *chunks: bytes | memoryview) -> None:
     """Writes a file so that a reader sees the old one or the whole new one, never a part.
 
@@ -101,7 +102,7 @@ def write_atomically(path: str | Path, *chunks: bytes | memoryview) -> None:
         OSError: it can't be written, or something is there that is not a regular file.
     """
     path = regular(path)
-    temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     # Exclusive, and with the permissions of an ordinary new file.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -145,7 +146,7 @@ def folder_atomically(out: Path, *, replace: bool = False) -> Iterator[Path]:
         what = "is not empty" if out.is_dir() else "is not a folder"
         raise FileExistsError(17, f"{what}; name a new folder", str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=out.parent))
+    staged = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
     try:
         if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied", str(out))
@@ -178,7 +179,7 @@ def folder_atomically(out: Path, *, replace: bool = False) -> Iterator[Path]:
 def _replace(new: Path, old: Path, aside: Path) -> None:
     """Moves `new` to `old`; what was there goes into the folder `aside`, which is then deleted."""
     if old.is_dir() and not old.is_symlink():
-        os.rename(old, aside / f"{_PREFIX}{secrets.token_hex(8)}.old")
+        os.rename(old, aside / f"{_prefix(old)}{secrets.token_hex(8)}.old")
     elif new.is_dir():
         old.unlink(missing_ok=True)
     os.replace(new, old)
