@@ -125,7 +125,7 @@ def write_card(
     if is_folder or alone:
         target = (path if is_folder else path.parent) / "README.md"
     try:
-        write_atomically(target, card.encode())
+        write_atomically(target, card.encode(errors="replace"))
     except OSError as error:
         logger.warning("no model card was written to %s: %s", target, error.strerror)
     return target

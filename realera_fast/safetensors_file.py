@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from realera_fast.files import read_json, regular, write_atomically
+from realera_fast.names import valid
 
 MAX_HEADER_BYTES = 16 << 20
 """Of the files that are written here; a header of one that is read may have 100 MB."""
@@ -202,6 +203,8 @@ def _encoded(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
 
 
 def _place(path: Path, head: bytes, *chunks: memoryview) -> Path:
+    # The safetensors package opens no other.
+    valid(str(path), "path")
     if path.is_dir():
         raise ValueError(f"path: {path} is a folder; name a file in it")
     try:

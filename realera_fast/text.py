@@ -85,11 +85,16 @@ def _saved_words(name: str, options: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _rows(text_encoder: Any) -> int | None:
+    """How many words a text encoder knows now; None where it can't be told."""
+    table = getattr(text_encoder, "get_input_embeddings", lambda: None)()
+    return getattr(table, "num_embeddings", None)
+
+
 def _check_words(text_encoder: Any, saved: int, tokenizer: Any, place: str) -> None:
     """Refuses a tokenizer from disk where the encoder's words changed since it was saved."""
-    table = getattr(text_encoder, "get_input_embeddings", lambda: None)()
-    rows = getattr(table, "num_embeddings", saved)
-    if rows != saved:
+    rows = _rows(text_encoder)
+    if rows not in (None, saved):
         raise ValueError(
             f"tokenizer: the text encoder has {rows} words, and {saved} where it was loaded from, "
             f"so the tokenizer in {place} ({len(tokenizer)} words) may not know some of them, such "
@@ -233,8 +238,19 @@ class TextModel:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def name_key(self, name: str) -> Hashable:
-        """The tokens of a name: equal for names that are the same to the encoder."""
-        return tuple(self.token_ids(self._prepared(name)))
+        """The tokens of a name: equal for names that are the same to the encoder.
+
+        Raises:
+            ValueError: the encoder does not know one of them.
+        """
+        found = tuple(self.token_ids(self._prepared(name)))
+        words = _rows(self.encoder)
+        if words is not None and max(found, default=0) >= words:
+            raise ValueError(
+                f"tokenizer: {name!r} has token {max(found)}, the text encoder knows {words}: pass "
+                "the tokenizer that belongs to it"
+            )
+        return found
 
     def control_token(self, text: str) -> str | None:
         """A control token of the tokenizer (end-of-text, padding) that the text holds, if any."""

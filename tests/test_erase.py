@@ -339,7 +339,9 @@ def test_a_concept_can_be_withdrawn(pipe, tmp_path):
     both = run(pipe, ["cat", "dog"], KEEP)
     path = both.save(tmp_path / "both.safetensors")
     both.restore_(pipe.unet)
-    dog = both.without("cat")
+    dog = both.without(" cat\n")
+    with pytest.raises(TypeError, match="targets must be a string, got list"):
+        both.without(["cat"])
     assert [c.target for c in dog.concepts] == ["dog"]
     # The first erasure is as it was, and its file holds the same equations.
     assert both.system.concepts == ("cat", "dog")

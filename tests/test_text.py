@@ -75,6 +75,14 @@ def test_a_tokenizer_without_the_words_added_since_is_refused(tmp_path):
     assert TextModel(both).token_ids("<bun>") == [len(tokenizer) - 1]
 
 
+def test_a_word_that_the_encoder_does_not_know_is_refused():
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_text_encoder(tokenizer=tokenizer)
+    tokenizer.add_tokens("<bun>")
+    with pytest.raises(ValueError, match=r"tokenizer: 'a <bun>' has token \d+, the text"):
+        TextModel(encoder, tokenizer).name_key("a <bun>")
+
+
 def test_rows_that_pad_the_table_are_no_words(tmp_path):
     tokenizer = t5_tokenizer()
     config = t5(16, seed=0, dtype=torch.float32).config
