@@ -31,6 +31,7 @@ from provenance import provenance
 from realera_fast import Concept, EraseConfig, Erasure, embedded, erase
 from realera_fast.clip_judge import ClipJudge
 from realera_fast.families import components_of
+from realera_fast.files import read_json
 from realera_fast.loading import DTYPES, find_device, load_pipeline
 from realera_fast.metrics import Scores, accuracy
 from realera_fast.page import Table, write_html
@@ -313,7 +314,7 @@ def _told(value: float | None) -> str:
 
 def read_prompts(file: Path, limit: int | None) -> list[dict[str, str]]:
     """Rows of a CSV file with a column ``prompt`` (or ``caption``), names in lower case."""
-    with open(file, encoding="utf-8", newline="") as opened:
+    with open(file, encoding="utf-8-sig", newline="") as opened:
         rows = [
             {k.strip().lower(): v for k, v in row.items() if k} for row in csv.DictReader(opened)
         ]
@@ -368,7 +369,7 @@ def main() -> None:
         judge = None
     config = EraseConfig()
     if arguments.config:
-        config = EraseConfig.from_dict(json.loads(arguments.config.read_text()))
+        config = EraseConfig.from_dict(read_json(arguments.config.read_bytes()))
     pipe = load_pipeline(
         arguments.model,
         dtype=DTYPES[arguments.dtype],

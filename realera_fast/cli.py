@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from realera_fast.concept_file import read_concepts
 from realera_fast.concepts import KINDS, Concept, parse_concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.denoiser import projections
+from realera_fast.erase import check_tokens
 from realera_fast.erase import erase as erase_concepts
 from realera_fast.erasure import Erasure, read_description
 from realera_fast.families import (
@@ -38,9 +40,10 @@ from realera_fast.families import (
     text_streams,
     why_not_aligned,
 )
-from realera_fast.files import folder_atomically
+from realera_fast.files import folder_atomically, read_json
 from realera_fast.loading import DTYPES, find_device, load_pipeline
 from realera_fast.members import can_be_drawn
+from realera_fast.names import clean_names
 
 PROGRAM = "realera-fast"
 
@@ -267,10 +270,12 @@ def erase(
     if dry_run:
         _check_output(out, force)
         pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        _check_tokens(pipe, concepts, preserved, settings)
         _echo_plan(pipe, concepts, preserved, settings, out, wanted)
         return
     with _output_folder(out, force) as folder:
         pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        _check_tokens(pipe, concepts, preserved, settings)
         if "pipeline" in wanted:
             _check_space(pipe, folder)
         edited = components_of(pipe).model
@@ -629,6 +634,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
+        _check_text(arguments)
         code = app(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer's word for KeyboardInterrupt
@@ -699,6 +705,24 @@ def _settings_kept() -> Iterator[None]:
             (module.enable_progress_bar if bars else module.disable_progress_bar)()
 
 
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments that this system could not read as text."""
+    for place, argument in enumerate(arguments):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            before = arguments[place - 1] if place else ""
+            named = argument.split("=")[0] if argument.startswith("--") else before
+            told = argument.encode("utf-8", "backslashreplace").decode()
+            # Bytes that are not valid stand for themselves in the upper half of the surrogates.
+            told = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", told)
+            raise _usage(
+                named if named.startswith("-") else f"argument {place + 1}",
+                f"'{told}' is not valid text; pass it in this terminal's encoding "
+                f"({sys.getfilesystemencoding()})",
+            ) from None
+
+
 def _usage(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=f"'{option}'")
 
@@ -743,6 +767,10 @@ def _concepts(
         raise _usage("--concept", "expected --concept, or --concepts with a file")
     if synonyms and len(words) != 1:
         raise _usage("--synonym", f"needs exactly one --concept, got {len(words)}")
+    try:
+        preserve = clean_names(preserve, "preserve")
+    except ValueError as error:
+        raise _usage("--preserve", str(error)) from error
     if file is not None:
         return parse_concepts(read_concepts(file, kind=kind), preserve=preserve), list(preserve)
     try:
@@ -754,6 +782,18 @@ def _concepts(
         raise _usage("--concept", str(error)) from error
 
 
+def _check_tokens(
+    pipe: Any, concepts: Sequence[Concept], preserve: Sequence[str], config: EraseConfig
+) -> None:
+    """What only the model's tokenizers can tell of the names is wrong usage like all else."""
+    parts = components_of(pipe)
+    texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
+    try:
+        check_tokens(texts, concepts, preserve, config)
+    except ValueError as error:
+        raise _usage("--concept", str(error)) from error
+
+
 def _settings(
     file: Path | None, *, mining: str | None, no_align: bool, seed: int | None
 ) -> EraseConfig:
@@ -761,7 +801,7 @@ def _settings(
     config = EraseConfig()
     if file is not None:
         try:
-            config = EraseConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            config = EraseConfig.from_dict(read_json(file.read_bytes()))
         except OSError as error:
             raise _usage("--config", f"{file}: {error.strerror}") from error
         except ValueError as error:

@@ -10,12 +10,14 @@
 ``.txt``                one string a line; empty lines and those that begin with ``#`` don't count
 ======================  =========================================================================
 
-The file is not trusted: it is read whole or not at all.
+The file is not trusted: it is read whole or not at all. Lines end where editors end them (LF, CR
+LF, CR) and not at Unicode's other separators, which may stand inside of a name.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from realera_fast.concepts import Concept, parse_concept, parse_concepts
+from realera_fast.files import fields_once
 
 FIELDS = ("target", "anchor", "kind", "synonyms")
 NOTHING = "-"
@@ -59,11 +62,7 @@ def read_concepts(path: str | os.PathLike[str], *, kind: str = "object") -> tupl
     if size > _MAX_BYTES:
         raise ConceptFileError(f"{path}: {size} bytes, at most {_MAX_BYTES} are read; split it")
     data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConceptFileError(f"{path}, line {line}: is not UTF-8; save it as UTF-8") from error
+    text = _decoded(path, data)
     concepts: list[Concept] = []
     first: dict[str, int] = {}
     lines: list[int] = []
@@ -74,7 +73,7 @@ def read_concepts(path: str | os.PathLike[str], *, kind: str = "object") -> tupl
                 raise value
             concept = _concept(value, kind)
             for word in concept.words:
-                if (before := first.setdefault(word.casefold(), line)) != line:
+                if (before := first.setdefault(word, line)) != line:
                     raise ValueError(f"{word!r} is named in line {before} already; leave one out")
         except (ValueError, TypeError) as error:
             bad.append((line, str(error)))
@@ -83,7 +82,7 @@ def read_concepts(path: str | os.PathLike[str], *, kind: str = "object") -> tupl
         lines.append(line)
     for concept, line in zip(concepts, lines, strict=True):
         anchor = concept.destination
-        if anchor is not None and (other := first.get(anchor.casefold())):
+        if anchor is not None and (other := first.get(anchor)):
             bad.append(
                 (line, f"its anchor {anchor!r} is erased in line {other}; choose one that stays")
             )
@@ -97,10 +96,27 @@ def read_concepts(path: str | os.PathLike[str], *, kind: str = "object") -> tupl
     return parse_concepts(concepts)
 
 
+def _decoded(path: Path, data: bytes) -> str:
+    """The text of a file, with line feeds at the ends of its lines."""
+    hint = "save it as UTF-8"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+        raise ConceptFileError(f"{path}, line 1: is UTF-16 or UTF-32, not UTF-8; {hint}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConceptFileError(f"{path}, line {line}: is not UTF-8; {hint}") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise ConceptFileError(
+            f"{path}, line {line}: holds a NUL character, as UTF-16 does; {hint}"
+        )
+    return text
+
+
 def _concept(value: Any, kind: str) -> Concept:
     if isinstance(value, str):
-        if "\0" in value:
-            raise ValueError("holds a NUL character; remove it")
         return parse_concept(value, kind=kind)
     if not isinstance(value, Mapping):
         raise ValueError(
@@ -114,23 +130,23 @@ def _concept(value: Any, kind: str) -> Concept:
     if not isinstance(synonyms, list | tuple):
         raise ValueError(f"synonyms: expected a list of strings, got {type(synonyms).__name__}")
     for text in (*strings, *synonyms):
+        if isinstance(text, Exception):
+            raise text
         if not isinstance(text, str):
             raise ValueError(f"expected strings, got {text!r}"[:200])
-        if "\0" in text:
-            raise ValueError("holds a NUL character; remove it")
     found = value.get("kind")
     return Concept(value["target"], value.get("anchor"), found or kind, tuple(synonyms))
 
 
 def _from_lines(text: str) -> Entries:
-    for line, value in enumerate(text.splitlines(), start=1):
+    for line, value in enumerate(text.split("\n"), start=1):
         if value.strip() and not value.lstrip().startswith("#"):
             yield line, value
 
 
 def _from_table(delimiter: str) -> Callable[[str], Entries]:
     def read(text: str) -> Entries:
-        rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+        rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
         names: list[str] | None = None
         while True:
             line = rows.line_num + 1
@@ -175,19 +191,32 @@ def _row(names: list[str], row: list[str]) -> Any:
     return value
 
 
+def _fields(pairs: list[tuple[str, Any]]) -> Any:
+    """The fields of a JSON object; an error where one is there twice, so that reading goes on."""
+    try:
+        return fields_once(pairs)
+    except ValueError as error:
+        return error
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_fields,
+    parse_constant=lambda name: ValueError(f"holds {name}, which is not a number of JSON"),
+)
+
+
 def _from_json_lines(text: str) -> Entries:
-    for line, value in enumerate(text.splitlines(), start=1):
+    for line, value in enumerate(text.split("\n"), start=1):
         if not value.strip():
             continue
         try:
-            yield line, json.loads(value)
+            yield line, _DECODER.decode(value)
         except (ValueError, RecursionError) as error:
             yield line, ValueError(f"is not JSON: {error}"[:200])
 
 
 def _from_json(text: str) -> Entries:
     """Element by element, so that the line of each is known."""
-    decoder = json.JSONDecoder()
     at, line = 0, 1
 
     def skip(to: int) -> int:
@@ -207,10 +236,12 @@ def _from_json(text: str) -> Entries:
         return
     while True:
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             wrong = getattr(error, "lineno", line)
-            yield wrong, ValueError(f"is not JSON: {getattr(error, 'msg', 'nested too deeply')}")
+            deep = isinstance(error, RecursionError)
+            what = "nested too deeply" if deep else getattr(error, "msg", error)
+            yield wrong, ValueError(f"is not JSON: {what}"[:200])
             return
         yield line, value
         at = skip(end)
@@ -229,6 +260,8 @@ def _from_yaml(text: str) -> Entries:
     except ImportError as error:
         raise ConceptFileError("YAML needs the package pyyaml: pip install pyyaml") from error
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    # YAML 1.1 ends lines here too.
+    text = text.translate(dict.fromkeys((0x85, 0x2028, 0x2029), " "))
     try:
         root = yaml.compose(text, loader)
     except yaml.MarkedYAMLError as error:
@@ -236,7 +269,8 @@ def _from_yaml(text: str) -> Entries:
         yield (mark.line + 1 if mark else 1), ValueError(f"is not YAML: {error.problem}"[:200])
         return
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        yield 1, ValueError(f"is not YAML: {error}"[:200])
+        place = getattr(error, "position", 0)
+        yield text.count("\n", 0, place) + 1, ValueError(f"is not YAML: {error}"[:200])
         return
     if root is None:
         return

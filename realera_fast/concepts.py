@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from realera_fast.names import clean, clean_names, listed, shown
 
 KINDS = ("object", "style", "person", "explicit")
 """Kinds of concept: each has its own prompt templates and its own anchor."""
@@ -36,9 +38,12 @@ class Concept:
         synonyms: further words for the same thing, erased with it. Words that are not named here
             are found by neighbor mining.
 
+    Names are kept with composed accents (Unicode's NFC) and single spaces. Whether two that differ
+    in case are two names is up to the model's tokenizers: `erase` looks at that.
+
     Raises:
-        ValueError: empty words, an unknown kind, a target or synonym equal to the anchor, or a
-            synonym written twice.
+        ValueError: empty words, an unknown kind, a target or synonym equal to the anchor, a synonym
+            written twice, or characters that nobody sees (`names.clean`).
         TypeError: a field of the wrong type.
     """
 
@@ -48,10 +53,6 @@ class Concept:
     synonyms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, str):
-            raise TypeError(f"Concept.target must be a string, got {type(self.target).__name__}")
-        if self.anchor is not None and not isinstance(self.anchor, str):
-            raise TypeError(f"Concept.anchor must be a string, got {type(self.anchor).__name__}")
         if isinstance(self.synonyms, str):
             raise TypeError(
                 "Concept.synonyms must be a tuple of strings, got one string: "
@@ -59,22 +60,28 @@ class Concept:
             )
         if self.kind not in KINDS:
             raise ValueError(f"Concept.kind must be one of {KINDS}, got {self.kind!r}")
-        object.__setattr__(self, "target", " ".join(self.target.split()))
-        if self.anchor is not None:
-            object.__setattr__(self, "anchor", " ".join(self.anchor.split()))
-        object.__setattr__(self, "synonyms", tuple(" ".join(s.split()) for s in self.synonyms))
-        seen: set[str] = set()
-        for field, word in (("target", self.target), *(("synonyms", s) for s in self.synonyms)):
-            if not word:
+        given = (self.target, *listed(self.synonyms, "Concept.synonyms"))
+        words = []
+        for field, word in zip(("target", *["synonyms"] * (len(given) - 1)), given, strict=True):
+            words.append(clean(word, f"Concept.{field}"))
+            if not words[-1]:
                 raise ValueError(f"Concept.{field} is empty: name what is to be erased")
-            if self.destination is not None and word.casefold() == self.destination.casefold():
+        anchor = None if self.anchor is None else clean(self.anchor, "Concept.anchor")
+        # As typed; what only a tokenizer finds to be the same, such as composed and decomposed
+        # accents or upper and lower case, `erase` refuses.
+        typed = [" ".join(word.split()) for word in given]
+        aim = None if self.destination is None else " ".join(self.destination.split())
+        for place, word in enumerate(typed):
+            if word == aim:
                 raise ValueError(
-                    f"Concept.{field} {word!r} equals its anchor {self.destination!r}: "
-                    "nothing would be erased; choose another anchor"
+                    f"Concept.{'synonyms' if place else 'target'} {word!r} equals its anchor "
+                    f"{aim!r}: nothing would be erased; choose another anchor"
                 )
-            if word.casefold() in seen:
-                raise ValueError(f"Concept {self.target!r} names {word!r} twice: leave one out")
-            seen.add(word.casefold())
+            if word in typed[:place]:
+                raise ValueError(f"Concept {typed[0]!r} names {word!r} twice: leave one out")
+        fields = {"target": words[0], "anchor": anchor, "synonyms": tuple(words[1:])}
+        for field, value in (*fields.items(), ("kind", str(self.kind))):
+            object.__setattr__(self, field, value)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -114,7 +121,7 @@ class Concept:
             raise ValueError(
                 f"a concept has the fields target, anchor, kind, synonyms; got {sorted(values)}"
             )
-        return cls(**{**values, "synonyms": tuple(values.get("synonyms", ()))})
+        return cls(**values)
 
 
 def parse_concept(text: str, *, kind: str = "object") -> Concept:
@@ -140,30 +147,63 @@ def parse_concepts(
     Raises:
         ValueError: a word named by two concepts, or both erased and preserved (or an anchor that
             another concept erases).
+        TypeError: something else than strings and `Concept`s.
     """
     if isinstance(concepts, str | Concept):
         concepts = [concepts]
-    if not isinstance(concepts, Iterable):
-        raise TypeError(
-            f"concepts: expected strings or Concepts, or a list of them, got "
-            f"{type(concepts).__name__}"
-        )
-    parsed = tuple(c if isinstance(c, Concept) else parse_concept(c) for c in concepts)
-    owner: dict[str, Concept] = {}
-    for concept in parsed:
-        for word in concept.words:
-            if word.casefold() in owner:
-                raise ValueError(f"concepts: {word!r} is named twice; leave one out")
-            owner[word.casefold()] = concept
-    for word in preserve:
-        if not isinstance(word, str) or not word.strip():
-            raise ValueError(f"preserve: expected non-empty strings, got {word!r}")
-        if " ".join(word.split()).casefold() in owner:
-            raise ValueError(f"preserve: {word!r} is also to be erased; decide for one of the two")
-    for concept in parsed:
-        if concept.destination is not None and concept.destination.casefold() in owner:
-            raise ValueError(
-                f"concepts: the anchor {concept.destination!r} of {concept.target!r} is itself "
-                "erased; choose an anchor that stays"
-            )
+    if concepts is None:
+        raise TypeError("concepts: expected strings or Concepts, or a list of them, got None")
+    found = listed(concepts, "concepts", of="strings or Concepts, or a list of them")
+    parsed = tuple(c if isinstance(c, Concept) else parse_concept(c) for c in found)
+    check_names(parsed, clean_names(preserve, "preserve"))
     return parsed
+
+
+def check_names(
+    concepts: Iterable[Concept],
+    preserve: Iterable[str] = (),
+    *,
+    key: Callable[[str], Hashable] = str,
+) -> None:
+    """Makes sure that no name is to go twice, or to go and to stay.
+
+    Args:
+        preserve: words that must stay, cleaned.
+        key: equal for names that are the same; by default only for equal ones, which is what holds
+            for every model.
+
+    Raises:
+        ValueError: one is.
+    """
+    owner: dict[Hashable, str] = {}
+
+    def told(word: str, other: str) -> str:
+        return shown(word) + ("" if word == other else f" (to this model the same as {other!r})")
+
+    concepts = tuple(concepts)
+    for concept in concepts:
+        anchor = concept.destination
+        for word in concept.words:
+            if anchor is not None and key(word) == key(anchor):
+                raise ValueError(
+                    f"concepts: {told(word, anchor)} equals its anchor {anchor!r}: nothing would "
+                    "be erased; choose another anchor"
+                )
+            if key(word) in owner:
+                raise ValueError(
+                    f"concepts: {told(word, owner[key(word)])} is named twice; leave one out"
+                )
+            owner[key(word)] = word
+    for word in preserve:
+        if key(word) in owner:
+            raise ValueError(
+                f"preserve: {told(word, owner[key(word)])} is also to be erased; decide for one of "
+                "the two"
+            )
+    for concept in concepts:
+        anchor = concept.destination
+        if anchor is not None and key(anchor) in owner:
+            raise ValueError(
+                f"concepts: the anchor {told(anchor, owner[key(anchor)])} of {concept.target!r} is "
+                "itself erased; choose an anchor that stays"
+            )

@@ -77,8 +77,6 @@ def _from_dict(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     for name, value in values.items():
         if cls is EraseConfig and name in _PARTS:
             value = _from_dict(_PARTS[name], value, f"{where}.{name}")
-        elif name == "templates" and value is not None:
-            value = {kind: tuple(templates) for kind, templates in value.items()}
         arguments[name] = value
     try:
         return cls(**arguments)

@@ -28,6 +28,7 @@ from realera_fast.erase import erase
 from realera_fast.erasure import Erasure
 from realera_fast.files import write_atomically
 from realera_fast.metrics import Scores, accuracy
+from realera_fast.names import folded
 from realera_fast.page import ScoreLine, Table, write_html
 from realera_fast.verification import (
     Group,
@@ -603,10 +604,8 @@ def _check_held_out(concepts: Sequence[Concept], table: Any) -> list[str]:
     for concept in concepts:
         entry = (table.style if concept.kind == "style" else table.thing)(concept.target)
         held_out += entry.synonyms
-    given = {
-        w.casefold() for concept in concepts for w in (*concept.words, concept.destination or "")
-    }
-    leaked = [word for word in held_out if word.casefold() in given]
+    given = {folded(w) for c in concepts for w in (*c.words, c.destination or "")}
+    leaked = [word for word in held_out if folded(word) in given]
     if leaked:
         raise ValueError(
             f"concepts name held-out words {leaked}: generality could not be measured with them"

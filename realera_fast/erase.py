@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from realera_fast import progress as progress_bars
 from realera_fast.alignment import Alignment, align_noise
 from realera_fast.closed_form import NormalEquations, Solution
 from realera_fast.concept_map import ConceptMap
-from realera_fast.concepts import Concept, parse_concepts
+from realera_fast.concepts import Concept, check_names, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, history_of
 from realera_fast.families import (
@@ -39,6 +40,7 @@ from realera_fast.families import (
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.members import MemberSearch, can_be_drawn, guidance_cosine
+from realera_fast.names import clean, clean_names, folded
 from realera_fast.pairs import ConceptPrompts, fill
 from realera_fast.precision import cpu_warnings
 from realera_fast.processes import Processes
@@ -98,10 +100,10 @@ def solve(
 def erase(
     model: Any,
     text_encoders: Any = None,
-    concepts: str | Concept | Sequence[str | Concept] | None = None,
+    concepts: str | Concept | Iterable[str | Concept] | None = None,
     *,
     tokenizer: Any = None,
-    preserve: Sequence[str] = (),
+    preserve: Iterable[str] | None = (),
     scheduler: Any = None,
     reading: Family | None = None,
     config: EraseConfig | None = None,
@@ -124,7 +126,9 @@ def erase(
             are slow, and a warning says so.
         text_encoders: its text encoder, or a tuple of them in the order of the pipeline; never
             changed. With a pipeline the concepts stand here.
-        concepts: strings, `Concept`s or a mix; `"Van Gogh=art"` names an anchor.
+        concepts: strings, `Concept`s or a mix; `"Van Gogh=art"` names an anchor. Two names are the
+            same if they are the same tokens to every text encoder: "cat" and "Cat" are to CLIP, not
+            to T5.
         tokenizer: the encoder's tokenizer, or a tuple of them; `None` looks beside the encoders'
             own files.
         preserve: words that must keep their meaning, in addition to the vocabulary's.
@@ -171,8 +175,7 @@ def erase(
             "(or erase(pipe, concepts) with a whole pipeline)"
         )
     config = config or EraseConfig()
-    if isinstance(preserve, str):
-        raise TypeError(f"preserve: expected a list of strings, got the string {preserve!r}")
+    preserve = clean_names(preserve, "preserve")
     if not isinstance(config, EraseConfig):
         raise TypeError(f"config: expected an EraseConfig, got {type(config).__name__}")
     if reading is not None:
@@ -213,6 +216,8 @@ def erase(
         for section in sections:
             denoisers.check_width(model, stream, section.width, maps)
     text = texts["sequence"][0]
+    check_tokens(texts, parsed, preserve, config)
+    key = _key(texts)
     provenance = _provenance(model, config, family)
     if not parsed:
         logger.warning("concepts is empty: nothing is erased")
@@ -229,8 +234,12 @@ def erase(
 
     clock = _Clock()
     anchors = {c.destination: c.kind for c in parsed if c.destination}
-    kept_words = tuple(dict.fromkeys((*(" ".join(w.split()) for w in preserve), *anchors)))
-    kept = {word: anchors.get(word, "object") for word in kept_words}
+    kinds = {key(word): kind for word, kind in anchors.items()}
+    first: dict[Any, str] = {}
+    for word in (*preserve, *anchors):
+        first.setdefault(key(word), word)
+    kept_words = tuple(first.values())
+    kept = {word: kinds.get(key(word), "object") for word in kept_words}
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
 
@@ -263,7 +272,7 @@ def erase(
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
-            text, vocabulary, parsed, config.mining, keep=kept_words,
+            text, vocabulary, parsed, config.mining, keep=kept_words, key=key,
             members=members, progress=progress,
         )  # fmt: skip
         near = around.near
@@ -353,6 +362,8 @@ def erase(
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
             found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined), *slow)
+            moved = [word for words in mined.values() for word in words]
+            found["warnings"] += tuple(_spelled(parsed, (*moved, *kept_words), key))
             if categories and not drawable:
                 found["warnings"] = (*found["warnings"], _NO_MEMBERS)
                 logger.warning(_NO_MEMBERS)
@@ -391,6 +402,78 @@ _NO_MEMBERS = (
 )
 
 
+def _key(texts: Mapping[Any, Sequence[Text]]) -> Callable[[str], tuple[Any, ...]]:
+    """Equal for names that are the same tokens to every text encoder."""
+    every = [text for sections in texts.values() for text in sections]
+    return lambda name: tuple(text.name_key(name) for text in every)
+
+
+def check_tokens(
+    texts: Mapping[Any, Sequence[Text]],
+    concepts: Sequence[Concept],
+    preserve: Sequence[str],
+    config: EraseConfig,
+) -> None:
+    """What only the tokenizers can tell of names.
+
+    Args:
+        texts: what the model is shown, by stream.
+        preserve: words that must stay, cleaned.
+
+    Raises:
+        ValueError: two names are the same tokens and are to go twice, or to go and to stay; or a
+            text holds a control token.
+    """
+    anchors = [c.destination for c in concepts if c.destination]
+    templates = [t for kind in {c.kind for c in concepts} for t in config.pairs.of(kind)]
+    for what, given in (
+        ("concepts", [*(word for c in concepts for word in c.words), *anchors]),
+        ("preserve", preserve),
+        ("templates", templates),
+    ):
+        for value in given:
+            for text in (text for sections in texts.values() for text in sections):
+                if (token := text.control_token(value)) is not None:
+                    raise ValueError(
+                        f"{what}: {value!r} holds {token!r}, a control token of the text encoder "
+                        "and not a word; leave it out"
+                    )
+    key = functools.cache(_key(texts))
+    for concept in concepts:
+        for word in concept.words:
+            if key(word) == key(""):
+                raise ValueError(
+                    f"concepts: {word!r} has no tokens to the text encoder, so nothing would be "
+                    "erased; name it in another way"
+                )
+    check_names(concepts, preserve, key=key)
+
+
+def _spelled(
+    concepts: Sequence[Concept], others: Sequence[str], key: Callable[[str], Any]
+) -> Iterator[str]:
+    """Warns of spellings that the tokenizers tell apart and that nobody named.
+
+    Args:
+        others: words beside the named ones that are moved, or kept.
+    """
+    known = {key(word) for word in (*others, *(w for c in concepts for w in c.words))}
+    found: dict[Any, str] = {}
+    for word in (word for c in concepts for word in c.words):
+        each = " ".join(part[:1].upper() + part[1:] for part in word.split())
+        for spelling in (word.lower(), word[:1].upper() + word[1:], each, word.upper()):
+            if key(spelling) not in known:
+                found.setdefault(key(spelling), spelling)
+    if found:
+        some = ", ".join(map(repr, list(found.values())[:6])) + (", ..." if len(found) > 6 else "")
+        text = (
+            f"the text encoder tells spellings of what was erased apart: {some} were not named and "
+            "may stay; name those that prompts use as synonyms"
+        )
+        logger.warning(text)
+        yield text
+
+
 def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
     """What a U-Net is shown: whole prompts with their pooled vector, and the empty one."""
     text, pooled = texts["sequence"][0], texts.get("pooled")
@@ -413,8 +496,17 @@ def _checked_latents(
     latents: Mapping[str, Tensor] | None, concepts: Sequence[Concept], shape: tuple[int, ...]
 ) -> Mapping[str, Tensor]:
     """The given latents, if they are of named words."""
+    if not isinstance(latents, Mapping | None):
+        raise TypeError(
+            f"latents: expected a mapping of words to tensors, got {type(latents).__name__}"
+        )
     named = {word for concept in concepts for word in concept.words}
+    given: dict[str, Tensor] = {}
     for word, values in (latents or {}).items():
+        word = clean(word, "latents")
+        if word in given:
+            raise ValueError(f"latents: {word!r} is there twice; leave one out")
+        given[word] = values
         if word not in named:
             raise ValueError(f"latents: {word!r} is not to be erased; {sorted(named)} are")
         fits = isinstance(values, Tensor) and values.dim() == 4 and values.shape[1:] == shape
@@ -425,7 +517,7 @@ def _checked_latents(
                 "encode pictures of that size (AlignmentConfig.latent_size) with the pipeline's "
                 "VAE and multiply by its scaling factor"
             )
-    return latents or {}
+    return given
 
 
 def _run(
@@ -462,8 +554,8 @@ def _stayers(
     vocabulary: Vocabulary, gone: Sequence[str], kept_words: Sequence[str], count: int = 64
 ) -> list[str]:
     """Words that should not move: the named ones, then an even sample of the vocabulary."""
-    leaving = {word.casefold() for word in gone}
-    rest = [w for w in vocabulary.words if w.casefold() not in leaving and w not in kept_words]
+    leaving = {folded(word) for word in gone}
+    rest = [w for w in vocabulary.words if folded(w) not in leaving and w not in kept_words]
     step = max(1, math.ceil(len(rest) / count))
     return [*kept_words, *rest[::step]]
 

@@ -45,10 +45,11 @@ from realera_fast.denoiser import (
     weights_hash,
 )
 from realera_fast.families import Family
-from realera_fast.files import folder_atomically
+from realera_fast.files import folder_atomically, read_json
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.lora import LoraFactors
 from realera_fast.model_card import Use, write_card
+from realera_fast.names import clean
 from realera_fast.prompt_map import PromptMap
 from realera_fast.safetensors_file import (
     MAX_HEADER_BYTES,
@@ -338,6 +339,7 @@ class Erasure:
                 "system: the equations of this erasure were not kept; erase with "
                 "EraseConfig(closed_form=ClosedFormConfig(keep_system=True))"
             )
+        targets = tuple(clean(target, "targets") for target in targets)
         erased = [concept.target for concept in self.concepts]
         unknown = [target for target in targets if target not in erased]
         if unknown:
@@ -1152,7 +1154,8 @@ def _parsed(field: str, text: str) -> Any:
 
 def _json_value(field: str, text: str) -> Any:
     try:
-        value = json.loads(text)
+        # A report may say that a number overflowed.
+        value = read_json(text, constants=True)
     except (ValueError, RecursionError) as error:
         raise ErasureFileError(f"its {field} is not JSON: {str(error)[:100]}") from error
     level, depth = [value], 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from realera_fast import progress as progress_bars
 from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.concepts import Concept
 from realera_fast.config import EraseConfig
+from realera_fast.names import folded
 from realera_fast.pairs import AlignedPrompts, ConceptPrompts, fill
 from realera_fast.text import Text
 from realera_fast.vocabulary import (
@@ -89,6 +90,7 @@ def neighbor_words(
     config: mining.MiningConfig,
     *,
     keep: Sequence[str] = (),
+    key: Callable[[str], Hashable] = folded,
     members: Callable[[Concept, Sequence[str]], Tensor] | None = None,
     progress: bool | None = False,
 ) -> Neighborhood:
@@ -96,6 +98,7 @@ def neighbor_words(
 
     Args:
         keep: words that are never neighbors (preserved words and anchors).
+        key: equal for words that are the same; named words are not their own neighbors.
         members: cosine `[w]` between a category and words as the model draws them
             (`members.guidance_cosine`); asked for concepts of kind "explicit".
     """
@@ -104,13 +107,15 @@ def neighbor_words(
     if not vocabulary.words or not concepts:
         nothing: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
         return Neighborhood(nothing, nothing, nothing)
-    taken = {word.casefold() for c in concepts for word in (*c.words, c.destination or "")}
-    taken |= {word.casefold() for word in keep}
+    named = [word for c in concepts for word in (*c.words, c.destination or "")]
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
-    taken |= {part for phrase in list(taken) for part in phrase.split()}
+    parts = [part for phrase in (*named, *keep) for part in (phrase, *phrase.split())]
+    taken = {key(part) for part in parts}
+    # Other spellings of what is erased can be neighbors, but nothing that is to be kept.
+    spelled = {folded(word) for c in concepts for word in c.words}
     best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64)
     owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
-    known = torch.tensor([word.casefold() in taken for word in vocabulary.words])
+    known = torch.tensor([key(word) in taken for word in vocabulary.words])
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for start in range(0, len(concepts), _TOGETHER):
             part = concepts[start : start + _TOGETHER]
@@ -132,17 +137,18 @@ def neighbor_words(
                 best = torch.maximum(best, score)
             bar.update(len(part))
     for index, word in enumerate(vocabulary.words):
-        if word.casefold() not in taken:
-            into = found if float(best[index]) >= config.word_cosine else beyond
+        inside = float(best[index]) >= config.word_cosine
+        if not known[index] and (inside or folded(word) not in spelled):
+            into = found if inside else beyond
             into[concepts[int(owner[index])].target].append((float(best[index]), word))
 
     def nearest(words: list[tuple[float, str]]) -> tuple[str, ...]:
         return tuple(word for _, word in sorted(words, reverse=True))
 
-    inside = {target: nearest(words) for target, words in found.items()}
+    around = {target: nearest(words) for target, words in found.items()}
     return Neighborhood(
-        {target: words[: config.max_words] for target, words in inside.items()},
-        {target: words[config.max_words :] for target, words in inside.items()},
+        {target: words[: config.max_words] for target, words in around.items()},
+        {target: words[config.max_words :] for target, words in around.items()},
         {target: nearest(words)[:_RELATIVES] for target, words in beyond.items()},
     )
 

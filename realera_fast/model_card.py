@@ -51,6 +51,8 @@ def write_card(
 ) -> Path:
     """Writes the card of a file beside it (``NAME.md``), or of a folder into it (``README.md``).
 
+    The card of ``NAME.md`` itself is ``NAME.md.md``.
+
     A card that can't be written is warned of: the file that it is about is there.
 
     Args:
@@ -72,7 +74,9 @@ def write_card(
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base
     )
-    how = _HOW[use].format(folder="path/to/this/folder", file=path.name, component=component)
+    # Inside of double quotes, whatever it is made of.
+    name = repr(path.name)[1:-1].replace('"', '\\"')
+    how = _HOW[use].format(folder="path/to/this/folder", file=name, component=component)
     neighbors = erasure.report.get("neighbors", {})
     versions = erasure.provenance.get("versions", {})
     hashes = erasure.provenance.get("base_hashes", {})
@@ -119,10 +123,12 @@ def write_card(
     ]
     card = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
     target = path.with_suffix(".md")
+    if target.name.casefold() == path.name.casefold():
+        target = path.with_name(f"{path.name}.md")
     if is_folder or alone:
         target = (path if is_folder else path.parent) / "README.md"
     try:
-        write_atomically(target, card.encode())
+        write_atomically(target, card.encode(errors="replace"))
     except OSError as error:
         logger.warning("no model card was written to %s: %s", target, error.strerror)
     return target

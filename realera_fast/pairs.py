@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from realera_fast.concepts import Concept
+from realera_fast.names import clean, folded, valid_texts
 from realera_fast.text import Span, Text
 
 logger = logging.getLogger(__name__)
@@ -87,14 +88,26 @@ class PairsConfig:
         for name in ("context_words", "neutral_words"):
             if getattr(self, name) < 0:
                 raise ValueError(f"PairsConfig.{name} must be >= 0, got {getattr(self, name)}")
-        for kind, templates in (self.templates or {}).items():
+        if self.templates is None:
+            return
+        if not isinstance(self.templates, Mapping):
+            raise TypeError(
+                "PairsConfig.templates must be a mapping of kinds to templates, got "
+                f"{type(self.templates).__name__}"
+            )
+        templates = {}
+        for kind, given in self.templates.items():
             if kind not in TEMPLATES:
                 raise ValueError(f"templates: unknown kind {kind!r}; expected {tuple(TEMPLATES)}")
-            if isinstance(templates, str) or not templates:
+            some = () if isinstance(given, str) else valid_texts(given, f"templates[{kind!r}]")
+            if not some:
                 raise ValueError(f"templates[{kind!r}] must be a non-empty tuple of strings")
-            for template in templates:
+            templates[kind] = some
+            for template in some:
+                clean(template, f"templates[{kind!r}]")
                 if template.count("{}") != 1:
                     raise ValueError(f"templates[{kind!r}]: {template!r} needs exactly one {{}}")
+        object.__setattr__(self, "templates", templates)
 
     def of(self, kind: str) -> tuple[str, ...]:
         """The templates of one kind."""
@@ -299,11 +312,9 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
                 concepts' own neighbors.
         """
         self._text, self._config, self.concepts = text, config, tuple(concepts)
-        left_out = {w.casefold() for w in avoid} | {
-            w.casefold() for concept in concepts for w in concept.words
-        }
+        left_out = {folded(w) for w in (*avoid, *(w for c in concepts for w in c.words))}
         every = text.words(1000) if words is None else words
-        usable = [w for w in every if w.casefold() not in left_out]
+        usable = [w for w in every if folded(w) not in left_out]
         self._context = _spread(usable, config.context_words)
         self._neutral = _spread(usable, config.neutral_words)
         named = [(i, word) for i, concept in enumerate(concepts) for word in concept.words]

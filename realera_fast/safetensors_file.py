@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast.files import write_atomically
+from realera_fast.files import read_json, regular, write_atomically
+from realera_fast.names import valid
 
 MAX_HEADER_BYTES = 16 << 20
 """Of the files that are written here; a header of one that is read may have 100 MB."""
@@ -112,7 +113,7 @@ def read_header(path: Path) -> Header:
             raise SafetensorsFileError(f"{path}: is truncated or not a safetensors file")
         text = file.read(length)
     try:
-        values = json.loads(text)
+        values = read_json(text)
         metadata = values.pop("__metadata__", {})
         entries = {
             name: Entry(
@@ -202,11 +203,12 @@ def _encoded(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
 
 
 def _place(path: Path, head: bytes, *chunks: memoryview) -> Path:
-    # A link keeps pointing where it did: its target is replaced.
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
+    # The safetensors package opens no other.
+    valid(str(path), "path")
+    if path.is_dir():
         raise ValueError(f"path: {path} is a folder; name a file in it")
     try:
+        target = regular(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, len(head).to_bytes(8, "little"), head, *chunks)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,7 +32,8 @@ def find_tokenizer(text_encoder: Any) -> Any:
     in one folder. Files on disk are tried first; the network only for a hub id that is not cached.
 
     Raises:
-        ValueError: none was found; says what to pass.
+        ValueError: none was found, or words were added to the encoder since it was loaded; says
+            what to pass.
     """
     from transformers import AutoTokenizer
 
@@ -42,9 +43,10 @@ def find_tokenizer(text_encoder: Any) -> Any:
     if name:
         path = Path(name)
         if path.exists():
-            places = [(str(path.parent / "tokenizer"), {}), (str(path / "tokenizer"), {})]
-            places += [(str(path), {})]
-            places = [(p, kw) for p, kw in places if Path(p).is_dir()]
+            # "tokenizer_2" belongs to "text_encoder_2".
+            own = path.name.replace("text_encoder", "tokenizer")
+            beside = dict.fromkeys((path.parent / own, path.parent / "tokenizer"))
+            places = [(str(p), {}) for p in (*beside, path / "tokenizer", path) if p.is_dir()]
         else:
             places = [(name, {"subfolder": "tokenizer"}), (name, {})]
     local = [(p, {**kw, "local_files_only": True}) for p, kw in places]
@@ -55,13 +57,49 @@ def find_tokenizer(text_encoder: Any) -> Any:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.debug("no tokenizer at %s %s: %s", place, options, error)
             continue
-        if 2 < len(tokenizer) <= getattr(config, "vocab_size", len(tokenizer)):
+        saved = _saved_words(name, options)
+        # Rows beyond the tokenizer's words are padding (T5 has 28) if they were saved with it.
+        if 2 < len(tokenizer) <= (saved or len(tokenizer)):
+            _check_words(text_encoder, saved or len(tokenizer), tokenizer, place)
             return tokenizer
         logger.debug("the tokenizer at %s does not fit the text encoder's vocabulary", place)
     raise ValueError(
         "tokenizer: none was found beside the text encoder "
         f"({name or 'which was not loaded from a folder'}); pass tokenizer=pipe.tokenizer"
     )
+
+
+def _saved_words(name: str, options: Mapping[str, Any]) -> int | None:
+    """How many words a text encoder had when it was saved; None where nothing says so."""
+    from transformers import PretrainedConfig
+
+    local = {"local_files_only": options.get("local_files_only", False)}
+    for where in ({}, {"subfolder": "text_encoder"}):
+        try:
+            values, _ = PretrainedConfig.get_config_dict(name, **where, **local)
+        except (OSError, ValueError):
+            continue
+        for part in (values, values.get("text_config") or {}):
+            if isinstance(part.get("vocab_size"), int):
+                return int(part["vocab_size"])
+    return None
+
+
+def _rows(text_encoder: Any) -> int | None:
+    """How many words a text encoder knows now; None where it can't be told."""
+    table = getattr(text_encoder, "get_input_embeddings", lambda: None)()
+    return getattr(table, "num_embeddings", None)
+
+
+def _check_words(text_encoder: Any, saved: int, tokenizer: Any, place: str) -> None:
+    """Refuses a tokenizer from disk where the encoder's words changed since it was saved."""
+    rows = _rows(text_encoder)
+    if rows not in (None, saved):
+        raise ValueError(
+            f"tokenizer: the text encoder has {rows} words, and {saved} where it was loaded from, "
+            f"so the tokenizer in {place} ({len(tokenizer)} words) may not know some of them, such "
+            "as those of a textual inversion; pass tokenizer=pipe.tokenizer"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +122,14 @@ class Text(Protocol):
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
+        ...
+
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to every encoder; empty for one of none."""
+        ...
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer (end-of-text, padding) that the text holds, if any."""
         ...
 
     def overflow(self, prompt: str) -> str:
@@ -204,6 +250,48 @@ class TextModel:
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
         return self._plain_ids(self._prepared(text))
+
+    def name_key(self, name: str) -> Hashable:
+        """The tokens of a name: equal for names that are the same to the encoder.
+
+        Raises:
+            ValueError: the encoder does not know one of them.
+        """
+        found = tuple(self.token_ids(name))
+        words = _rows(self.encoder)
+        if words is not None and max(found, default=0) >= words:
+            raise ValueError(
+                f"tokenizer: {name!r} has token {max(found)}, the text encoder knows {words}: pass "
+                "the tokenizer that belongs to it"
+            )
+        return found
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of the tokenizer (end-of-text, padding) that the text holds, if any."""
+        text = self._prepared(text)
+        # By number too: a tokenizer may know them in other cases.
+        ids = set(self._plain_ids(text))
+        return next((t for t, number in self._controls.items() if t in text or number in ids), None)
+
+    @functools.cached_property
+    def _controls(self) -> dict[str, int | None]:
+        """Control tokens with their numbers; unknown words have none.
+
+        A single character is no control token: Stable Diffusion 2 pads with "!".
+        """
+        tokenizer = self.tokenizer
+        special = [str(token) for token in getattr(tokenizer, "all_special_tokens", ())]
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special += [token.content for token in added if getattr(token, "special", False)]
+        ends = {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad")}
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        numbers: dict[str, int | None] = {}
+        for token in special:
+            number = tokenizer.convert_tokens_to_ids(token)
+            if len(token) > 1:
+                # What is no word to the tokenizer gets this number as well.
+                numbers[token] = number if number != unknown or token in ends else None
+        return numbers
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that the encoder would not see; `""` if it sees all."""
@@ -397,6 +485,14 @@ class JoinedText:
         """Tokens of a text alone, without special ones, never cut."""
         return self.parts[0].token_ids(text)
 
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to every encoder."""
+        return tuple(part.name_key(name) for part in self.parts)
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer that the text holds, if any."""
+        return next(filter(None, (part.control_token(text) for part in self.parts)), None)
+
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""
         return max((part.overflow(prompt) for part in self.parts), key=len)
@@ -447,6 +543,14 @@ class TextWithPooled:
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
         return self.sequence.token_ids(text)
+
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to both."""
+        return (self.sequence.name_key(name), self.pooled.name_key(name))
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer that the text holds, if any."""
+        return self.sequence.control_token(text) or self.pooled.control_token(text)
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""

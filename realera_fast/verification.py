@@ -12,9 +12,11 @@ import importlib.metadata
 import inspect
 import io
 import logging
+import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from realera_fast.erasure import Erasure
 from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
+from realera_fast.names import folded, listed, script, valid_texts
 from realera_fast.precision import cpu_warnings
 from realera_fast.progress import bar
 
@@ -201,10 +204,9 @@ def generate(
     Returns:
         `[n]` RGB pictures.
     """
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a sequence of strings, got one: write [{prompts!r}]")
+    prompts, seeds = valid_texts(prompts, "prompts"), _seeds(seeds)
     if len(seeds) == 1:
-        seeds = [seeds[0]] * len(prompts)
+        seeds = (seeds[0],) * len(prompts)
     if len(prompts) != len(seeds):
         raise ValueError(
             f"seeds must have one entry, or one per prompt: got {len(seeds)} seeds for "
@@ -341,12 +343,12 @@ def verify(
         Pictures, settings and warnings. `before_after_grid` and `write_html` show the rows.
     """
     relatives: Sequence[str] = ()
+    untouched, seeds = valid_texts(untouched, "untouched"), _seeds(seeds)
     if prompts is None:
         prompts = [word for concept in erasure.concepts for word in concept.words]
         relatives, quiet = _watched(erasure)
-        untouched = untouched or quiet
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a sequence of strings, got one: write [{prompts!r}]")
+        untouched = untouched or tuple(quiet)
+    prompts = valid_texts(prompts, "prompts")
     if not prompts and not untouched:
         raise ValueError("prompts is empty: name at least one prompt to draw")
     if not seeds:
@@ -419,6 +421,13 @@ def verify(
     )
 
 
+def _seeds(seeds: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(seed) for seed in listed(seeds, "seeds", of="a list of ints"))
+    except TypeError as error:
+        raise TypeError(f"seeds: expected a list of ints, got {seeds!r}"[:200]) from error
+
+
 def _watched(erasure: Erasure, count: int = 3) -> tuple[list[str], list[str]]:
     """Near relatives of what was erased, and words that moved least, by its report."""
     near = erasure.report.get("relatives", {}).values()
@@ -486,16 +495,73 @@ def identity_of(who: Any) -> Any:
 
 
 def group_of(prompt: str, concepts: Sequence[Concept]) -> Group:
-    """What a prompt is to an erasure: does it contain a target, a synonym, or neither?"""
-    for group, words in (
+    """What a prompt is to an erasure: does it contain a target, a synonym, or neither?
+
+    Names count as whole words, in any case, width or composition of accents, with any white space,
+    hyphens or low lines between their words; other forms of a word, such as a plural, are other
+    words. Where a script has no spaces between words (Chinese, Japanese, Thai), any place in the
+    text is one.
+    """
+    text = _matched(prompt)
+    groups: Sequence[tuple[Group, list[str]]] = (
         ("erased", [concept.target for concept in concepts]),
         ("synonym", [word for concept in concepts for word in concept.synonyms]),
-    ):
-        for word in words:
-            # Whole words: "cat" is in "a cat." and not in "a catalogue".
-            if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE):
-                return group  # type: ignore[return-value]
+    )
+    for group, words in groups:
+        if any(_contains(text, _matched(word)) for word in words):
+            return group
     return "untouched"
+
+
+_UNSPACED = frozenset(
+    ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW")
+)
+"""First words of the Unicode names of letters in scripts without spaces between words."""
+_PARTICLES = re.compile(
+    "(들)?(은|는|이|가|을|를|의|에|에서|에게|한테|께|와|과|랑|이랑|하고|도|만|로|으로|처럼|보다|까지|부터"
+    "|마다|이나|나|라는|이라는|인|이다|입니다)?"
+)
+"""What Korean appends to a noun: the plural, then a particle."""
+
+
+_HANGUL = re.compile("[가-힣]+")
+
+
+def _matched(text: str) -> str:
+    """A text as names are looked for in it."""
+    text = re.sub(r"[\s_\-\u2010-\u2015]+", " ", folded(text))
+    # Soft hyphens, marks of direction and the like; a joiner makes one emoji of two.
+    dropped = {c for c in text if unicodedata.category(c) == "Cf"} - {"\u200c", "\u200d"}
+    table = dict.fromkeys((*map(ord, dropped), 0xFE0E, 0xFE0F)) | {0x2019: "'"}
+    return text.translate(table).strip()
+
+
+def _contains(text: str, word: str) -> bool:
+    """Whether a word stands in a text, both `_matched`."""
+    start = text.find(word) if word else -1
+    while start >= 0:
+        stop = start + len(word)
+        if not _is_inside(text[max(start - 1, 0) : start], word[0]):
+            ending = _HANGUL.match(text, stop)
+            if ending is not None and _PARTICLES.fullmatch(ending.group()):
+                return True
+            if not _is_inside(word[-1], text[stop : stop + 1]):
+                return True
+        start = text.find(word, start + 1)
+    return False
+
+
+def _is_inside(left: str, right: str) -> bool:
+    """Whether there can't be a border of words between two neighboring characters."""
+    if not (left and right):
+        return False
+    if "\u200d" in (left, right) or unicodedata.category(right)[0] == "M":
+        return True
+    if not all(unicodedata.category(c)[0] in "LMN" for c in (left, right)):
+        return False
+    scripts = (script(left), script(right))
+    # A word of Katakana is a foreign one, and ends where the Katakana does.
+    return scripts == ("KATAKANA", "KATAKANA") or not _UNSPACED.intersection(scripts)
 
 
 def picture_warnings(rows: Sequence[Row]) -> Iterator[str]:

@@ -11,18 +11,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from realera_fast.closed_form import NormalEquations, Pairs
+from realera_fast.files import write_atomically
+from realera_fast.names import clean_names, folded
 from realera_fast.pairs import fill
 from realera_fast.text import Text
 
@@ -57,13 +57,7 @@ class VocabularyConfig:
     encoder's weights (default: yes)."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise TypeError(
-                "VocabularyConfig.exclude must be a tuple of words, got one string: "
-                f"write exclude=({self.exclude!r},)"
-            )
-        # JSON has lists.
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", clean_names(self.exclude, "VocabularyConfig.exclude"))
         if self.words < 0 or self.preserve_scale < 0:
             raise ValueError(
                 "VocabularyConfig: words and preserve_scale must be >= 0, got "
@@ -167,8 +161,8 @@ def encode_vocabulary(
         words: what is encoded; `None` asks the tokenizer.
     """
     words = text.words(config.words) if words is None else tuple(words)
-    left_out = {word.casefold() for word in config.exclude}
-    words = tuple(word for word in words if word.casefold() not in left_out)
+    left_out = {folded(word) for word in config.exclude}
+    words = tuple(word for word in words if folded(word) not in left_out)
     fingerprint = text.fingerprint()
     path = _cache_path(text, fingerprint, words) if config.cache and words else None
     if path is not None and (cached := _read(path, words)) is not None:
@@ -203,11 +197,11 @@ def preserve_gram(
     Returns:
         `[d, d]` float64 mean over the remaining prompts, and their number.
     """
-    dropped = {word.casefold() for word in excluded}
+    dropped = {folded(word) for word in excluded}
     left_out = [
         prompt
         for prompt, used in _prompts(vocabulary.words)
-        if not dropped.isdisjoint(word.casefold() for word in used)
+        if not dropped.isdisjoint(folded(word) for word in used)
     ]
     gram, _ = _accumulate(text, left_out, progress=False, desc="")
     remaining = vocabulary.prompts - len(left_out)
@@ -255,20 +249,11 @@ def _read(path: Path, words: tuple[str, ...]) -> Vocabulary | None:
 
 def _write(path: Path, vocabulary: Vocabulary) -> None:
     """Atomic; a cache that cannot be written costs time, not the erasure."""
-    temporary = None
+    tensors = {
+        "descriptors": vocabulary.descriptors.cpu().contiguous(),
+        "gram": vocabulary.gram.cpu().contiguous(),
+    }
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        save_file(
-            {
-                "descriptors": vocabulary.descriptors.cpu().contiguous(),
-                "gram": vocabulary.gram.cpu().contiguous(),
-            },
-            temporary,
-            metadata={"prompts": str(vocabulary.prompts)},
-        )
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        write_atomically(path, save(tensors, metadata={"prompts": str(vocabulary.prompts)}))
+    except OSError as error:
         logger.warning("preserve prior could not be cached in %s: %s", path, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -253,6 +253,13 @@ def test_dry_run_changes_nothing(run: Any, model: str, tmp_path: Path) -> None:
         (["-c", "cat", "-c", "Cat"], "named twice"),
         (["-c", "cat=cat"], "equals its anchor"),
         (["-c", "cat", "--preserve", "cat"], "decide for one"),
+        (["-c", "cat", "--preserve", "Cat"], "decide for one"),
+        (["-c", "cat=Cat"], "equals its anchor"),
+        (["-c", "cat<|endoftext|>"], "control token"),
+        (["-c", "cat<|endoftext|>", "--dry-run"], "control token"),
+        (["-c", "c\u200bat"], "U+200B"),
+        (["-c", "cat", "--preserve", "d\u200bog"], "U+200B"),
+        (["-c", "cat", "--synonym", "k\u00aditten"], "U+00AD"),
         (["-c", "cat", "--kind", "animal"], "expected one of object, style"),
         (["-c", "cat", "-c", "dog", "--synonym", "kitten"], "exactly one --concept"),
         (["-c", "cat", "--save", "zip"], "pipeline, delta, lora"),
@@ -276,7 +283,13 @@ def test_wrong_usage_is_2(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "Expecting"), ('{"no_such_field": 1}', "no_such_field"), ("[1]", "EraseConfig")],
+    [
+        ("{", "Expecting"),
+        ('{"no_such_field": 1}', "no_such_field"),
+        ("[1]", "EraseConfig"),
+        ('{"seed": 1, "seed": 2}', "names the field 'seed' twice"),
+        ('{"erase_scale": NaN}', "holds NaN"),
+    ],
 )
 def test_bad_config_file_is_2(
     run: Any, model: str, tmp_path: Path, text: str, message: str
@@ -286,6 +299,38 @@ def test_bad_config_file_is_2(
     code, _, err = run("erase", model, "-c", "cat", "--config", file, "-o", tmp_path / "out")
     assert code == 2
     assert message in err and str(file) in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "told"),
+    [
+        (["erase", "MODEL", "-c", "caf\udce9", "-o", "OUT"], "'-c'", r"'caf\xe9'"),
+        (["erase", "MODEL", "--concept=caf\udce9", "-o", "OUT"], "'--concept'", r"f\xe9'"),
+        (["erase", "MODEL", "-c", "cat", "-o", "OUT\udcff"], "'-o'", r"\xff'"),
+        (["erase", "MODEL\udcff", "-c", "cat", "-o", "OUT"], "'argument 2'", r"\xff'"),
+        (["verify", "MODEL", "DELTA", "-p", "\ud83d", "-o", "OUT"], "'-p'", r"'\ud83d'"),
+        (["info", "caf\udce9"], "'argument 2'", r"'caf\xe9'"),
+    ],
+)
+def test_arguments_that_are_no_text_are_2(
+    run: Any, model: str, tmp_path: Path, arguments: list[str], named: str, told: str
+) -> None:
+    places = {"MODEL": model, "OUT": str(tmp_path / "out"), "DELTA": str(tmp_path / "delta")}
+    for word, place in places.items():
+        arguments = [argument.replace(word, place) for argument in arguments]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert named in err and told in err and "is not valid text" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(
+    run: Any, model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('\ufeff{"seed": 7}', encoding="utf-8")
+    options = ["-c", "cat", "--config", file, "-o", tmp_path / "out", "--dry-run"]
+    assert "seed 7" in run("erase", model, *options)[1]
 
 
 def failed(result: tuple[int, str, str], message: str) -> None:

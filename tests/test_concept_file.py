@@ -54,7 +54,7 @@ def test_yaml_words_stay_words(tmp_path):
 
 BAD = [
     ("a.csv", "target,anchor\ncat,cat\n", "line 2: .*equals its anchor"),
-    ("a.csv", "target\ncat\ndog\nCat\n", r"line 4: 'Cat' is named in line 2 already"),
+    ("a.csv", "target\ncat\ndog\n cat\n", r"line 4: 'cat' is named in line 2 already"),
     ("a.csv", "name\ncat\n", "line 1: expected a first line that names the columns"),
     ("a.csv", "target,colour\ncat,red\n", "line 1: .*'colour'"),
     ("a.csv", "target\ncat,dog\n", "line 2: has 2 cells for 1 columns"),
@@ -71,7 +71,21 @@ BAD = [
     ("a.json", '{"target": "cat"}', r"line 1: expected a list"),
     ("a.json", "[" * 100_000, "line 1: is not JSON"),
     ("a.json", '["cat"] x', "line 1: expected a comma or the end"),
-    ("a.json", '["cat\\u0000"]', "line 1: holds a NUL"),
+    ("a.json", '["cat\\u0000"]', r"line 1: .*U\+0000"),
+    ("a.txt", "dog\nc\0at\n", "line 2: holds a NUL"),
+    ("a.txt", "dog\nc\u200bat\n", r"line 2: .*U\+200B ZERO WIDTH SPACE, at position 2"),
+    ("a.json", '["dog",\n"\\ud83d"]', "line 2: .*not valid text"),
+    ("a.json", '["dog",\n{"target": "a", "target": "b"}]', "line 2: names the field 'target' tw"),
+    ("a.json", '["dog",\n{"target": NaN}]', "line 2: holds NaN"),
+    ("a.json", '["dog",\n-Infinity]', "line 2: holds -Infinity"),
+    ("a.jsonl", '"dog"\n{"target": "a", "target": "b"}', "line 2: names the field 'target' tw"),
+    ("a.jsonl", '"dog"\n{"target": "a", "anchor": NaN}', "line 2: holds NaN"),
+    ("a.yaml", "- dog\n- target: a\n  target: b\n", "line 2: has a field without a name, or one"),
+    ("a.yaml", "- a\u2028b\n- \x85c\n- {x: 1}\n", "line 3: unknown field"),
+    ("a.yaml", "- a\n- b\n- 'c\x07'\n", "line 3: is not YAML"),
+    ("a.json", '["a",\r\n\r"b", 1]', "line 3: expected a string or an object"),
+    ("a.csv", "target\rcat\r\rdog,x\r", "line 4: has 2 cells"),
+    ("a.txt", "cat\r=dog\r\n", "line 2: .*target is empty"),
     ("a.jsonl", '"cat"\n{"target": "", "anchor": null}\n', "line 2: .*target is empty"),
     ("a.jsonl", '"cat"\n{\n', "line 2: is not JSON"),
     ("a.jsonl", '{"target": "cat", "synonyms": "kitten"}', "line 1: synonyms: expected a list"),
@@ -89,7 +103,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "text", "message"), BAD)
 def test_bad_entries_are_reported_with_their_line(tmp_path, name, text, message):
     path = tmp_path / name
-    path.write_text(text)
+    path.write_bytes(text.encode())
     with pytest.raises(ConceptFileError, match=message) as caught:
         read_concepts(path)
     assert str(path) in str(caught.value)
@@ -110,6 +124,13 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(b"cat\ndog\nsh\xffip\n")
     with pytest.raises(ConceptFileError, match="line 3: is not UTF-8"):
+        read_concepts(path)
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes("cat\ndog\n".encode(encoding))
+        with pytest.raises(ConceptFileError, match="UTF-16 or UTF-32, not UTF-8; save it as UTF-8"):
+            read_concepts(path)
+    path.write_bytes("cat\ndog\n".encode("utf-16-le"))
+    with pytest.raises(ConceptFileError, match="line 1: holds a NUL character, as UTF-16 does"):
         read_concepts(path)
     monkeypatch.setattr("realera_fast.concept_file._MAX_BYTES", 3)
     with pytest.raises(ConceptFileError, match="at most 3 are read"):
@@ -146,3 +167,36 @@ def test_garbage_is_an_error_and_nothing_else(tmp_path, suffix):
             read_concepts(path)
         except ConceptFileError:
             continue
+
+
+@pytest.mark.parametrize("inside", "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e")
+def test_lines_end_only_where_editors_end_them(tmp_path, inside):
+    name = f"polar{inside}bear"
+    files = {
+        "a.csv": f"target,anchor\n{name},art\nship,\n",
+        "a.tsv": f"target\tanchor\n{name}\tart\nship\n",
+        "a.txt": f"{name}=art\nship\n",
+    }
+    if inside > "\x1f":  # JSON and YAML escape the others
+        files |= {
+            "a.json": f'["{name}=art", "ship"]',
+            "a.jsonl": f'"{name}=art"\n"ship"\n',
+            "a.yaml": f"- {name}=art\n- ship\n",
+        }
+    for file, text in files.items():
+        (tmp_path / file).write_bytes(text.encode())
+        assert read_concepts(tmp_path / file) == (Concept("polar bear", "art"), Concept("ship"))
+
+
+def test_every_end_of_line_is_one(tmp_path):
+    files = {
+        "a.csv": "target\ncat\ndog\n",
+        "a.txt": "cat\ndog\n",
+        "a.json": '["cat",\n"dog"]',
+        "a.jsonl": '"cat"\n"dog"\n',
+        "a.yaml": "- cat\n- dog\n",
+    }
+    for end in ("\n", "\r\n", "\r"):
+        for name, text in files.items():
+            (tmp_path / name).write_bytes(text.replace("\n", end).encode())
+            assert read_concepts(tmp_path / name) == (Concept("cat"), Concept("dog"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -16,6 +17,7 @@ from realera_fast.closed_form import ClosedFormConfig
 from realera_fast.erasure import ErasureFileError
 from realera_fast.gathering import neighbor_words
 from realera_fast.mining import MiningConfig
+from realera_fast.pairs import PairsConfig
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
 
@@ -184,6 +186,37 @@ def test_neighbor_words_are_near_and_never_named(pipe):
     assert not any(neighbor_words(text, vocabulary, concepts, narrow).near.values())
 
 
+@pytest.mark.parametrize("several", [iter, tuple, np.array, lambda ws: (w for w in ws), set])
+def test_arguments_may_come_in_any_form_that_has_items(pipe, several):
+    names, kept = ["cat", "horse"], ["dog", "ship"]
+    expected = run(tiny_pipeline(), names, preserve=kept)
+    result = run(pipe, several(names), preserve=several(kept))
+    roles = {w["word"]: w["role"] for w in result.report["words"]}
+    assert roles["dog"] == roles["ship"] == "preserved"
+    assert result.concepts == expected.concepts
+    assert torch.equal(result.map.left, expected.map.left)
+
+
+def test_nothing_to_preserve_may_be_none(pipe):
+    result = run(pipe, ["cat"], preserve=None)
+    assert not any(w["role"] == "preserved" for w in result.report["words"])
+
+
+def test_one_word_in_two_spellings_is_preserved_once(pipe):
+    expected = run(tiny_pipeline(), ["cat=dog"], preserve=["tree"])
+    result = run(pipe, ["cat=dog"], preserve=["tree", "Tree", " DOG", "dog"])
+    kept = [w["word"] for w in result.report["words"] if w["role"] == "preserved"]
+    assert kept == ["tree", "DOG"]
+    assert torch.equal(result.map.left, expected.map.left)
+    assert result.report["warnings"] == expected.report["warnings"]
+
+
+def test_words_added_to_the_tokenizer_are_no_control_tokens(pipe):
+    pipe.load_textual_inversion({"<bun>": torch.randn(32)}, token="<bun>")
+    result = run(pipe, ["<bun>"])
+    assert result.report["words"][0]["moved"] > 0
+
+
 def test_preserved_words_move_less(pipe):
     def drift(preserve):
         result = run(tiny_pipeline(), ["cat=dog"], preserve=preserve)
@@ -231,6 +264,23 @@ def test_config_round_trip_and_unknown_fields():
         ({"preserve": lambda p: ["cat"]}, ValueError, "also to be erased"),
         ({"preserve": lambda p: "dog"}, TypeError, "list of strings"),
         ({"concepts": lambda p: ["cat " * 80]}, ValueError, "would be cut"),
+        ({"preserve": lambda p: {"dog": 1}}, TypeError, "preserve: .*got dict"),
+        ({"preserve": lambda p: b"dog"}, TypeError, "preserve: .*got bytes"),
+        ({"preserve": lambda p: ["d\u200bog"]}, ValueError, r"preserve: .*U\+200B"),
+        ({"preserve": lambda p: ["Cat"]}, ValueError, "preserve: 'Cat' .*same as 'cat'.* erased"),
+        ({"preserve": lambda p: ["<|endoftext|>"]}, ValueError, "preserve: .*control token"),
+        ({"concepts": lambda p: {"cat": "dog"}}, TypeError, "concepts: .*got dict"),
+        ({"concepts": lambda p: ["cat", "Cat"]}, ValueError, "'Cat' .*same as 'cat'.* twice"),
+        ({"concepts": lambda p: [Concept("cat", "Cat")]}, ValueError, "equals its anchor 'Cat'"),
+        ({"concepts": lambda p: [Concept("caf\u00e9", "cafe\u0301")]}, ValueError, "equals its"),
+        ({"concepts": lambda p: [Concept("cat", synonyms=["CAT"])]}, ValueError, "named twice"),
+        ({"concepts": lambda p: ["cat=Dog", "dog"]}, ValueError, "anchor 'Dog' .*itself erased"),
+        ({"concepts": lambda p: ["a <|endoftext|>cat"]}, ValueError, "holds '<|endoftext|>'"),
+        ({"concepts": lambda p: ["cat=<|startoftext|>"]}, ValueError, "concepts: .*control token"),
+        ({"config": lambda p: dataclasses.replace(CLOSED, pairs=PairsConfig(
+            templates={"object": ["<|endoftext|> {}"]}))}, ValueError, "templates: .*control tok"),
+        ({"latents": lambda p: [("cat", torch.zeros(1, 4, 8, 8))], "config": lambda p: CONFIG},
+         TypeError, "latents: expected a mapping .*got list"),
         ({"config": lambda p: {"seed": 1}}, TypeError, "EraseConfig"),
         ({"tokenizer": lambda p: 3}, TypeError, "tokenizer"),
         ({"concepts": lambda p: 5}, TypeError, "concepts: expected strings"),
@@ -289,7 +339,9 @@ def test_a_concept_can_be_withdrawn(pipe, tmp_path):
     both = run(pipe, ["cat", "dog"], KEEP)
     path = both.save(tmp_path / "both.safetensors")
     both.restore_(pipe.unet)
-    dog = both.without("cat")
+    dog = both.without(" cat\n")
+    with pytest.raises(TypeError, match="targets must be a string, got list"):
+        both.without(["cat"])
     assert [c.target for c in dog.concepts] == ["dog"]
     # The first erasure is as it was, and its file holds the same equations.
     assert both.system.concepts == ("cat", "dog")

@@ -568,6 +568,55 @@ def test_permissions_and_links_are_those_of_an_ordinary_file(tmp_path):
         erasure.save(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.md", "a.MD", "A.Md"])
+def test_a_card_does_not_take_the_place_of_its_file(tmp_path, name):
+    erasure = make(tiny_unet())
+    erasure.save(tmp_path / name)
+    assert Erasure.load(tmp_path / name).concepts == erasure.concepts
+    assert (tmp_path / f"{name}.md").read_text().startswith("---")
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "x" * 243 + ".safetensors", "\u5154" * 81 + ".safetensors", 'a"\n']
+)
+def test_long_and_odd_names_are_saved(tmp_path, name):
+    path = make(tiny_unet()).save(tmp_path / name)
+    assert path.name == name
+    assert Erasure.load(path).concepts == (CAT,)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="path: .*is not valid text"):
+        make(tiny_unet()).save(tmp_path / "caf\udce9")
+    assert not list(tmp_path.iterdir())
+
+
+def test_special_files_stay(tmp_path):
+    erasure = make(tiny_unet())
+    os.mkfifo(tmp_path / "pipe")
+    before = (tmp_path / "pipe").lstat()
+    for save in (erasure.save, lambda path: erasure.save_weights(path, tiny_unet())):
+        with pytest.raises(OSError, match="no file was changed: is a pipe or a device; name a"):
+            save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").lstat().st_ino == before.st_ino
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_field_twice_in_a_file_is_refused(tmp_path):
+    path = make(tiny_unet()).save(tmp_path / "a")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for field, twice in (
+        ("concepts", metadata["concepts"].replace('"target"', '"target":"dog","target"', 1)),
+        ("config", '{"seed":1,"seed":2}'),
+        ("provenance", metadata["provenance"].replace('"seed"', '"seed":5,"seed"', 1)),
+    ):
+        save_file(tensors, path, {**metadata, field: twice})
+        with pytest.raises(ErasureFileError, match=f"its {field} is not JSON: names the field"):
+            Erasure.load(path)
+
+
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO])
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step, kind):

@@ -25,6 +25,7 @@ ORDER = (
         "metrics",
         "precision",
         "progress",
+        "names",
         "files",
         "safetensors_file",
         "processes",

@@ -84,6 +84,12 @@ def test_templates_are_checked():
         PairsConfig(templates={"thing": ("{}",)})
     with pytest.raises(ValueError, match="non-empty tuple"):
         PairsConfig(templates={"object": "{}"})
+    with pytest.raises(TypeError, match="templates must be a mapping"):
+        PairsConfig(templates=["{}"])
+    with pytest.raises(TypeError, match=r"templates\['object'\] must be a string, got int"):
+        PairsConfig(templates={"object": [3]})
+    with pytest.raises(ValueError, match=r"templates\['object'\]: .*U\+200B"):
+        PairsConfig(templates={"object": ["a\u200b {}"]})
 
 
 def test_fill_leaves_no_double_spaces():
@@ -117,3 +123,9 @@ def test_named_words_go_past_the_anchor_and_mined_ones_to_it(text):
 def test_bad_guidance_is_refused(guidance):
     with pytest.raises(ValueError, match="negative_guidance"):
         PairsConfig(negative_guidance=guidance)
+
+
+def test_templates_are_read_once():
+    for several in (iter(["{}", "a {}"]), ["{}", "a {}"]):
+        config = PairsConfig(templates={"object": several})
+        assert config.of("object") == config.of("object") == ("{}", "a {}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -188,6 +189,74 @@ def test_group_of_looks_for_whole_words() -> None:
     assert group_of("by van gogh, 1889", concepts) == "erased"
 
 
+NAMED = [
+    # (word, prompt, whether the prompt names it)
+    ("cat", "a CAT, sitting", True),
+    ("cat", "a cat's tail", True),
+    ("cat", "a cat\u2019s tail", True),
+    ("cat", "(cat:1.3), masterpiece", True),
+    ("cat", "black-cat", True),
+    ("cat", "black_cat_photo", True),
+    ("cat", "\uff43\uff41\uff54", True),
+    ("cat", "c\u00adat on a mat", True),
+    ("cat", "a catalogue of cats", False),
+    ("cat", "concatenate", False),
+    ("cat", "cat2", False),
+    ("art", "a party of artists", False),
+    ("polar bear", "a  polar\nbear", True),
+    ("polar bear", "polar-bear", True),
+    ("polar-bear", "Polar bear", True),
+    ("polar bear", "polar bearing", False),
+    ("C++", "C++ code", True),
+    ("AC/DC", "AC/DC live", True),
+    ("caf\u00e9", "a cafe\u0301 in Paris", True),
+    ("cafe\u0301", "CAF\u00c9", True),
+    ("cafe", "caf\u00e9", False),
+    ("cafe", "cafe\u0301", False),
+    ("stra\u00dfe", "eine STRASSE", True),
+    ("rock \u2019n\u2019 roll", "rock 'n' roll", True),
+    # Cyrillic, Greek, Arabic, Hindi: words have borders.
+    ("\u043a\u043e\u0442", "\u0440\u044b\u0436\u0438\u0439 \u041a\u043e\u0442.", True),
+    ("\u043a\u043e\u0442", "\u043a\u043e\u0442\u0438\u043a", False),
+    ("\u03b3\u03ac\u03c4\u03b1", "\u03bc\u03b9\u03b1 \u0393\u03ac\u03c4\u03b1", True),
+    ("\u0642\u0637\u0629", "\u0635\u0648\u0631\u0629 \u0642\u0637\u0629", True),
+    ("\u0642\u0637", "\u0642\u0637\u0629", False),
+    ("\u06af\u0631\u0628\u0647", "\u06af\u0631\u0628\u0647\u200c\u0647\u0627", True),
+    ("\u092c\u093f\u0932", "\u090f\u0915 \u092c\u093f\u0932.", True),
+    ("\u092c\u093f\u0932", "\u092c\u093f\u0932\u094d\u0932\u0940", False),
+    # Chinese, Japanese and Thai: none.
+    ("\u5154\u5b50", "\u4e00\u53ea\u5154\u5b50\u5728\u8349\u5730\u4e0a", True),
+    ("\u5154\u5b50", "\u4e00\u53ea\u72d0\u72f8", False),
+    ("cat", "\u4e00\u5f20cat\u7684\u7167\u7247", True),
+    ("\u30d4\u30ab\u30c1\u30e5\u30a6", "\u30d4\u30ab\u30c1\u30e5\u30a6\u306e\u5199\u771f", True),
+    ("\u30d4\u30ab\u30c1\u30e5\u30a6", "\uff8b\uff9f\uff76\uff81\uff6d\uff73\u306e", True),
+    ("\u30ab\u30fc", "\u30ab\u30fc\u30c9", False),  # "car" in "card"
+    ("\u306d\u3053", "\u304b\u308f\u3044\u3044\u306d\u3053\u304c\u3044\u308b", True),
+    ("\u0e41\u0e21\u0e27", "\u0e20\u0e32\u0e1e\u0e41\u0e21\u0e27\u0e2a\u0e35\u0e14\u0e33", True),
+    ("\u0e01", "\u0e01\u0e34", False),  # a letter without its vowel
+    # Korean: spaces, but particles without one.
+    ("\ud1a0\ub07c", "\ud1a0\ub07c\uac00 \ud480\ubc2d\uc5d0", True),
+    ("\ud1a0\ub07c", "\ud1a0\ub07c\ub4e4\uc740", True),
+    ("\uac1c", "\uac1c\ubc1c\uc790", False),  # "dog" in "developer"
+    ("\ub07c", "\ud1a0\ub07c", False),
+    ("BTS", "BTS\uc758 \uc0ac\uc9c4", True),
+    # Emoji.
+    ("\U0001f431", "\U0001f431\U0001f431", True),
+    ("\u2764", "\u2764\ufe0f", True),
+    ("\U0001f469", "\U0001f469\u200d\U0001f680", False),
+    ("cat", "", False),
+]
+
+
+@pytest.mark.parametrize(("word", "prompt", "named"), NAMED)
+def test_prompts_that_name_a_word_are_told_in_every_script(
+    word: str, prompt: str, named: bool
+) -> None:
+    assert group_of(prompt, [Concept(word)]) == ("erased" if named else "untouched")
+    others = [Concept("zebra", synonyms=(word,))]
+    assert group_of(prompt, others) == ("synonym" if named else "untouched")
+
+
 def test_warnings_name_what_pictures_alone_can_show() -> None:
     same = (noise(0), noise(1))
     unchanged = row(prompt="a cat", after=same)
@@ -269,9 +338,35 @@ def test_verify_draws_the_erased_words_by_default(erasure: Erasure) -> None:
     assert all(r.seen_before[0] in ("red", "green") for r in found.rows)
 
 
+def test_verify_takes_prompts_and_seeds_in_any_form_that_has_items(erasure: Erasure) -> None:
+    def shown(prompts: Any, untouched: Any, seeds: Any) -> list[Any]:
+        found = verify(
+            tiny_pipeline(), erasure, prompts, untouched=untouched, seeds=seeds, steps=1
+        )
+        json.dumps(found.to_dict())
+        return [(row.group, row.prompt, row.seeds) for row in found.rows]
+
+    names, others, seeds = ["a cat", "a ship"], ["a dog", "a tree"], [3, 4]
+    expected = shown(names, others, seeds)
+    assert len(expected) == 4
+    assert shown(iter(names), iter(others), iter(seeds)) == expected
+    assert shown(np.array(names), np.array(others), np.array(seeds)) == expected
+
+
 def test_verify_refuses(pipe: Any, erasure: Erasure) -> None:
     with pytest.raises(TypeError, match=r"write \['a cat'\]"):
         verify(pipe, erasure, "a cat")
+    for wrong, message in (
+        ({"prompts": {"a cat": 1}}, "prompts: .*got dict"),
+        ({"prompts": ["a cat"], "untouched": "a dog"}, r"untouched: .*write \['a dog'\]"),
+        ({"prompts": ["a cat"], "seeds": 3}, "seeds: expected a list of ints, got 3"),
+        ({"prompts": ["a cat"], "seeds": [0.5]}, "seeds: expected a list of ints"),
+        ({"prompts": ["a cat"], "seeds": "12"}, "seeds: expected a list of ints"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            verify(pipe, erasure, **wrong)
+    with pytest.raises(ValueError, match="prompts: .*not valid text"):
+        verify(pipe, erasure, ["half a \ud83d"])
     with pytest.raises(ValueError, match="prompts is empty"):
         verify(pipe, erasure, [])
     with pytest.raises(ValueError, match="seeds is empty"):

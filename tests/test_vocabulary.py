@@ -1,7 +1,9 @@
 """The preserve prior and its cache."""
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import tiny_text_encoder, tiny_tokenizer
 
 from realera_fast import vocabulary as module
@@ -65,7 +67,7 @@ def test_unwritable_cache_costs_only_time(text, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr("os.fsync", full)
     assert encode_vocabulary(text, VocabularyConfig(words=4)).prompts == 12
     assert not list(tmp_path.iterdir())
 
@@ -94,4 +96,16 @@ def test_words_left_out_are_neither_preserved_nor_there(text):
 def test_one_string_of_words_to_leave_out_is_refused():
     with pytest.raises(TypeError, match="exclude"):
         VocabularyConfig(exclude="cat")
-    assert VocabularyConfig(exclude=["cat"]).exclude == ("cat",)
+    with pytest.raises(TypeError, match=r"exclude: .*got dict"):
+        VocabularyConfig(exclude={"cat": 1})
+    for several in (["cat"], iter(["cat"]), np.array(["cat"]), {"cat"}):
+        assert VocabularyConfig(exclude=several).exclude == ("cat",)
+    assert VocabularyConfig(exclude=None).exclude == ()
+
+
+def test_the_cache_holds_what_safetensors_writes(text, tmp_path):
+    vocabulary = encode_vocabulary(text, VocabularyConfig(words=4))
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = {"descriptors": vocabulary.descriptors, "gram": vocabulary.gram}
+    save_file(tensors, tmp_path / "expected", {"prompts": "12"})
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from realera_fast.names import folded
+
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a {}", "the {}", "{}")
 
 
@@ -50,13 +52,13 @@ def search(
     """
     options = settings or Settings()
     device = pipe.text_encoder.device
-    gone = {word.casefold() for word in banned}
+    gone = {folded(word) for word in banned}
     words = sorted(
         word.removesuffix("</w>")
         for word in pipe.tokenizer.get_vocab()
         if word.endswith("</w>") and word.removesuffix("</w>").isalpha()
     )
-    words = [word for word in words if word.casefold() not in gone]
+    words = [word for word in words if folded(word) not in gone]
     generator = torch.Generator().manual_seed(seed)
 
     def encode(prompts: Sequence[str]) -> Tensor:

@@ -14,6 +14,7 @@ from realera_fast.families import text_streams
 from realera_fast.gathering import neighbor_words
 from realera_fast.members import guidance_cosine
 from realera_fast.mining import MiningConfig
+from realera_fast.names import folded
 from realera_fast.text import Text
 from realera_fast.training import AlignmentConfig
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
@@ -64,8 +65,8 @@ class Phrases:
                 self.text, vocabulary, concepts, MiningConfig(), members=self._members
             )
             near = [w for words in (found.near, found.surplus) for w in words.values()]
-            gone = {w.casefold() for words in (*near, *(c.words for c in concepts)) for w in words}
-            self._words[key] = tuple(w for w in vocabulary.words if w.casefold() not in gone)
+            gone = {folded(w) for words in (*near, *(c.words for c in concepts)) for w in words}
+            self._words[key] = tuple(w for w in vocabulary.words if folded(w) not in gone)
         return self._words[key]
 
     def _members(self, concept: Concept, words: Sequence[str]) -> Tensor:

@@ -1,0 +1,152 @@
+"""Texts that users give: how they are cleaned, and which names mean the same to a reader.
+
+Whether two names are the same to a *model* is what the tokenizers of its text encoders say
+(`text.name_key`); here is what holds without one.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_JOINERS = "\u200c\u200d"
+_INVISIBLE = frozenset(
+    # Soft hyphen, grapheme joiner, Arabic letter mark, fillers, zero-width spaces, marks of
+    # direction, word joiners, the byte order mark, and annotations.
+    [0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x3164, 0xFFA0, 0x200B, 0x200E, 0x200F, 0xFEFF]
+    + [*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), 0xE0001]
+)
+_TAGS = range(0xE0020, 0xE0080)
+_FLAG = "\U0001f3f4"
+_UNJOINED = frozenset(
+    ["LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "DIGIT", "CJK", "HIRAGANA"]
+    + ["KATAKANA", "HANGUL", "THAI", "LAO"]
+)
+"""First words of the Unicode names of letters that a joiner between them means nothing to."""
+
+
+def valid(text: Any, what: str) -> str:
+    """A string as it is, of Python's own type.
+
+    Args:
+        what: the argument's name, for errors.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: it holds half a character, which no tokenizer and no file takes.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be a string, got {type(text).__name__}")
+    for place, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise ValueError(
+                f"{what}: {shown(text)} is not valid text: half a character, "
+                f"{_named(character)}, at position {place + 1}; read it as UTF-8"
+            )
+    return str(text)
+
+
+def clean(text: Any, what: str) -> str:
+    """A name as it is kept: composed accents (NFC), one space between words, none around them.
+
+    Characters that nobody sees are refused, as a tokenizer sees them: the name would be another one
+    than it looks. Joiners stay where they mean something, as in emoji, Persian and Hindi.
+
+    Args:
+        what: the argument's name, for errors.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: it is not valid text, or holds a control character or an invisible one.
+    """
+    text = valid(text, what)
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    for place, character in enumerate(text):
+        before, after = text[:place][-1:], text[place + 1 : place + 2]
+        code = ord(character)
+        if character in _JOINERS:
+            wrong = not (_joins(before) and _joins(after))
+        elif code in _TAGS:
+            wrong = before != _FLAG and not (before and ord(before) in _TAGS)
+        else:
+            wrong = code in _INVISIBLE or unicodedata.category(character) == "Cc"
+        if wrong or character == "\ufffd":
+            kind = "a mark of lost text" if character == "\ufffd" else "a character nobody sees"
+            raise ValueError(
+                f"{what}: {shown(text)} holds {kind}, {_named(character)}, at position "
+                f"{place + 1}; type it anew without it"
+            )
+    return text
+
+
+def folded(text: str) -> str:
+    """What two spellings have in common that differ in case, accents' composition, width or space.
+
+    For what people mean by a name; a text encoder may tell such spellings apart.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.split())
+
+
+def listed(values: Any, what: str, *, of: str = "a list of strings") -> tuple[Any, ...]:
+    """The items of an argument that takes several, read once; None is none.
+
+    The items of a set are sorted, as its own order differs from run to run.
+
+    Raises:
+        TypeError: one string, bytes, a mapping, or nothing that has items.
+    """
+    if values is None:
+        return ()
+    if isinstance(values, str):
+        raise TypeError(f"{what}: expected {of}, got one string: write [{values!r}]")
+    if isinstance(values, bytes | bytearray | memoryview | Mapping):
+        raise TypeError(f"{what}: expected {of}, got {type(values).__name__}")
+    try:
+        items = tuple(values)
+    except TypeError:
+        raise TypeError(f"{what}: expected {of}, got {type(values).__name__}") from None
+    return tuple(sorted(items, key=str)) if isinstance(values, set | frozenset) else items
+
+
+def clean_names(values: Any, what: str) -> tuple[str, ...]:
+    """Several names, cleaned (`clean`); None is none.
+
+    Raises:
+        TypeError: not several strings.
+        ValueError: one is empty or not valid.
+    """
+    found = tuple(clean(value, what) for value in listed(values, what))
+    if "" in found:
+        raise ValueError(f"{what}: expected non-empty strings, got an empty one")
+    return found
+
+
+def valid_texts(values: Iterable[Any] | None, what: str) -> tuple[str, ...]:
+    """Several strings as they are; None is none.
+
+    Raises:
+        TypeError: not several strings.
+        ValueError: one is not valid text.
+    """
+    return tuple(valid(value, what) for value in listed(values, what))
+
+
+def shown(text: str) -> str:
+    """A text in quotes, cut where it is long; what can't be printed is escaped."""
+    return repr(text if len(text) <= 80 else text[:80] + "...")
+
+
+def script(character: str) -> str:
+    """First word of a character's Unicode name: LATIN, CJK, HIRAGANA ...; "" without a name."""
+    return unicodedata.name(character, "").split(" ")[0].split("-")[0]
+
+
+def _joins(character: str) -> bool:
+    """Whether a joiner beside this character may mean something."""
+    return bool(character) and not character.isascii() and script(character) not in _UNJOINED
+
+
+def _named(character: str) -> str:
+    return f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
