@@ -34,6 +34,7 @@ from realera_fast.incremental import IncrementalSystem
 from realera_fast.members import MemberSearch, can_be_drawn, guidance_cosine
 from realera_fast.pairs import ConceptPrompts, fill
 from realera_fast.processes import Processes
+from realera_fast.states import exclusive
 from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
 
@@ -85,8 +86,7 @@ def solve(
     return system.solve(rank_tolerance=options.rank_tolerance), system
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
+@exclusive
 def erase(
     model: Any,
     text_encoders: Any = None,

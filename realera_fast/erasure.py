@@ -57,6 +57,7 @@ from realera_fast.safetensors_file import (
     write,
 )
 from realera_fast.single_file import find_weights
+from realera_fast.states import exclusive, ordinary
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ class Erasure:
 
     # Editing a model
 
+    @ordinary()
     def edited_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The edited weights, without a model and without changing the given ones.
 
@@ -210,6 +212,7 @@ class Erasure:
                 )
         return edited
 
+    @exclusive
     def apply_(self, model: nn.Module) -> nn.Module:
         """Edits the model in place; any failure leaves it bit-identical to before.
 
@@ -255,6 +258,7 @@ class Erasure:
         logger.info("applied %r to %d layers", self, len(originals))
         return model
 
+    @exclusive
     def restore_(self, model: nn.Module) -> nn.Module:
         """Undoes this erasure bit for bit, if it was the last one applied to `model`.
 
@@ -288,6 +292,7 @@ class Erasure:
         del history[place:]
         return model
 
+    @exclusive
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The edited tensors alone, for ``model.load_state_dict(..., strict=False)``.
 
@@ -306,6 +311,7 @@ class Erasure:
             weights = self.edited_weights(weights)
         return {f"{n}.weight": w.clone() for n, w in weights.items() if self._changes(n)}
 
+    @ordinary()
     def without(self, *targets: str) -> Erasure:
         """The same erasure, but for some of its concepts: others stay erased.
 
@@ -360,6 +366,7 @@ class Erasure:
 
     # Files
 
+    @ordinary()
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes one safetensors file, atomically: the factors, and all else in its header.
 
@@ -405,6 +412,7 @@ class Erasure:
         return path
 
     @classmethod
+    @ordinary()
     def load(cls, path: str | os.PathLike[str]) -> Erasure:
         """Reads what :meth:`save` wrote. The file is not trusted: everything in it is checked.
 
@@ -443,6 +451,7 @@ class Erasure:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ErasureFileError(f"{path}: {error}") from error
 
+    @exclusive
     def save_lora(
         self,
         path: str | os.PathLike[str],
@@ -491,6 +500,7 @@ class Erasure:
         write_card(file, self, use=use, component=self._component(), alone=file != path)
         return file
 
+    @exclusive
     def save_weights(self, path: str | os.PathLike[str], model: nn.Module) -> Path:
         """Writes the edited tensors alone, for any program that knows the base model.
 
@@ -512,6 +522,7 @@ class Erasure:
         write_card(path, self, use="weights", component=self._component())
         return path
 
+    @exclusive
     def save_single_file(
         self,
         path: str | os.PathLike[str],
@@ -559,6 +570,7 @@ class Erasure:
         write_card(path, self, use="single-file", component=self._component())
         return path
 
+    @exclusive
     def save_pretrained(self, folder: str | os.PathLike[str], model: nn.Module) -> Path:
         """Writes the whole edited model as diffusers does, for ``from_pretrained``.
 
@@ -610,6 +622,7 @@ class Erasure:
 
     # Without weights, and together with others
 
+    @ordinary()
     def prompt_map(self) -> PromptMap:
         """The same erasure as a small module on prompt embeddings; the weights stay as they are.
 
@@ -623,6 +636,7 @@ class Erasure:
             )
         return PromptMap(self.map, self.pooled_map)
 
+    @exclusive
     def rebase(self, model: nn.Module) -> Erasure:
         """The same factors for another state of the weights, as after withdrawing an earlier one.
 
@@ -639,6 +653,7 @@ class Erasure:
         provenance = {**self.provenance, "base_hashes": base_hashes(model), "history": history}
         return dataclasses.replace(self, provenance=provenance)
 
+    @exclusive
     def withdraw_(self, model: nn.Module) -> tuple[Erasure, ...]:
         """Takes this erasure out from under those that were applied after it.
 
@@ -679,6 +694,7 @@ class Erasure:
             raise
         return tuple(remaining)
 
+    @ordinary()
     def then(self, later: Erasure) -> Erasure:
         """This erasure, then a later one, as one: a single file to apply to the base model.
 
@@ -926,6 +942,7 @@ _HOLDS = {
 """What a file is, by the end of a key in it."""
 
 
+@exclusive
 def applied(model: nn.Module) -> tuple[Erasure, ...]:
     """The erasures that are applied to a model object in this process, in order.
 

@@ -108,9 +108,9 @@ def neighbor_words(
     taken |= {word.casefold() for word in keep}
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
     taken |= {part for phrase in list(taken) for part in phrase.split()}
-    best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64)
-    owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
-    known = torch.tensor([word.casefold() in taken for word in vocabulary.words])
+    best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64, device="cpu")
+    owner = torch.zeros(len(vocabulary.words), dtype=torch.long, device="cpu")
+    known = torch.tensor([word.casefold() in taken for word in vocabulary.words], device="cpu")
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for start in range(0, len(concepts), _TOGETHER):
             part = concepts[start : start + _TOGETHER]

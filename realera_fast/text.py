@@ -216,15 +216,15 @@ class TextModel:
     def shares(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
         if self.output == "pooled":
-            return torch.ones(len(prompts), 1, dtype=torch.float64)
+            return torch.ones(len(prompts), 1, dtype=torch.float64, device="cpu")
         # What stands before every prompt is the same vector in all of them, where the encoder is
         # causal; a bidirectional one (T5) puts nothing before.
         first = self._lead + bool(self._instruction)
-        counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64)
+        counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64, device="cpu")
         counts[:, first:] = 1.0
         if self.masked:
-            rows = torch.arange(self.max_tokens)
-            counts *= rows <= torch.tensor(self.ends(prompts)).unsqueeze(1)
+            rows = torch.arange(self.max_tokens, device="cpu")
+            counts *= rows <= torch.tensor(self.ends(prompts), device="cpu").unsqueeze(1)
         return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -256,7 +256,9 @@ class TextModel:
             batch_size: prompts encoded together; `None` is 64, or fewer where they are long.
         """
         if not prompts:
-            return torch.zeros(0, self.max_tokens, self.width, device=self.device)
+            return torch.zeros(
+                0, self.max_tokens, self.width, dtype=torch.float32, device=self.device
+            )
         if batch_size is None:
             batch_size = max(1, min(64, _BLOCK // (self._length * self.width)))
         training = {module: module.training for module in self.encoder.modules()}

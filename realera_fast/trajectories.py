@@ -131,7 +131,13 @@ class Denoiser:
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """`[b, c, h, w]` float32 starts."""
         starts = [
-            torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+            torch.randn(
+                self.shape,
+                dtype=torch.float32,
+                device="cpu",
+                generator=torch.Generator("cpu").manual_seed(seed),
+            )
+            for seed in seeds
         ]
         return torch.stack(starts).to(self.path.device)
 
@@ -157,13 +163,13 @@ class Denoiser:
             first, second: `[b, t, d]` prompts.
         """
         count = int(self.scheduler.config.num_train_timesteps)
-        total = torch.zeros(len(pictures), device=pictures.device)
+        total = torch.zeros(len(pictures), dtype=torch.float32, device=pictures.device)
         for number in range(_MARGIN_STEPS):
             # The middle of the schedule: early steps hold no content, late ones only texture.
             step = int(count * (0.2 + 0.6 * (number + 0.5) / _MARGIN_STEPS))
             noise = self.noise([number])
             noise = noise.expand_as(pictures)
-            times = torch.full((len(pictures),), step, device=pictures.device)
+            times = torch.full((len(pictures),), step, dtype=torch.long, device=pictures.device)
             noisy = self.scheduler.add_noise(pictures, noise, times)
             goal = self._goal(pictures, noise, times)
             errors = [
@@ -370,11 +376,11 @@ class WindowFiller:
         plain, sources, anchors, words = [], [], [], []
         for number, place in zip(numbers, places, strict=True):
             word = self.prompts[number]
-            generator = torch.Generator().manual_seed(
+            generator = torch.Generator("cpu").manual_seed(
                 philox.fold_seed(seed, _TARGET_PROMPTS + place)
             )
-            usable = torch.tensor(_prompts_of(word, held_back))
-            chosen = usable[torch.randperm(len(usable), generator=generator)]
+            usable = torch.tensor(_prompts_of(word, held_back), device="cpu")
+            chosen = usable[torch.randperm(len(usable), device="cpu", generator=generator)]
             chosen = chosen.repeat(-(-_PROMPTS // len(chosen)))[:_PROMPTS].to(word.source.device)
             plain.append(word.source[word.plain])
             sources.append(word.source[chosen])
@@ -391,8 +397,10 @@ class WindowFiller:
             if word_name in self.latents:
                 latents[i] = self._noised(self.latents[word_name], timesteps[i], start)
         points = timesteps.shape[1]
-        generator = torch.Generator().manual_seed(philox.fold_seed(seed, PROMPT_STREAM))
-        within = torch.randint(_PROMPTS, (self.trajectories, points), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PROMPT_STREAM))
+        within = torch.randint(
+            _PROMPTS, (self.trajectories, points), device="cpu", generator=generator
+        )
         mine = within[places.start : places.stop].to(device)
         prompt = (torch.arange(len(numbers), device=device)[:, None] * _PROMPTS + mine).flatten()
         z, t = latents.flatten(0, 1), timesteps.flatten()
@@ -416,9 +424,10 @@ class WindowFiller:
 
     def _preserved(self, places: range, seed: int, bar: Any) -> Points:
         device = self.denoiser.path.device
-        generator = torch.Generator().manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
+        generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
         count = len(self.preserve)
-        order = torch.randperm(count, generator=generator).repeat(-(-self.trajectories // count))
+        order = torch.randperm(count, device="cpu", generator=generator)
+        order = order.repeat(-(-self.trajectories // count))
         states = self.preserve[order[places.start : places.stop]].to(device)
         starts = [philox.fold_seed(seed, _PRESERVE_STARTS + place) for place in places]
         way = self.denoiser.run(states, starts, "original", bar)
@@ -433,11 +442,11 @@ class WindowFiller:
 
     def _noised(self, pictures: Tensor, timesteps: Tensor, seed: int) -> Tensor:
         """`[s, c, h, w]` a picture drawn by chance for each time step, with that much noise."""
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(pictures), (len(timesteps),), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        chosen = torch.randint(len(pictures), (len(timesteps),), device="cpu", generator=generator)
         clean = pictures[chosen.to(pictures.device)].to(timesteps.device, torch.float32)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        return self.denoiser.scheduler.add_noise(clean, noise, timesteps)
+        noise = torch.randn(clean.shape, dtype=torch.float32, device="cpu", generator=generator)
+        return self.denoiser.scheduler.add_noise(clean, noise.to(clean.device), timesteps)
 
     def _gathered(self, points: Points) -> Points:
         """The points of all processes, in the order of one process that made them all."""

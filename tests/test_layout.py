@@ -33,6 +33,7 @@ ORDER = (
         "streamed",
         "ops",
         "denoiser",
+        "states",
         "attention",
         "prompt_cache",
         "concept_map",
