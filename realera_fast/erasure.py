@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from realera_fast.denoiser import (
     transaction,
     unwrapped,
     weights_hash,
+    write_,
 )
 from realera_fast.files import folder_atomically
 from realera_fast.incremental import IncrementalSystem
@@ -99,7 +101,16 @@ class _Application:
 
 
 _history: WeakKeyDictionary[nn.Module, list[_Application]] = WeakKeyDictionary()
-"""What was applied to each living model, in order. It is what makes a bit-exact undo possible."""
+"""What was applied to each living model, in order. It is what makes a bit-exact undo possible.
+
+A list belongs to whoever works on its model (`states.exclusive`), the dictionary to all threads."""
+_history_lock = threading.Lock()
+
+
+def _applications(model: nn.Module) -> list[_Application]:
+    """What was applied to a model, to be read or changed."""
+    with _history_lock:
+        return _history.setdefault(unwrapped(model), [])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -230,7 +241,7 @@ class Erasure:
         """
         layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        history = _history.setdefault(unwrapped(model), [])
+        history = _applications(model)
         now = _States(model)
         _forget_undone(history, now)
         before = now.of(layers)
@@ -245,9 +256,8 @@ class Erasure:
         record: _Application | None = None
         try:
             with transaction(model, layers):
-                with torch.no_grad():
-                    for name in originals:
-                        layers[name].weight.copy_(edited[name])
+                for name in originals:
+                    write_(layers[name].weight, edited[name])
                 after = _States(model).of(layers)
                 record = _Application(self, originals, before, after)
                 history.append(record)
@@ -259,8 +269,12 @@ class Erasure:
         return model
 
     @exclusive
-    def restore_(self, model: nn.Module) -> nn.Module:
+    def restore_(self, model: nn.Module, *, force: bool = False) -> nn.Module:
         """Undoes this erasure bit for bit, if it was the last one applied to `model`.
+
+        Args:
+            force: put the original weights back also where something else changed the weights
+                since, such as an adapter that was merged into them; that change is lost.
 
         Returns:
             The same `model`.
@@ -270,7 +284,7 @@ class Erasure:
                 to this model object in this process.
         """
         layers = self._layers(model)
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         known = any(self._is_same(entry.erasure) for entry in history)
         place = _place(history, _States(model))
         if not known:
@@ -278,17 +292,25 @@ class Erasure:
                 "model: this erasure was not applied to this model in this process, so its "
                 "original weights are not known; reload the base model"
             )
-        if place is None or place < 0:
+        if place == -1:
+            raise ValueError(
+                "model: its weights changed since the erasure was applied: they are as before it, "
+                "so there is nothing to undo"
+            )
+        if place is None and force:
+            place = len(history) - 1
+        if place is None:
             raise ValueError(
                 "model: its weights (or their dtype) changed since the erasure was applied, so "
-                "undoing it would lose that change; reload the base model"
+                "undoing it would lose that change; restore_(model, force=True) does so, or reload "
+                "the base model"
             )
         entry = history[place]
         if not self._is_same(entry.erasure):
             raise ValueError(f"model: {entry.erasure!r} was applied last; restore that one first")
-        with transaction(model, layers), torch.no_grad():
+        with transaction(model, layers):
             for name, original in entry.originals.items():
-                layers[name].weight.copy_(original)
+                write_(layers[name].weight, original)
         del history[place:]
         return model
 
@@ -304,7 +326,7 @@ class Erasure:
         """
         layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         place = _place(history, _States(model))
         if place is None or place < 0 or not self._is_same(history[place].erasure):
             self._check_base(model)
@@ -588,7 +610,7 @@ class Erasure:
             ValueError: the erasure is not the last one applied to `model`.
             FileExistsError: the folder is not empty.
         """
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         place = _place(history, _States(model))
         if place is None or place < 0 or not self._is_same(history[place].erasure):
             raise ValueError("model: this erasure is not what was applied to it last; apply_ it")
@@ -649,7 +671,7 @@ class Erasure:
         self._layers(model)
         if self.lora:
             logger.warning("the alignment factors were trained on other weights: kept as they are")
-        history = [_entry(applied.erasure) for applied in _history.get(unwrapped(model), [])]
+        history = [_entry(applied.erasure) for applied in _applications(model)]
         provenance = {**self.provenance, "base_hashes": base_hashes(model), "history": history}
         return dataclasses.replace(self, provenance=provenance)
 
@@ -668,7 +690,7 @@ class Erasure:
             ValueError: it is not applied to this model object in this process, or the weights
                 changed since.
         """
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         places = [i for i, entry in enumerate(history) if self._is_same(entry.erasure)]
         if not places or _place(history, _States(model)) != len(history) - 1:
             raise ValueError(
@@ -839,9 +861,10 @@ class Erasure:
         """Un-edited weights of what changes, from the model or from what was kept at its edit."""
         if model is None and not any(concept_map.rank for concept_map in self._maps()):
             return {}
-        models = list(_history) if model is None else [unwrapped(model)]
-        for known in models:
-            for entry in _history.get(known, []):
+        with _history_lock:
+            living = [list(entries) for entries in _history.values()]
+        for entries in living if model is None else [_applications(model)]:
+            for entry in entries:
                 if self._is_same(entry.erasure):
                     return dict(entry.originals)
         if model is None:
@@ -949,7 +972,7 @@ def applied(model: nn.Module) -> tuple[Erasure, ...]:
     Those that were undone since are left out; where the weights were changed by something else,
     nothing is known and the result is empty.
     """
-    history = _history.get(unwrapped(model), [])
+    history = _applications(model)
     if not history:
         return ()
     place = _place(history, _States(model))

@@ -30,7 +30,7 @@ from realera_fast.trajectories import Denoiser
 logger = logging.getLogger(__name__)
 
 _PROMPT = "a photo of {}"
-_STEPS, _STARTS = 4, (40_000, 40_001)
+STEPS, _STARTS = 4, (40_000, 40_001)
 """Pictures a word and their steps (ours): on categories that are not judged, fewer mix members up
 with others, more tell nothing new."""
 
@@ -100,7 +100,7 @@ def guidance_cosine(
         mixed_precision=config.mixed_precision,
     )  # fmt: skip
     sampler = Denoiser(
-        path, scheduler, empty, steps=_STEPS, guidance_scale=config.guidance_scale,
+        path, scheduler, empty, steps=STEPS, guidance_scale=config.guidance_scale,
         latent_size=config.latent_size, batch_size=config.sampling_batch_size,
     )  # fmt: skip
     asked = text.encode([fill(_PROMPT, name) for name in names])
