@@ -288,8 +288,7 @@ def _check_apart(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
         if first < reached and (name in edited or other in edited):
             raise ValueError(
                 f"model: {other} and {name} share memory, so that an edit of one is an edit of the "
-                "other; give each a tensor of its own: layer.weight = "
-                "nn.Parameter(layer.weight.detach().clone())"
+                "other; put copy.deepcopy(layer) in one of the two places"
             )
         if stop > reached:
             before[device] = (stop, name)

@@ -42,6 +42,8 @@ class Reading:
             masked=self.masked,
             lowercase=self.lowercase,
             instruction=self.instruction(),
+            # A refiner's only encoder is the pipeline's second one.
+            name="text_encoder" + {0: "", -1: "_2"}.get(self.encoder, f"_{self.encoder + 1}"),
         )
 
 

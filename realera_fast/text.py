@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast import progress as progress_bars
+from realera_fast.denoiser import refuse_offloading, unwrapped
+from realera_fast.states import locked
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +132,7 @@ class TextModel:
         lowercase: prompts are lowercased and stripped first (PixArt, Sana).
         instruction: text that stands before every prompt and is cut out of the embeddings but for
             its last token (Sana).
+        name: what a pipeline calls the encoder, for messages.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class TextModel:
         masked: bool = False,
         lowercase: bool = False,
         instruction: str = "",
+        name: str = "text_encoder",
     ) -> None:
         for argument, value in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
             if isinstance(value, tuple | list):
@@ -147,30 +153,36 @@ class TextModel:
                     f"{argument}: expected one, got {len(value)}; several text encoders are read "
                     "together by realera_fast.families.text_streams"
                 )
-        if not callable(text_encoder) or not hasattr(text_encoder, "config"):
+        plain = text_encoder
+        if isinstance(text_encoder, nn.Module):
+            plain = unwrapped(text_encoder)
+            refuse_offloading(plain, name)
+        if hasattr(plain, "merge_and_unload"):
+            # peft's wrapper answers like the encoder, but for its class.
+            plain = plain.get_base_model()
+        if not callable(text_encoder) or not hasattr(plain, "config"):
             raise TypeError(
-                "text_encoder: expected a transformers text model such as pipe.text_encoder, "
+                f"{name}: expected a transformers text model such as pipe.text_encoder, "
                 f"got {type(text_encoder).__name__}"
             )
-        self.encoder = text_encoder
-        self.tokenizer = find_tokenizer(text_encoder) if tokenizer is None else tokenizer
+        self.encoder, self._plain, self._name = text_encoder, plain, name
+        self.tokenizer = find_tokenizer(plain) if tokenizer is None else tokenizer
         if not callable(self.tokenizer):
             raise TypeError(
                 "tokenizer: expected a transformers tokenizer such as pipe.tokenizer, "
                 f"got {type(tokenizer).__name__}"
             )
-        parameter = next(text_encoder.parameters())
-        if parameter.is_meta:
-            raise ValueError(
-                "text_encoder: its weights are on the meta device (offloaded or never loaded); "
-                "load them, or remove the offload hooks, before erasing"
-            )
-        self.device: torch.device = parameter.device
+        if getattr(self.tokenizer, "is_fast", False):
+            # Such a tokenizer holds the padding of the last call: another thread may draw with it.
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+        # Packed weights are no parameters.
+        tensors = (*text_encoder.parameters(), *text_encoder.buffers())
+        self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
         self.output, self.masked = output, masked
         self._lowercase, self._instruction = lowercase, instruction
-        config = text_encoder.config
+        config = plain.config
         self.width: int = int(config.hidden_size)
-        if output == "pooled" and "Projection" in type(text_encoder).__name__:
+        if output == "pooled" and "Projection" in type(plain).__name__:
             self.width = int(config.projection_dim)
         positions = getattr(config, "max_position_embeddings", self.tokenizer.model_max_length)
         held = int(min(self.tokenizer.model_max_length, positions))
@@ -261,22 +273,25 @@ class TextModel:
             )
         if batch_size is None:
             batch_size = max(1, min(64, _BLOCK // (self._length * self.width)))
-        training = {module: module.training for module in self.encoder.modules()}
-        self.encoder.eval()
         hidden = []
-        try:
-            with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
-                for start in range(0, len(prompts), batch_size):
-                    ids, mask = self.tokenize(prompts[start : start + batch_size])
-                    hidden.append(self._states(ids.to(self.device), mask.to(self.device)))
-                    bar.update(len(ids))
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        # Another model's erasure may use the same encoder: it must not see this one's mode end.
+        with locked(self.encoder):
+            training = {module: module.training for module in self.encoder.modules()}
+            self.encoder.eval()
+            try:
+                with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
+                    for start in range(0, len(prompts), batch_size):
+                        ids, mask = self.tokenize(prompts[start : start + batch_size])
+                        states = self._states(ids.to(self.device), mask.to(self.device))
+                        hidden.append(states.to(self.device))
+                        bar.update(len(ids))
+            finally:
+                for module, flag in training.items():
+                    module.training = flag
         rows = torch.cat(hidden)
         if rows.shape[-1] != self.width or not torch.isfinite(rows).all():
             raise ValueError(
-                f"text_encoder: expected finite embeddings of width {self.width}, got shape "
+                f"{self._name}: expected finite embeddings of width {self.width}, got shape "
                 f"{tuple(rows.shape)}" + ("" if torch.isfinite(rows).all() else " with NaN or Inf")
             )
         return rows
@@ -299,16 +314,25 @@ class TextModel:
         return tuple(dict.fromkeys(words))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary."""
+        """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary.
+
+        Raises:
+            ValueError: the encoder holds weights that can't be read.
+        """
         if self._fingerprint is not None:
             return self._fingerprint
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.encoder.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            data = tensor.detach().cpu().contiguous()
-            digest.update(
-                data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-            )
+        for name, value in sorted(self._plain.state_dict().items()):
+            try:
+                _add(digest, name, value)
+            except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+                raise ValueError(
+                    f"{self._name}: its {name}, {type(value).__name__}, can't be read ({error}); "
+                    "load the text encoder without quantization"
+                ) from error
+        if _has_more_than_weights(self._plain):
+            # Adapters with their strengths, hooks, functions in the place of methods.
+            _add(digest, "probe", self.encode([_PROBE]))
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
         read = (self.output, self._length, self.masked, self._lowercase, self._instruction)
@@ -338,6 +362,50 @@ class TextModel:
         if self._instruction:
             hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self._length :]), dim=1)
         return hidden.float()
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    """Adds an entry of a state to a hash: tensors of any kind, and what quantizers pack."""
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        inner, context = value.__tensor_flatten__()
+        _add(digest, f"{name} {type(value).__name__}", context)
+        for part in inner:
+            _add(digest, f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        data = value.detach().as_subclass(Tensor)
+        data = data.dequantize() if data.is_quantized else data
+        data = data.to_dense() if data.layout != torch.strided else data
+        data = data.cpu().contiguous()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    elif isinstance(value, tuple | list):
+        for place, part in enumerate(value):
+            _add(digest, f"{name}[{place}]", part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _add(digest, f"{name}[{key!r}]", part)
+    elif isinstance(value, torch.ScriptObject):
+        _add(digest, name, value.__getstate__())
+    elif value is None or isinstance(value, str | bytes | int | float | torch.dtype | torch.device):
+        digest.update(f"{name}={value!r}".encode())
+    else:
+        digest.update(name.encode() + pickle.dumps(value))
+
+
+_PROBE = "a photo of a cat"
+
+
+def _has_more_than_weights(encoder: nn.Module) -> bool:
+    """Whether something acts on the embeddings that the weights don't tell."""
+    for module in encoder.modules():
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
+            functions += [vars(module)["forward"]] if "forward" in vars(module) else []
+        # Transformers' own hooks collect outputs, PyTorch's make weights of other weights.
+        roots = {getattr(f, "__module__", type(f).__module__).split(".")[0] for f in functions}
+        if hasattr(module, "base_layer") or roots - {"transformers", "torch"}:
+            return True
+    return False
 
 
 class JoinedText:
