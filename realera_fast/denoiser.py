@@ -145,13 +145,26 @@ def check_drawable(model: nn.Module, latent_size: int | None) -> None:
             f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
             "(inpainting?)"
         )
-    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-        if getattr(options, name):
+    beside = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+    for name in beside:
+        if getattr(options, name, None):
             raise ValueError(
                 f"model: it takes more than text and noise ({name}={getattr(options, name)!r})"
             )
     if not (latent_size or options.sample_size):
         raise ValueError("model: its config has no sample_size; name AlignmentConfig.latent_size")
+    for name, module in model.named_modules():
+        if "layerwise_casting" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError(
+                f"model: layerwise casting gives {name or 'it'} another dtype while it runs (load "
+                "it without enable_layerwise_casting, in the dtype that it computes in)"
+            )
+    moved = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if moved is not None and torch.device(moved).type != next(model.parameters()).device.type:
+        raise ValueError(
+            f"model: it is moved to {moved} whenever it runs (undo that with "
+            f"pipe.remove_all_hooks() and pipe.to('{moved}'))"
+        )
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -172,9 +172,10 @@ class TextModel:
                 "tokenizer: expected a transformers tokenizer such as pipe.tokenizer, "
                 f"got {type(tokenizer).__name__}"
             )
-        if getattr(self.tokenizer, "is_fast", False):
-            # Such a tokenizer holds the padding of the last call: another thread may draw with it.
-            self.tokenizer = copy.deepcopy(self.tokenizer)
+        # A fast tokenizer holds the padding of its last call, and another thread may draw with it.
+        # Only what is set for a call is in the copy for sure: decoding stays with the original.
+        fast = getattr(self.tokenizer, "is_fast", False)
+        self._split = copy.deepcopy(self.tokenizer) if fast else self.tokenizer
         # Packed weights are no parameters.
         tensors = (*text_encoder.parameters(), *text_encoder.buffers())
         self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
@@ -201,7 +202,7 @@ class TextModel:
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return list(self._split(text, add_special_tokens=False, verbose=False).input_ids)
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that the encoder would not see; `""` if it sees all."""
@@ -241,7 +242,7 @@ class TextModel:
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`[p, n]` int64 token ids, padded and cut as the family does, and `[p, n]` their mask."""
-        tokens = self.tokenizer(
+        tokens = self._split(
             [self._instruction + self._prepared(prompt) for prompt in prompts],
             padding="max_length",
             max_length=self._length + self._cut,
@@ -346,14 +347,22 @@ class TextModel:
         return len(self.token_ids(self._instruction + self._prepared(text)))
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, verbose=False).input_ids)
+        return list(self._split(text, verbose=False).input_ids)
 
     def _prepared(self, prompt: str) -> str:
         return prompt.lower().strip() if self._lowercase else prompt
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         options = {"output_hidden_states": True} if self.output == "penultimate" else {}
-        output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+        try:
+            output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{self._name}: it fails when it is called ({type(error).__name__}: {error}); try "
+                "whether the pipeline draws with it, and load it as it was trained"
+            ) from error
         if self.output == "pooled":
             embeds = getattr(output, "text_embeds", None)
             pooled: Tensor = output.pooler_output if embeds is None else embeds
