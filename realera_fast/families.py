@@ -397,6 +397,7 @@ def components_of(pipe: Any) -> Components:
     """
     name = component_name(pipe)
     model = getattr(pipe, name)
+    _refuse_companions(pipe, name, model)
     numbers = [n for n in ("", "_2", "_3") if getattr(pipe, f"text_encoder{n}", None) is not None]
     if not numbers:
         raise TypeError(
@@ -404,7 +405,6 @@ def components_of(pipe: Any) -> Components:
             "text_encoder_3); a pipeline that takes no text has nothing to erase, one that was "
             "loaded without it must be loaded with it"
         )
-    _refuse_companions(pipe, name, model)
     # A refiner has no first encoder; SD3 without T5 has no third one, and keeps its place.
     declared = [n for n in ("", "_2", "_3") if hasattr(pipe, f"text_encoder{n}")]
     if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":

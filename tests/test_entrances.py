@@ -599,6 +599,8 @@ def test_what_is_no_pipeline_of_a_known_denoiser_is_named():
     with pytest.raises(TypeError, match="whose parts are prior, text_encoder: not supported"):
         erase(SimpleNamespace(components=parts, **parts), ["cat"])
     unet = tiny_unet()
-    with pytest.raises(TypeError, match="a pipeline that takes no text has nothing to erase"):
+    with pytest.raises(ValueError, match=r"its bert \(CLIPTextModel\) is shown the prompt"):
         erase(SimpleNamespace(unet=unet, bert=tiny_text_encoder()), ["cat"])
+    with pytest.raises(TypeError, match="a pipeline that takes no text has nothing to erase"):
+        erase(SimpleNamespace(unet=unet, image_encoder=nn.Linear(2, 2)), ["cat"])
     assert isinstance(components_of(sd1()), Components)

@@ -142,3 +142,77 @@ def test_fingerprint_follows_the_weights(text):
     other = TextModel(tiny_text_encoder(seed=9), tiny_tokenizer())
     assert text.fingerprint() == TextModel(tiny_text_encoder(), tiny_tokenizer()).fingerprint()
     assert text.fingerprint() != other.fingerprint()
+
+
+def byte_level_tokenizer(words=("cat", "dog", "photo")):
+    """A tokenizer of byte-level byte-pair encoding with whole words, as Qwen's and Mistral's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    merges = []
+    for word in words:
+        parts = list(f"\u0120{word}")
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            parts[:2] = ["".join(pair)]
+            if pair not in merges:
+                merges.append(pair)
+            vocabulary.setdefault(parts[0], len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=16
+    )
+
+
+def language_model(head: bool):
+    """A two-layer Gemma with or without its head, of the same weights."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+        sliding_window=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = Gemma2ForCausalLM(config).eval()
+    if head:
+        return whole
+    plain = Gemma2Model(config).eval()
+    plain.load_state_dict(whole.model.state_dict())
+    return plain
+
+
+def test_a_language_model_with_its_head_gives_states_not_logits():
+    tokenizer = byte_level_tokenizer()
+    with_head, plain = (TextModel(language_model(head), tokenizer) for head in (True, False))
+    prompts = ["a photo of a cat", "A dog"]
+    assert with_head.width == plain.width == 48
+    assert torch.equal(with_head.encode(prompts), plain.encode(prompts))
+
+
+def test_whole_words_of_byte_level_tokenizers_are_found():
+    found = TextModel(language_model(False), byte_level_tokenizer()).words(10)
+    assert set(found) >= {"cat", "dog", "photo"} and not any("\u0120" in word for word in found)
+
+
+def test_the_width_is_that_of_the_text_where_a_model_sees_pictures_too():
+    encoder = language_model(False)
+    text = encoder.config
+
+    class Whole(type(text)):
+        """As the configuration of a vision-language model: that of the text is inside of it."""
+
+        def get_text_config(self, **_):
+            return text
+
+        def __getattribute__(self, name):
+            if name == "hidden_size":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    encoder.config = Whole()
+    assert TextModel(encoder, byte_level_tokenizer()).width == 48
