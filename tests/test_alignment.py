@@ -156,7 +156,10 @@ def test_scores_of_a_model_that_is_as_it_was():
     pipe = embedded.load_pipeline()
     text = TextModel(pipe.text_encoder, pipe.tokenizer)
     templates = ["a photo of a {}", "a {}"]
-    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0)
+    config = dataclasses.replace(
+        CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0, batch_size=2, trajectories=2,
+        sampling_steps=2, check_seeds=1, check_sampling_steps=5,
+    )  # fmt: skip
     result = align_noise(
         pipe.unet, pipe.scheduler, ConceptMap.identity(text.width),
         prompts=Words(align(text, word, "house", templates) for word in ("rabbit", "bunny")),
@@ -179,7 +182,10 @@ def test_scores_of_a_model_that_draws_the_anchor():
     left = torch.linalg.pinv(source) @ (goal - source)
     u, s, vh = torch.linalg.svd(left.T, full_matrices=False)
     moving = ConceptMap(u[:, :76].float(), (s[:76, None] * vh[:76]).float())
-    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0)
+    config = dataclasses.replace(
+        CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0, batch_size=2, trajectories=2,
+        sampling_steps=2, check_seeds=1, check_sampling_steps=5,
+    )  # fmt: skip
     result = align_noise(
         pipe.unet, pipe.scheduler, moving,
         prompts=Words([align(text, "rabbit", "house", ["a photo of a {}"])]),

@@ -126,7 +126,7 @@ def plainly(pipe, name, words, dtype):
 def test_cosines_are_those_of_the_plain_loop(family, dtype):
     """Noise and v-prediction, one text encoder and two."""
     pipe = FAMILIES[family](dtype=dtype)
-    words = ["dog", "ship", "tree", "bird", "house", "chair", "car", "boat", "horse"]
+    words = ["dog", "ship", "tree"]
     got = guidance_cosine(
         pipe.unet, pipe.scheduler, ["cat"], words, config=AlignmentConfig(), **shown(pipe)
     )
