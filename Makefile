@@ -9,6 +9,7 @@ OUT ?= out/demo
 
 # Few threads: the work is small, and OpenMP's spinning threads hurt where cores are shared.
 export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test lint setup clean
@@ -29,12 +30,13 @@ demo:
 
 # Side by side: Triton's interpreter, which the kernels' tests need where there is no GPU, is a choice
 # for the whole process, and the tests in tests/aot compile instead. What these say is shown at the
-# end. The others are shared by two processes, file by file.
+# end. The others are shared by two processes, file by file. The slowest twenty show a regression.
 test:
 	@mkdir -p out
 	@$(call with_environment,{ \
-	  env -u TRITON_INTERPRET "$$python" -m pytest -q tests/aot > out/aot.log 2>&1 & aot=$$!; \
-	  "$$python" -m pytest -q -n 2 --dist loadfile --benchmark-disable tests; status=$$?; \
+	  env -u TRITON_INTERPRET "$$python" -m pytest -q --durations=5 tests/aot > out/aot.log 2>&1 & aot=$$!; \
+	  "$$python" -m pytest -q -n 2 --dist loadfile --benchmark-disable --durations=20 tests; \
+	  status=$$?; \
 	  wait $$aot || status=$$?; cat out/aot.log; exit $$status; })
 
 lint:

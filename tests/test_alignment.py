@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -156,7 +155,10 @@ def test_scores_of_a_model_that_is_as_it_was():
     pipe = embedded.load_pipeline()
     text = TextModel(pipe.text_encoder, pipe.tokenizer)
     templates = ["a photo of a {}", "a {}"]
-    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0)
+    config = dataclasses.replace(
+        CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0, batch_size=2, trajectories=2,
+        sampling_steps=2, check_seeds=1, check_sampling_steps=5,
+    )  # fmt: skip
     result = align_noise(
         pipe.unet, pipe.scheduler, ConceptMap.identity(text.width),
         prompts=Words(align(text, word, "house", templates) for word in ("rabbit", "bunny")),
@@ -179,7 +181,10 @@ def test_scores_of_a_model_that_draws_the_anchor():
     left = torch.linalg.pinv(source) @ (goal - source)
     u, s, vh = torch.linalg.svd(left.T, full_matrices=False)
     moving = ConceptMap(u[:, :76].float(), (s[:76, None] * vh[:76]).float())
-    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0)
+    config = dataclasses.replace(
+        CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0, batch_size=2, trajectories=2,
+        sampling_steps=2, check_seeds=1, check_sampling_steps=5,
+    )  # fmt: skip
     result = align_noise(
         pipe.unet, pipe.scheduler, moving,
         prompts=Words([align(text, "rabbit", "house", ["a photo of a {}"])]),
@@ -312,7 +317,7 @@ def test_a_broken_checkpoint_is_refused(parts, tmp_path, content):
 
 
 KILLED = """
-    import sys
+    import os, signal, sys, traceback
     from pathlib import Path
     import torch
     from realera_fast import alignment
@@ -321,56 +326,69 @@ KILLED = """
     sys.path[:0] = [{tests!r}]
     import test_alignment as t
 
+    def trained(folder, out, kill_at):
+        step = Trainer.step
+        def told(self, window, number):
+            result = step(self, window, number)
+            print("step", number, flush=True)
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        Trainer.step = told
+        pipe = t.tiny_pipeline()
+        config = AlignmentConfig(
+            steps=9, refresh_steps=4, batch_size=4, trajectories=4, sampling_steps=4,
+            check_seeds=0, evaluation_steps=2, learning_rate=2e-2, patience=9,
+        )
+        result = t.run(
+            (pipe, t.TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
+            checkpoint_dir=Path(folder), resume=True, run="a",
+        )
+        factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
+        factors |= {{f"{{n}}.up": f.up for n, f in result.lora.items()}}
+        factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)
+        save_file(factors, out)
+
     alignment._CHECKPOINT_SECONDS = 0.0
-    step = Trainer.step
-    def told(self, window, number):
-        result = step(self, window, number)
-        print("step", number, flush=True)
-        return result
-    Trainer.step = told
-    pipe = t.tiny_pipeline()
-    folder = Path({folder!r})
-    config = AlignmentConfig(
-        steps=9, refresh_steps=4, batch_size=4, trajectories=4, sampling_steps=4, check_seeds=0,
-        evaluation_steps=2, learning_rate=2e-2, patience=9,
-    )
-    result = t.run(
-        (pipe, t.TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
-        checkpoint_dir=folder, resume=True, run="a",
-    )
-    factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
-    factors |= {{f"{{n}}.up": f.up for n, f in result.lora.items()}}
-    factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)
-    save_file(factors, {out!r})
+    for job in {jobs!r}:
+        # Each in a process of its own, without importing everything again.
+        child = os.fork()
+        if child == 0:
+            try:
+                trained(*job)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def child(folder: Path, out: Path, kill_at: str | None = None) -> list[str]:
-    """Runs the training in a process of its own, killed after a line if one is given."""
-    code = textwrap.dedent(KILLED).format(
-        tests=str(Path(__file__).parent), folder=str(folder), out=str(out)
+def children(*jobs: tuple[str, str, int | None]) -> list[list[str]]:
+    """Runs trainings one after the other: folder, file for the factors, step to be killed after."""
+    code = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), jobs=jobs)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stderr is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line.strip())
-        if line.strip() == kill_at:
-            os.kill(process.pid, signal.SIGKILL)
-    errors = process.stderr.read()
-    status = process.wait()
-    assert status == (-signal.SIGKILL if kill_at in lines else 0), errors
-    return lines
+    assert result.returncode == 0, result.stderr
+    found: list[list[str]] = [[]]
+    for line in result.stdout.splitlines():
+        if not line.startswith("status"):
+            found[-1].append(line)
+            continue
+        killed = jobs[len(found) - 1][2] is not None
+        assert line == f"status {-signal.SIGKILL if killed else 0}", result.stderr
+        found.append([])
+    return found[:-1]
 
 
 def test_killed_at_any_moment_the_same_factors_come_out(tmp_path):
-    whole = child(tmp_path / "whole", tmp_path / "whole.safetensors")
+    folder, out = str(tmp_path / "killed"), str(tmp_path / "killed.safetensors")
+    whole, *seen = children(
+        (str(tmp_path / "whole"), str(tmp_path / "whole.safetensors"), None),
+        *((folder, out, number) for number in (1, 4, 6, None)),
+    )
     assert whole == [f"step {i}" for i in range(9)]
-    folder, out = tmp_path / "killed", tmp_path / "killed.safetensors"
-    seen = [child(folder, out, f"step {number}") for number in (1, 4, 6)]
-    seen.append(child(folder, out))
     # It went on where it was, not from the start.
     assert seen[0][0] == "step 0" and all(part[0] != "step 0" for part in seen[1:])
     first, second = (load_file(tmp_path / f"{n}.safetensors") for n in ("whole", "killed"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,19 +52,37 @@ def run(family, concepts, folder, kill_at):
 """
 
 
-def python(code: str, **options) -> subprocess.CompletedProcess[str]:
-    script = RUN.format(tests=str(Path(__file__).parent)) + code
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True,
-                          text=True, check=False, **options)  # fmt: skip
+KILLED = [("sd1", 1), ("sd1", 33), ("flux", 25), ("flux", 61)]
+"""A family, and after how many checkpoints its run is killed."""
 
 
-@pytest.mark.parametrize(
-    ("family", "kill_at"), [("sd1", 1), ("sd1", 33), ("flux", 25), ("flux", 61)]
-)
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, family, kill_at):
-    killed = python(f"run({family!r}, LIST, {str(tmp_path / 'c')!r}, {kill_at})")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = sorted(p.name for p in (tmp_path / "c").iterdir())
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of runs that were killed, each in a process of its own."""
+    folders = {case: tmp_path_factory.mktemp("killed") / "c" for case in KILLED}
+    code = """
+for family, kill_at, folder in CASES:
+    child = os.fork()
+    if child == 0:
+        try:
+            run(family, LIST, folder, kill_at)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, family
+"""
+    cases = [(*case, str(folder)) for case, folder in folders.items()]
+    script = RUN.format(tests=str(Path(__file__).parent)) + code.replace("CASES", repr(cases))
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return folders
+
+
+@pytest.mark.parametrize(("family", "kill_at"), KILLED)
+def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
+    folder = killed[family, kill_at]
+    left = sorted(p.name for p in folder.iterdir())
     assert left == (["pooled.safetensors", "sequence.safetensors"] if kill_at > 40 else
                     ["sequence.safetensors"])  # fmt: skip
     resumed, whole = FAMILIES[family](), FAMILIES[family]()
@@ -79,8 +96,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, family, kill_at):
 
     gathering_module.add_word = counting
     try:
-        got = erase(resumed, LIST, config=ONE, checkpoint_dir=tmp_path / "c", resume=True,
-                    progress=False)  # fmt: skip
+        got = erase(resumed, LIST, config=ONE, checkpoint_dir=folder, resume=True, progress=False)
     finally:
         gathering_module.add_word = original
     streams = 2 if family == "flux" else 1
@@ -90,7 +106,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, family, kill_at):
     assert torch.equal(got.map.right, expected.map.right)
     if got.pooled_map is not None and expected.pooled_map is not None:
         assert torch.equal(got.pooled_map.left, expected.pooled_map.left)
-    assert os.listdir(tmp_path / "c") == [], "nothing is left behind"
+    assert os.listdir(folder) == [], "nothing is left behind"
 
 
 def test_a_checkpoint_of_another_list_is_refused(tmp_path, monkeypatch):
@@ -107,10 +123,10 @@ def test_a_checkpoint_of_another_list_is_refused(tmp_path, monkeypatch):
     erase(sd1(), LIST[:6], config=ONE, checkpoint_dir=tmp_path, progress=False)
 
 
-def test_ten_thousand_concepts_take_no_more_memory_than_ten(tmp_path):
+def test_three_thousand_concepts_take_no_more_memory_than_ten(tmp_path):
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [a + b + c + "q" for a in letters for b in letters for c in letters]
-    for count in (10, 10_000):
+    for count in (10, 3_000):
         (tmp_path / f"{count}.csv").write_text(
             "target,anchor\n" + "".join(f"{word},dog\n" for word in words[:count])
         )
@@ -128,7 +144,7 @@ print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     script = tmp_path / "run.py"
     script.write_text(RUN.format(tests=str(Path(__file__).parent)) + code)
     peaks = {}
-    for count in (10, 10_000):
+    for count in (10, 3_000):
         result = subprocess.run(
             [sys.executable, "-W", "ignore", script, tmp_path / f"{count}.csv",
              tmp_path / f"{count}.safetensors"],
@@ -138,13 +154,13 @@ print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         number, peak = result.stdout.split()
         assert int(number) == count
         peaks[count] = int(peak) / 1024
-        if count == 10_000:
-            assert "concepts:" in result.stderr and "/10000" in result.stderr
-    # The prompts alone would be 10,000 x 16 x 32 float32, 20 MB, and their float64 rows, what they
+        if count == 3_000:
+            assert "concepts:" in result.stderr and "/3000" in result.stderr
+    # The prompts alone would be 3,000 x 16 x 32 float32, 6 MB, and their float64 rows, what they
     # move by, their anchors and the word's neighbors several times that.
-    assert peaks[10_000] < peaks[10] + 40
-    loaded = Erasure.load(tmp_path / "10000.safetensors")
-    assert len(loaded.concepts) == 10_000 and loaded.map.rank <= 32
+    assert peaks[3_000] < peaks[10] + 12
+    loaded = Erasure.load(tmp_path / "3000.safetensors")
+    assert len(loaded.concepts) == 3_000 and loaded.map.rank <= 32
 
 
 def test_a_bad_line_stops_before_anything_is_written(tmp_path):

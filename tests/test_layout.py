@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -250,35 +248,6 @@ class TestNativeLibrary:
             "print(ops.implementations()['solve_spd']['cpu'], ops.__file__)"
         )
         assert run(code, tmp_path) == f"reference {tmp_path / 'realera_fast' / 'ops.py'}"
-
-
-def test_wheel(tmp_path: Path) -> None:
-    """Builds the wheel from a copy and looks inside."""
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "build", "out", "*.egg-info", "__pycache__", "*.so")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path,
-         source],
-        capture_output=True, text=True, check=False,
-        # The CUDA part was compiled when this environment was made.
-        env={**os.environ, "CMAKE_ARGS": "-DREALERA_FAST_CUDA=OFF"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-abi3-" in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"realera_fast"}
-    shipped = {name.removeprefix("realera_fast/") for name in names}
-    assert {"_C.abi3.so", "py.typed", "kernels/perturb.py"} <= shipped
-    data = {
-        str(path.relative_to(PACKAGE))
-        for path in (PACKAGE / "embedded").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert data <= shipped
 
 
 def test_torch_is_not_older_than_the_library_asks() -> None:

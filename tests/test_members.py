@@ -126,7 +126,7 @@ def plainly(pipe, name, words, dtype):
 def test_cosines_are_those_of_the_plain_loop(family, dtype):
     """Noise and v-prediction, one text encoder and two."""
     pipe = FAMILIES[family](dtype=dtype)
-    words = ["dog", "ship", "tree", "bird", "house", "chair", "car", "boat", "horse"]
+    words = ["dog", "ship", "tree"]
     got = guidance_cosine(
         pipe.unet, pipe.scheduler, ["cat"], words, config=AlignmentConfig(), **shown(pipe)
     )
@@ -143,7 +143,9 @@ def test_nothing_is_asked_of_no_words(pipe):
 
 
 def test_a_category_takes_its_members_with_it(pipe):
-    result = erase(pipe, [Concept("clothing", kind="explicit")], config=CLOSED_FORM, progress=False)
+    # A quarter of the words that are drawn by default: it is the line between them that counts.
+    config = dataclasses.replace(CLOSED_FORM, mining=MiningConfig(member_words=64))
+    result = erase(pipe, [Concept("clothing", kind="explicit")], config=config, progress=False)
     near = set(result.report["neighbors"]["clothing"])
     result.restore_(pipe.unet)
     assert {"hat", "headgear", "shoe", "sneaker", "crown", "tiara"} <= near

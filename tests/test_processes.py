@@ -46,11 +46,8 @@ SCRIPT = """
             self.file.write(json.dumps({{"step": step, **values}}) + "\\n")
             self.file.flush()
 
-    if {tracked!r}:
-        accelerator = Accelerator(cpu=True, log_with=Lines())
-        accelerator.init_trackers("alignment")
-    else:
-        accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, log_with=Lines())
+    accelerator.init_trackers("alignment")
     pipe = t.tiny_pipeline()
     # Two processes' batches, so that the last digits agree.
     config = dataclasses.replace(
@@ -67,36 +64,52 @@ SCRIPT = """
     factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)
     factors["held_back"] = torch.tensor(result.held_back, dtype=torch.float64)
     save_file(factors, f"{folder}/rank{{accelerator.process_index}}.safetensors")
-    accelerator.end_training()
 """
 
 
-def launch(
-    folder: Path, count: int, tracked: bool = False, script_text: str = SCRIPT
-) -> list[dict[str, torch.Tensor]]:
-    folder.mkdir()
-    script = folder / "train.py"
-    text = script_text.format(tests=str(Path(__file__).parent), folder=str(folder), tracked=tracked)
-    script.write_text(textwrap.dedent(text))
-    done = subprocess.run(
-        [
-            # What `accelerate launch` starts where there are GPUs; for CPUs it would need MPI.
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", str(count)),
-            str(script),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
+ERASE = """
+    import test_erase as e
+
+    accelerator.trackers = []
+    pipe = e.tiny_pipeline()
+    config = e.dataclasses.replace(
+        e.CONFIG, alignment=e.dataclasses.replace(e.FAST, check_seeds=0, steps=3)
     )
+    concepts = ["cat=dog", e.Concept("ship", kind="explicit")]
+    e.run(pipe, concepts, config, accelerator=accelerator)
+    save_file(pipe.unet.state_dict(), f"{folder}/unet{{accelerator.process_index}}.safetensors")
+"""
+
+
+def launch(folder: Path, count: int, *more: str) -> Path:
+    """Runs `SCRIPT`, and more behind it, in so many processes; returns the folder of its files."""
+    script = folder / "train.py"
+    parts = [textwrap.dedent(text) for text in (SCRIPT, *more, "accelerator.end_training()")]
+    script.write_text("".join(parts).format(tests=str(Path(__file__).parent), folder=str(folder)))
+    command = [sys.executable, str(script)]
+    if count > 1:
+        # What `accelerate launch` starts where there are GPUs; for CPUs it would need MPI.
+        run = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
+        command[1:1] = run
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(count)]
+    return folder
 
 
-def test_two_processes_train_the_factors_of_one(tmp_path):
-    first, second = launch(tmp_path / "two", 2)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote that trained, and then erased."""
+    return launch(tmp_path_factory.mktemp("two"), 2, ERASE)
+
+
+def of_both(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / f"{name}{rank}.safetensors") for rank in range(2)]
+
+
+def test_two_processes_train_the_factors_of_one(two, tmp_path):
+    first, second = of_both(two, "rank")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    (one,) = launch(tmp_path / "one", 1)
+    one = load_file(launch(tmp_path, 1) / "rank0.safetensors")
     assert one.keys() == first.keys()
     torch.testing.assert_close(one.pop("held_back"), first["held_back"])
     for name, value in one.items():
@@ -104,10 +117,8 @@ def test_two_processes_train_the_factors_of_one(tmp_path):
         assert torch.equal(value, first[name]), f"{name}: {(value - first[name]).abs().max()}"
 
 
-def test_trackers_of_the_accelerator_get_the_losses(tmp_path):
-    launch(tmp_path / "logged", 2, tracked=True)
-    lines = (tmp_path / "logged" / "log.jsonl").read_text().splitlines()
-    logged = [json.loads(line) for line in lines]
+def test_trackers_of_the_accelerator_get_the_losses(two):
+    logged = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
     # One process logs for both.
     losses = [entry["step"] for entry in logged if "alignment/loss" in entry]
     assert losses == list(range(UNCHECKED.steps))
@@ -155,28 +166,8 @@ def test_one_process_alone_exchanges_nothing():
     assert processes.share(5) == slice(0, 5)
 
 
-ERASE = """
-    import sys
-    import torch
-    from accelerate import Accelerator
-    from safetensors.torch import save_file
-    sys.path[:0] = [{tests!r}]
-    import test_erase as t
-
-    accelerator = Accelerator(cpu=True)
-    pipe = t.tiny_pipeline()
-    config = t.dataclasses.replace(
-        t.CONFIG, alignment=t.dataclasses.replace(t.FAST, check_seeds=0, steps=3)
-    )
-    concepts = ["cat=dog", t.Concept("ship", kind="explicit")]
-    t.run(pipe, concepts, config, accelerator=accelerator)
-    save_file(pipe.unet.state_dict(), f"{folder}/rank{{accelerator.process_index}}.safetensors")
-    accelerator.end_training()
-"""
-
-
-def test_every_process_gets_the_same_erased_model(tmp_path):
-    first, second = launch(tmp_path / "two", 2, script_text=ERASE)
+def test_every_process_gets_the_same_erased_model(two):
+    first, second = of_both(two, "unet")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     plain = tiny_pipeline().unet.state_dict()
     assert any(not torch.equal(value, plain[name]) for name, value in first.items())

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 from tiny_models import tiny_pipeline
 
+import realera_fast
+from realera_fast import EraseConfig
+from realera_fast.training import AlignmentConfig
+
 README = Path(__file__).parent.parent / "README.md"
+
+SHORT = EraseConfig(
+    alignment=AlignmentConfig(
+        steps=2, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=1,
+        check_sampling_steps=2,
+    )
+)  # fmt: skip
+"""The defaults, but for how long alignment takes."""
 
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -24,7 +36,7 @@ def blocks() -> list[tuple[int, str]]:
 def test_python_blocks_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A Stable Diffusion checkpoint of gigabytes is stood in for by the tiny one."""
+    """A checkpoint of gigabytes is stood in for by the tiny one, and training stops at once."""
     found = blocks()
     assert found, "README has no Python block"
     import diffusers
@@ -36,6 +48,12 @@ def test_python_blocks_run(
         monkeypatch.setattr(getattr(diffusers, name), "from_pretrained", from_pretrained)
     # A machine of the README's reader has a GPU; this one may not.
     monkeypatch.setattr("diffusers.DiffusionPipeline.to", lambda self, *_, **__: self)
+
+    def erase(*arguments: Any, config: EraseConfig | None = None, **options: Any) -> Any:
+        return original(*arguments, config=config or SHORT, **options)
+
+    original = realera_fast.erase
+    monkeypatch.setattr(realera_fast, "erase", erase)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     namespace: dict[str, Any] = {"__name__": "__main__"}
