@@ -334,6 +334,7 @@ def erase(
             found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined))
             moved = [word for words in mined.values() for word in words]
             found["warnings"] += tuple(_spelled(parsed, (*moved, *kept_words), key))
+            found["warnings"] += tuple(_unknown(parsed, texts))
             if categories and not drawable:
                 found["warnings"] = (*found["warnings"], _NO_MEMBERS)
                 logger.warning(_NO_MEMBERS)
@@ -406,6 +407,22 @@ def check_tokens(
                     "erased; name it in another way"
                 )
     check_names(concepts, preserve, key=key)
+
+
+def _unknown(
+    concepts: Sequence[Concept], texts: Mapping[Any, Sequence[Text]]
+) -> Iterator[str]:
+    """Warns of names that are nothing of their own to a text encoder."""
+    every = [text for sections in texts.values() for text in sections]
+    words = [word for c in concepts for word in c.words]
+    if found := [word for word in words if any(text.unknown(word) for text in every)]:
+        some = ", ".join(map(repr, found[:6])) + (", ..." if len(found) > 6 else "")
+        text = (
+            f"the text encoder knows no such characters as in {some}: what else it does not know "
+            "looks the same to it and may go as well"
+        )
+        logger.warning(text)
+        yield text
 
 
 def _spelled(

@@ -132,6 +132,10 @@ class Text(Protocol):
         """A control token of a tokenizer (end-of-text, padding) that the text holds, if any."""
         ...
 
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        ...
+
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""
         ...
@@ -258,6 +262,15 @@ class TextModel:
         # By number too: a tokenizer may know them in other cases.
         ids = set(self.token_ids(text))
         return next((t for t, number in self._controls.items() if t in text or number in ids), None)
+
+    def unknown(self, name: str) -> bool:
+        """Whether the tokenizer has no token of its own for a part of the name."""
+        # One that knows every byte may name another of its tokens here, as CLIP's does.
+        token = getattr(self.tokenizer, "unk_token", None)
+        number = getattr(self.tokenizer, "unk_token_id", None)
+        return self._controls.get(token, number) is None and number in self.token_ids(
+            self._prepared(name)
+        )
 
     @functools.cached_property
     def _controls(self) -> dict[str, int | None]:
@@ -461,6 +474,10 @@ class JoinedText:
         """A control token of a tokenizer that the text holds, if any."""
         return next(filter(None, (part.control_token(text) for part in self.parts)), None)
 
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return any(part.unknown(name) for part in self.parts)
+
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""
         return max((part.overflow(prompt) for part in self.parts), key=len)
@@ -519,6 +536,10 @@ class TextWithPooled:
     def control_token(self, text: str) -> str | None:
         """A control token of a tokenizer that the text holds, if any."""
         return self.sequence.control_token(text) or self.pooled.control_token(text)
+
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return self.sequence.unknown(name) or self.pooled.unknown(name)
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""
