@@ -42,6 +42,7 @@ from realera_fast.denoiser import projections
 from realera_fast.lora import LoraParameters
 from realera_fast.mining import Region
 from realera_fast.pairs import AlignedPrompts
+from realera_fast.precision import fastest_dtype
 from realera_fast.processes import Processes
 from realera_fast.progress import bar
 from realera_fast.text_path import TextPath
@@ -76,7 +77,7 @@ class Point:
 
 
 def cpu_points(quick: bool) -> list[Point]:
-    dtypes = (torch.float32, torch.bfloat16)
+    dtypes = list(dict.fromkeys((torch.float32, fastest_dtype("cpu"))))
     points = [Point("step", "embedded", dtype, compiled=not quick) for dtype in dtypes]
     points += [] if quick else [Point("train", "embedded", dtype) for dtype in dtypes]
     return [*points, *(Point("image", "embedded", dtype) for dtype in dtypes)]

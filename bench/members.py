@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from provenance import add_dtype, provenance
 from tables import RESULTS
 
 from realera_fast import embedded
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    add_dtype(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "members.jsonl")
     arguments = parser.parse_args()
     about = provenance() | {"dtype": arguments.dtype}

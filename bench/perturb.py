@@ -29,7 +29,7 @@ from rows import measured
 from torch import Tensor
 from torch.nn import functional
 
-from realera_fast import ops, perturbation, reference
+from realera_fast import ops, perturbation, precision, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "perturb.jsonl"
@@ -75,12 +75,15 @@ CPU_FULL = (
     Point("rows", SD, 1, 256, torch.bfloat16),
     *(Point("rows", SDXL, 1, samples) for samples in (1, 64)),
     *(Point(o, SD, 1, n) for o in ("project", "lora", "backward") for n in (1, 16)),
-    *(Point(o, SD, 1, 16, torch.bfloat16) for o in ("project", "lora", "backward")),
-    Point("lora", SDXL, 1, 2, torch.bfloat16),
     *(Point("accumulate", SD, 1, samples) for samples in (16, 256)),
     Point("accumulate", SD, 10, 16),
     Point("accumulate", SDXL, 1, 32),
 )
+CPU_PRODUCTS = (
+    *(Point(o, SD, 1, 16, torch.bfloat16) for o in ("project", "lora", "backward")),
+    Point("lora", SDXL, 1, 2, torch.bfloat16),
+)
+"""For a processor that multiplies bfloat16 natively; others take minutes for one."""
 GPU_QUICK = tuple(
     Point(operation, SD, concepts, samples, torch.bfloat16)
     for operation in OPERATIONS
@@ -358,7 +361,8 @@ def main(arguments: argparse.Namespace) -> int:
     if device.type == "cuda":
         points = GPU_QUICK if arguments.quick else GPU_FULL
     else:
-        points = CPU_QUICK if arguments.quick else CPU_FULL
+        products = CPU_PRODUCTS if precision.multiplies_natively(torch.bfloat16) else ()
+        points = CPU_QUICK if arguments.quick else (*CPU_FULL, *products)
     out = arguments.out or (QUICK if arguments.quick else RESULTS)
     rows = measured(
         points,

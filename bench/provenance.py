@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import platform
 import subprocess
 from typing import Any
 
 import torch
+
+from realera_fast.precision import fastest_dtype
+
+
+def default_dtype() -> str:
+    """bfloat16, as the committed rows are; float32 where this machine has it in loops only."""
+    found = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    return str(found).removeprefix("torch.")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option `--dtype` of the scripts that draw pictures."""
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default_dtype())
 
 
 def provenance() -> dict[str, Any]:

@@ -38,7 +38,7 @@ import methods
 import torch
 from methods import Method
 from PIL import Image
-from provenance import provenance
+from provenance import add_dtype, provenance
 from tables import RESULTS, UNERASED
 
 from realera_fast import Concept, embedded
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)))
     parser.add_argument("--methods", nargs="*", help="only these (patterns: UCE*)")
     parser.add_argument("--tasks", nargs="*", help="only these")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    add_dtype(parser)
     parser.add_argument("--out", type=Path, help="default: in bench/results")
     arguments = parser.parse_args()
     if arguments.table == "costs":

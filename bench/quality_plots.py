@@ -153,12 +153,13 @@ def grid(path: Path) -> None:
     import methods
     import torch
     from PIL import Image, ImageDraw, ImageFont
+    from provenance import default_dtype
     from quality import Studio, Task
 
     from realera_fast import Concept
     from realera_fast.demo import Shot
 
-    studio = Studio(torch.bfloat16)
+    studio = Studio(getattr(torch, default_dtype()))
     shots = [
         Shot(erased="cat", group="untouched", word=label, expected="", kind="thing",
              prompt=prompt, seed=4242 + i)

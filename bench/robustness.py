@@ -25,7 +25,7 @@ import torch
 from attacks import image_to_image, prompt_optimization, prompt_search
 from methods import Method
 from PIL import Image
-from provenance import provenance
+from provenance import add_dtype, provenance
 from quality import STEPS, Studio, Task
 from tables import RESULTS, UNERASED
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--things", nargs="*", default=list(THINGS))
     parser.add_argument("--methods", nargs="*", help="only these (patterns)")
     parser.add_argument("--attacks", nargs="*", default=["*"], help="only these (patterns)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    add_dtype(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "attacks.jsonl")
     arguments = parser.parse_args()
     about = provenance() | {"dtype": arguments.dtype, "steps": STEPS, "pictures": PICTURES}

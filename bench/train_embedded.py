@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from emoji_data import Fonts, caption, caption_words, pairs, render_all
 from torch import Tensor, nn
 
+from realera_fast import precision
 from realera_fast.embedded import FOLDER, words
 
 SEED = 20240
@@ -101,7 +102,8 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 def autocast() -> torch.autocast:
     """bfloat16 where the processor multiplies it natively; parameters stay float32."""
-    return torch.autocast("cpu", torch.bfloat16)
+    native = precision.multiplies_natively(torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=native)
 
 
 def bank(work: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -41,18 +40,6 @@ std::array<Tensor, Returns> call_all(const char* name, const char* overload, con
 template <class... Args>
 Tensor call(const char* name, const char* overload, const Args&... args) {
   return call_all<1>(name, overload, args...)[0];
-}
-
-// out = a b. `out` may be a strided view if its last dimension is contiguous.
-inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  call("aten::mm", "out", a, b, out);
-}
-
-// out += scale a b, by the same rule. Not through the dispatcher, which takes no Scalar arguments
-// from the stable ABI.
-inline void add_mm(const Tensor& out, const Tensor& a, const Tensor& b, double scale = 1) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, scale));
 }
 
 // The dispatcher reports an error below it without its text: whatever could fail is checked first.

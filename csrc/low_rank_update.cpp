@@ -120,12 +120,15 @@ Rows rows_of(const Tensor& weight, int64_t start, int64_t count) {
           count, weight.stride(0), weight.stride(1)};
 }
 
-// out += part, both contiguous.
+// out += part, which is contiguous. A product that accumulated onto `out` itself would round at its
+// magnitude with every term: far more than the product, often small beside it, deserves.
 template <class S>
-void add(S* out, const Tensor& part) {
+void add(S* out, int64_t stride, const Tensor& part) {
   const S* in = part.const_data_ptr<S>();
-  const int64_t elements = part.numel();
-  for (int64_t i = 0; i < elements; ++i) out[i] += in[i];
+  const int64_t rows = part.size(0), columns = part.size(1);
+  for (int64_t r = 0; r < rows; ++r, out += stride, in += columns) {
+    for (int64_t c = 0; c < columns; ++c) out[c] += in[c];
+  }
 }
 
 // One block by torch's matrix product.
@@ -140,18 +143,20 @@ void multiply_block(Tensor weight, const Block& block, const Layer<S>& layer, Te
   if (!in_place) {
     (kernels().*Type<S>::load)(raw, width, wide.template mutable_data_ptr<S>(), width);
   }
+  S* out = wide.template mutable_data_ptr<S>();
+  const int64_t stride = wide.stride(0);
   Tensor part;
   if (offset != nullptr) part = torch::stable::narrow(*offset, 0, block.start, block.rows);
   if (layer.plan == Plan::kDense) {
-    // A product can't overwrite its own factor.
-    const Tensor source = torch::stable::clone(wide);
-    add_mm(wide, source, layer.left);
-    if (offset != nullptr) add_mm(wide, part, layer.right);
+    const Tensor product = call("aten::mm", "", wide, layer.left);
+    if (offset != nullptr) {
+      add(product.template mutable_data_ptr<S>(), width, call("aten::mm", "", part, layer.right));
+    }
+    add(out, stride, product);
   } else {
-    Tensor thin = torch::stable::empty({block.rows, layer.factors.rank}, Type<S>::scalar);
-    mm_out(thin, wide, layer.left);
-    if (offset != nullptr) add(thin.template mutable_data_ptr<S>(), part);
-    add_mm(wide, thin, layer.right);
+    const Tensor thin = call("aten::mm", "", wide, layer.left);
+    if (offset != nullptr) add(thin.template mutable_data_ptr<S>(), layer.factors.rank, part);
+    add(out, stride, call("aten::mm", "", thin, layer.right));
   }
   if (!in_place) {
     (kernels().*Type<S>::store)(wide.template const_data_ptr<S>(), width, width, raw);

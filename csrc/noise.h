@@ -50,7 +50,7 @@ struct NoiseKernels {
                double scale, void* out);
 };
 
-// The kernels for this processor.
+// Those of the set that `kernels()` returns.
 const NoiseKernels& noise_kernels();
 
 }  // namespace realera_fast

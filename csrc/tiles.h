@@ -89,7 +89,7 @@ struct Kernels {
   double (*norm_one)(const double* matrix, int64_t width);
 };
 
-// The kernels for this processor.
+// The best kernels that this processor has, or those that a test asked for.
 const Kernels& kernels();
 
 }  // namespace realera_fast

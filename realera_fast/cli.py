@@ -30,10 +30,16 @@ from realera_fast.concept_file import read_concepts
 from realera_fast.concepts import KINDS, Concept, parse_concept, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.denoiser import projections
-from realera_fast.erase import check_tokens, latent_shape
+from realera_fast.erase import check_tokens
 from realera_fast.erase import erase as erase_concepts
 from realera_fast.erasure import Erasure, read_description
-from realera_fast.families import component_name, components_of, family_of, text_streams
+from realera_fast.families import (
+    component_name,
+    components_of,
+    family_of,
+    text_streams,
+    why_not_aligned,
+)
 from realera_fast.files import folder_atomically, read_json
 from realera_fast.loading import DTYPES, find_device, load_pipeline
 from realera_fast.members import can_be_drawn
@@ -91,7 +97,10 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(metavar="fp32|bf16|fp16", help="Dtype in which the model is loaded and saved."),
+    typer.Option(
+        metavar="fp32|bf16|fp16",
+        help="Dtype in which the model is loaded and saved. On most CPUs the 16-bit ones are slow.",
+    ),
 ]
 Variant = Annotated[
     str | None,
@@ -961,17 +970,19 @@ def _echo_plan(
         typer.echo(f"would preserve {', '.join(preserve)}")
     encoders = parts.text_encoders
     count = len(encoders) if isinstance(encoders, tuple | list) else 1
-    aligned = family_of(parts.model, count).aligned
-    names = [c.target for c in concepts if c.kind == "explicit"] if aligned else []
+    family = family_of(parts.model, count)
+    for sentence in family.explained():
+        typer.echo(f"would read {sentence}")
+    not_aligned = why_not_aligned(parts.model, family, config.alignment.latent_size)
+    names = [c.target for c in concepts if c.kind == "explicit"] if family.aligned else []
     if names and config.mining.member_words and can_be_drawn(parts.model, config.alignment):
         typer.echo(
             f"would draw up to {config.mining.member_words} words each to find the members of "
             f"{', '.join(names)}"
         )
     stage = "without"
-    if aligned and config.alignment.enabled:
-        latent_shape(parts.model, config)
-        stage = "with"
+    if config.alignment.enabled:
+        stage = f"without ({not_aligned})" if not_aligned else "with"
     typer.echo(
         f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, seed {config.seed}"
     )

@@ -1,17 +1,10 @@
 """The weights that text enters a denoiser through: find them, identify them, guard them.
 
-One rule finds them in every architecture: *the first linear maps that the text encoders' output
-meets*. What comes after them then sees edited text, whatever it is, and nothing else has to change.
-
-=========================  ==========================================  ==================
-architecture               maps of the token sequence                  of the pooled vector
-=========================  ==========================================  ==================
-U-Net (SD 1, 2)            ``to_k``, ``to_v`` of each cross-attention  none
-U-Net (SDXL, refiner)      the same                                    ``add_embedding.linear_1``
-SD3, FLUX                  ``context_embedder``                        ``text_embedder.linear_1``
-AuraFlow, Chroma, others   ``context_embedder``                        none
-PixArt, Sana               ``caption_projection.linear_1``             none
-=========================  ==========================================  ==================
+They are *the first linear maps that the text encoders' output meets*. What comes after them then
+sees edited text, whatever it is, and nothing else has to change. `ENTRANCES` names them for each
+class of diffusers for which tests have shown, with hooks, that these maps see the rows that the
+pipeline encodes and that text has no other way in. No other class is edited, unless the caller says
+how it reads text (`families.Family.maps`).
 
 Models are duck-typed: nothing here imports diffusers, accelerate or peft, but their ways to make a
 weight that looks editable and isn't (fused projections, adapters, offloading, quantization) are
@@ -21,11 +14,10 @@ known and refused with a message that says what to do.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -38,12 +30,89 @@ Stream = Literal["sequence", "pooled"]
 
 STREAMS: tuple[Stream, ...] = ("sequence", "pooled")
 
+Maps = Mapping[str, Stream]
+"""Which text each text-conditioned linear map takes, by module name."""
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Weights that can be edited, widest first."""
 
-_TEXT = re.compile(r"encoder_hidden_states|text_embed|prompt|pooled|caption|context")
-"""Arguments of a denoiser that carry text."""
-_MASK = re.compile(r"mask$")
+
+@dataclass(frozen=True)
+class Entrance:
+    """Where text enters the models of one class."""
+
+    sequence: str | None = None
+    """Map of the token sequence; None: ``to_k`` and ``to_v`` of every cross-attention layer."""
+    pooled: str | None = None
+    """Map of the pooled vector, where the class takes one."""
+    optional: bool = False
+    """Whether a model of the class may lack the map of the sequence."""
+
+
+_UNET = Entrance(pooled="add_embedding.linear_1")
+_JOINT = Entrance("context_embedder", "time_text_embed.text_embedder.linear_1")
+_CAPTION = Entrance("caption_projection.linear_1")
+
+ENTRANCES: Mapping[str, Entrance] = {
+    "UNet2DConditionModel": _UNET,
+    "UNetMotionModel": _UNET,
+    "UNetControlNetXSModel": _UNET,
+    "UNet3DConditionModel": Entrance(),
+    "SD3Transformer2DModel": _JOINT,
+    "FluxTransformer2DModel": _JOINT,
+    "AuraFlowTransformer2DModel": Entrance("context_embedder"),
+    "ChromaTransformer2DModel": Entrance("context_embedder"),
+    "BriaTransformer2DModel": Entrance("context_embedder"),
+    "PixArtTransformer2DModel": _CAPTION,
+    "SanaTransformer2DModel": _CAPTION,
+}
+"""Denoisers by class name. How their pipelines encode text stands in `families`."""
+
+COMPANIONS: Mapping[str, Entrance] = {
+    "ControlNetModel": _UNET,
+    "SD3ControlNetModel": Entrance(_JOINT.sequence, _JOINT.pooled, optional=True),
+    "FluxControlNetModel": _JOINT,
+    "SanaControlNetModel": _CAPTION,
+}
+"""Models that stand beside a denoiser and are shown the same text: what was learned for the
+denoiser serves them (`Erasure.rebase`)."""
+
+UNSUPPORTED: Mapping[str, str] = {
+    "AllegroTransformer3DModel": "its pipeline lowercases the prompt, which is not tested",
+    "BriaFiboTransformer2DModel": "every block is shown another layer of its text encoder",
+    "CogVideoXTransformer3DModel": "text and video share one sequence behind patch_embed.text_proj",
+    "CogView3PlusTransformer2DModel": "text and picture share one sequence behind patch_embed",
+    "CogView4Transformer2DModel": "text and picture share one sequence behind patch_embed",
+    "CosmosTransformer3DModel": "its pipelines differ in how they encode text, one in a text "
+    "conditioner of its own",
+    "Flux2Transformer2DModel": "three layers of its text encoder stand side by side in each row",
+    "Flux3Transformer2DModel": "several layers of its text encoder stand side by side in each row",
+    "HeliosTransformer3DModel": "text passes condition_embedder.text_embedder before the attention",
+    "HunyuanDiT2DModel": "two text encoders are embedded and pooled by layers of their own first",
+    "HunyuanVideoFramepackTransformer3DModel": "a token refiner of its own reads the text first",
+    "HunyuanVideoTransformer3DModel": "a token refiner of its own reads the text first",
+    "Kandinsky3UNet": "encoder_hid_proj and add_time_condition read the text first",
+    "LTX2VideoTransformer3DModel": "the pipeline's connectors read the text first",
+    "LTXVideoTransformer3DModel": "its pipeline encodes without a mask, which is not tested",
+    "LatteTransformer3DModel": "its pipeline lowercases the prompt, which is not tested",
+    "LongCatImageTransformer2DModel": "a vision-language model encodes a chat template",
+    "Lumina2Transformer2DModel": "a norm stands before the map that text meets",
+    "MotifVideoTransformer3DModel": "a token refiner of its own reads the text first",
+    "OmniGenTransformer2DModel": "it is a language model that reads the prompt's tokens itself",
+    "OvisImageTransformer2DModel": "a norm stands before the map that text meets",
+    "PriorTransformer": "it predicts picture embeddings, from which another model draws",
+    "QwenImageTransformer2DModel": "a norm stands before the map that text meets",
+    "SanaVideoTransformer3DModel": "its pipeline has an instruction of its own, not tested",
+    "SkyReelsV2Transformer3DModel": "text passes condition_embedder.text_embedder before the "
+    "attention",
+    "StableCascadeUNet": "text passes clip_txt_mapper and clip_txt_pooled_mapper first",
+    "UNetSpatioTemporalConditionModel": "it takes a picture and no text",
+    "WanTransformer3DModel": "text passes condition_embedder.text_embedder before the attention",
+    "WanVACETransformer3DModel": "text passes condition_embedder.text_embedder before the "
+    "attention",
+    "ZImageTransformer2DModel": "a norm stands before the map that text meets",
+}
+"""Why some well-known classes are refused."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -58,7 +127,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def stream_of(name: str) -> Stream | None:
-    """Which text a layer of that module name takes; None if it takes none."""
+    """Which text a layer of that module name takes in a class of `ENTRANCES`; None if none."""
     if name.endswith((".to_k", ".to_v", "context_embedder", "caption_projection.linear_1")):
         return "sequence"
     if name.endswith(("text_embedder.linear_1", "add_embedding.linear_1")):
@@ -66,18 +135,32 @@ def stream_of(name: str) -> Stream | None:
     return None
 
 
-def streams(model: nn.Module) -> dict[str, Stream]:
-    """Which text each text-conditioned linear map of a denoiser takes, by module name.
+def class_of(model: nn.Module) -> str:
+    """Name of the class of diffusers that decides how a model computes.
+
+    A subclass counts as the class whose `forward` it runs, so one that replaces it is none of
+    diffusers.
+    """
+    kind = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
+    package = kind.__module__.split(".")[0]
+    name = type(model).__name__
+    return kind.__name__ if package == "diffusers" else f"{name} (its forward is of {package})"
+
+
+def streams(model: nn.Module, maps: Maps | None = None) -> dict[str, Stream]:
+    """Which text each text-conditioned linear map of a model takes, by module name.
 
     Only the structure counts: the weights may be on the meta device. The text's features are the
     first columns of a weight; where there are more (SDXL's ``add_embedding``), they are not text.
 
     Args:
-        model: a diffusers U-Net or transformer.
+        model: a diffusers U-Net or transformer, or a ControlNet of `COMPANIONS`.
+        maps: what the caller knows of a model of another class; believed, as far as the layers
+            exist.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: text enters nowhere, or through something else than linear maps.
+        ValueError: its class or configuration is not supported.
     """
     if not isinstance(model, nn.Module):
         name = next((n for n in ("unet", "transformer") if hasattr(model, n)), "unet")
@@ -90,40 +173,64 @@ def streams(model: nn.Module) -> dict[str, Stream]:
             "model: its weights are sharded (FullyShardedDataParallel), so no process can edit "
             "them; erase before wrapping it"
         )
+    if maps is not None:
+        for name in maps:
+            with suppress(AttributeError):
+                model.get_submodule(name)
+                continue
+            raise ValueError(
+                f"reading: it names the map {name!r}, which {type(model).__name__} does not have"
+            )
+        return dict(maps)
+    kind = class_of(model)
+    entrance = ENTRANCES.get(kind) or COMPANIONS.get(kind)
+    if entrance is None:
+        why = f" ({UNSUPPORTED[kind]})" if kind in UNSUPPORTED else ""
+        raise ValueError(
+            f"model: {kind} is not supported{why}; {', '.join(ENTRANCES)} are. If you know how its "
+            "pipeline reads text, pass reading=realera_fast.families.Family(...)"
+        )
     config = getattr(model, "config", None)
-    hidden = getattr(config, "encoder_hid_dim_type", None)
-    if hidden not in (None, "ip_image_proj"):
-        raise ValueError(
-            f"model: it transforms the text embeddings first (encoder_hid_dim_type={hidden!r}), "
-            "which is not supported"
-        )
-    added = getattr(config, "addition_embed_type", None)
-    if added not in (None, "text_time"):
-        raise ValueError(
-            f"model: it adds an embedding of addition_embed_type={added!r}, which is not supported"
-        )
+    _check_config(config)
     names: list[str] = []
-    if getattr(model, "context_embedder", None) is not None:
-        names = ["context_embedder"]
-    elif getattr(model, "caption_projection", None) is not None:
-        names = ["caption_projection.linear_1"]
-    else:
+    if entrance.sequence is None:
         for name, module in model.named_modules():
             if getattr(module, "is_cross_attention", False):
                 names += [f"{name}.to_k", f"{name}.to_v"]
-    if not names:
+        if not names:
+            raise ValueError(f"model: this {kind} has no cross-attention, so it takes no text")
+    elif getattr(model, entrance.sequence.split(".")[0], None) is not None:
+        names.append(entrance.sequence)
+    elif not entrance.optional:
         raise ValueError(
-            f"model: {type(model).__name__} has no cross-attention layer, context_embedder or "
-            "caption_projection, so text does not enter it in a way that is known here; expected "
-            "a U-Net of Stable Diffusion or a transformer such as SD3, FLUX, PixArt or Sana"
+            f"model: this {kind} has no {entrance.sequence.split('.')[0]}, so it takes no text"
         )
-    if added == "text_time":
-        names.append("add_embedding.linear_1")
-    elif getattr(getattr(model, "time_text_embed", None), "text_embedder", None) is not None:
-        names.append("time_text_embed.text_embedder.linear_1")
-    found = {name: kind for name in names if (kind := stream_of(name)) is not None}
-    _check_arguments(model, set(found.values()))
-    return found
+    if entrance.pooled is not None and (
+        entrance is not _UNET or getattr(config, "addition_embed_type", None) == "text_time"
+    ):
+        names.append(entrance.pooled)
+    return {name: stream for name in names if (stream := stream_of(name)) is not None}
+
+
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "encoder_hid_dim_type": (None, "ip_image_proj"),
+    "addition_embed_type": (None, "text_time"),
+    # Labels and numbers are no text; a vector may be one.
+    "class_embed_type": (None, "timestep"),
+    "attention_type": (None, "default"),
+    "dual_cross_attention": (None, False),
+}
+"""Settings of a U-Net, and the values with which nothing but the text itself carries text."""
+
+
+def _check_config(config: Any) -> None:
+    """Refuses a configuration with a way in for text that the table does not know."""
+    for name, allowed in _HARMLESS.items():
+        value = getattr(config, name, None)
+        if value not in allowed:
+            raise ValueError(
+                f"model: its {name}={value!r} gives text another way in, which is not supported"
+            )
 
 
 def check_drawable(model: nn.Module, latent_size: int | None) -> None:
@@ -153,26 +260,12 @@ def check_drawable(model: nn.Module, latent_size: int | None) -> None:
         raise ValueError("model: its config has no sample_size; name AlignmentConfig.latent_size")
 
 
-def _check_arguments(model: nn.Module, known: set[Stream]) -> None:
-    """Refuses a denoiser with a way in for text that the rule doesn't know."""
-    allowed = {"encoder_hidden_states"} | ({"pooled_projections"} if "pooled" in known else set())
-    other = [
-        name
-        for name in inspect.signature(type(model).forward).parameters
-        if _TEXT.search(name) and not _MASK.search(name) and name not in allowed
-    ]
-    if other:
-        raise ValueError(
-            f"model: {type(model).__name__} takes text through {', '.join(other)} as well, which "
-            "is not supported"
-        )
-
-
-def projections(model: nn.Module) -> dict[str, nn.Linear]:
+def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Linear]:
     """The text-conditioned linear maps of a denoiser, checked to be editable in place.
 
     Args:
-        model: a diffusers U-Net or transformer.
+        model: a diffusers U-Net or transformer, or a ControlNet of `COMPANIONS`.
+        maps: what the caller knows of a model of another class (`streams`).
 
     Returns:
         Module name to ``nn.Linear``, those of the token sequence first, in the order of the module
@@ -182,10 +275,11 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
         TypeError: `model` is not a module, or is a whole pipeline.
         ValueError: text enters nowhere, or weights that an edit would not (or not correctly) reach.
     """
-    kinds = streams(model)
+    kinds = streams(model, maps)
     model = unwrapped(model)
     _refuse_adapters(model)
     _refuse_offloading(model)
+    _refuse_replaced_forward("the model", model)
     found: dict[str, nn.Linear] = {}
     for name in kinds:
         parent, _, leaf = name.rpartition(".")
@@ -195,6 +289,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
         if getattr(owner, "is_cross_attention", False) and leaf == "to_k":
             _check_attention(parent, owner)
         found[name] = _checked(name, getattr(owner, leaf, None))
+        _refuse_replaced_forward(name, found[name])
     widths = {layer.in_features: name for name, layer in found.items() if kinds[name] == "sequence"}
     if len(widths) > 1:
         listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
@@ -269,7 +364,57 @@ def _refuse_offloading(model: nn.Module) -> None:
             )
 
 
+def _refuse_replaced_forward(name: str, module: nn.Module) -> None:
+    """Refuses a module that runs something else than its class says, as a hook or adapter does."""
+    own = vars(module).get("forward")
+    # accelerate's and diffusers' hooks replace it too; those that matter are refused elsewhere.
+    known = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    if own is not None and not known:
+        what = f"its forward is replaced by {_name_of(own)}"
+    elif module._forward_pre_hooks or module._forward_hooks:
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        what = f"it has the forward hook {_name_of(hooks[0])}"
+    else:
+        return
+    raise ValueError(
+        f"model: {name} is not run as it stands: {what}. What that adds (an adapter of kohya or "
+        "LyCORIS, a compiled engine, a recorder) would not be erased with it; remove it before "
+        "the call, and set it up again afterwards"
+    )
+
+
+def _name_of(value: Any) -> str:
+    found = getattr(value, "__qualname__", None) or type(value).__qualname__
+    return f"{getattr(value, '__module__', None) or type(value).__module__}.{found}"
+
+
+_PICTURE_MAPS = ("to_k_ip", "to_v_ip")
+"""Maps of an attention processor that take no text but picture embeddings (IP-Adapter)."""
+
+
+def _check_processor(name: str, processor: Any) -> None:
+    """Refuses an attention processor that holds weights of its own, but for IP-Adapter's."""
+    held: list[tuple[str, Any]] = []
+    if isinstance(processor, nn.Module):
+        held = list(processor.named_parameters())
+    for key, value in vars(processor).items():
+        if isinstance(value, Tensor):
+            held.append((key, value))
+        elif isinstance(value, nn.Module) and not isinstance(processor, nn.Module):
+            held += [(f"{key}.{inner}", part) for inner, part in value.named_parameters()]
+    own = [key for key, _ in held if key.split(".")[0] not in _PICTURE_MAPS]
+    if own:
+        raise ValueError(
+            f"model: {name} runs the attention processor {type(processor).__name__}, which has "
+            f"weights of its own ({own[0]}): text may meet these in place of to_k and to_v, and "
+            "they would not be erased. Set a stock processor (model.set_attn_processor("
+            "AttnProcessor2_0())) and erase, or merge its weights into the model first"
+        )
+
+
 def _check_attention(name: str, module: nn.Module) -> None:
+    if vars(module).get("forward") is not None:
+        _refuse_replaced_forward(name, module)
     # The processor decides: unfusing brings it back, but leaves `fused_projections` set.
     processor = getattr(module, "processor", None)
     fused = processor is None or type(processor).__name__.startswith("Fused")
@@ -278,6 +423,8 @@ def _check_attention(name: str, module: nn.Module) -> None:
             f"model: {name} runs fused projections, which ignore its to_k and to_v weights; call "
             "unfuse_qkv_projections() first, and fuse again after the erasure"
         )
+    if processor is not None:
+        _check_processor(name, processor)
     if getattr(module, "add_k_proj", None) is not None:
         raise ValueError(
             f"model: {name} takes its text through add_k_proj and add_v_proj "
@@ -292,7 +439,11 @@ def _check_attention(name: str, module: nn.Module) -> None:
 
 def _checked(name: str, layer: Any) -> nn.Linear:
     weight = getattr(layer, "weight", None)
-    if weight is not None and weight.device.type == "meta":
+    if weight is None:
+        raise ValueError(
+            f"model: {name} is a {type(layer).__name__}, not a linear layer: not supported"
+        )
+    if isinstance(weight, Tensor) and weight.device.type == "meta":
         raise ValueError(
             f"model: {name}.weight is on the meta device (no values); load the weights first, "
             "without device_map or offloading"
@@ -301,24 +452,27 @@ def _checked(name: str, layer: Any) -> nn.Linear:
     # (torchao) or only its dtype (float8 storage); a parametrization replaces the parameter.
     plain = (
         isinstance(layer, nn.Linear)
+        and type(layer).forward is nn.Linear.forward
         and type(weight) is nn.Parameter
         and type(weight.data) is Tensor
         and weight.dtype in _DTYPES
     )
     if not plain:
         kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}"
-        dtype = "" if weight is None else f", {weight.dtype}"
+        dtype = f", {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
             f"model: {name} is quantized or not a plain linear layer ({kind}{dtype}); load the "
-            "model in float32, bfloat16 or float16 without quantization"
+            "model in float32, bfloat16 or float16 without quantization or adapters"
         )
     return layer
 
 
-def check_width(model: nn.Module, stream: Stream, width: int) -> None:
+def check_width(
+    model: nn.Module, stream: Stream, width: int, maps: Maps | None = None
+) -> None:
     """Raises ValueError unless the maps of a stream take text of that many features."""
-    layers = projections(model)
-    takes = {n: layers[n].in_features for n, kind in streams(model).items() if kind == stream}
+    layers = projections(model, maps)
+    takes = {n: layers[n].in_features for n, kind in streams(model, maps).items() if kind == stream}
     for name, features in takes.items():
         # Beside the pooled text stand embedded sizes and crops, five or six numbers (SDXL).
         size = getattr(getattr(unwrapped(model), "config", None), "addition_time_embed_dim", 0) or 0
@@ -345,14 +499,15 @@ def weights_hash(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def base_hashes(model: nn.Module) -> dict[str, str]:
+def base_hashes(model: nn.Module, maps: Maps | None = None) -> dict[str, str]:
     """Identifies the projection weights, also as they would be after loading in a narrower dtype.
 
     Returns:
         Dtype name ("float32" …) to SHA-256, for the stored dtype and each of fewer bytes. The
         same checkpoint loaded in float32 and in bfloat16 agrees on "bfloat16".
     """
-    weights = {name: layer.weight.detach().cpu() for name, layer in projections(model).items()}
+    layers = projections(model, maps)
+    weights = {name: layer.weight.detach().cpu() for name, layer in layers.items()}
     stored = next(iter(weights.values())).dtype
     return {
         str(dtype).removeprefix("torch."): weights_hash(weights, dtype)

@@ -29,12 +29,20 @@ from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept, check_names, parse_concepts
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, history_of
-from realera_fast.families import components_of, family_of, is_pipeline, text_streams
+from realera_fast.families import (
+    Family,
+    components_of,
+    family_of,
+    is_pipeline,
+    text_streams,
+    why_not_aligned,
+)
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.members import MemberSearch, can_be_drawn, guidance_cosine
 from realera_fast.names import clean, clean_names, folded
 from realera_fast.pairs import ConceptPrompts, fill
+from realera_fast.precision import cpu_warnings
 from realera_fast.processes import Processes
 from realera_fast.text import Text, TextWithPooled
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
@@ -97,6 +105,7 @@ def erase(
     tokenizer: Any = None,
     preserve: Iterable[str] | None = (),
     scheduler: Any = None,
+    reading: Family | None = None,
     config: EraseConfig | None = None,
     latents: Mapping[str, Tensor] | None = None,
     accelerator: Any = None,
@@ -113,7 +122,8 @@ def erase(
 
     Args:
         model: a U-Net or transformer of diffusers (fp32, bf16 or fp16; CPU or CUDA), or a pipeline,
-            classic or modular, that has one.
+            classic or modular, that has one. 16 bits on a CPU that does not multiply them natively
+            are slow, and a warning says so.
         text_encoders: its text encoder, or a tuple of them in the order of the pipeline; never
             changed. With a pipeline the concepts stand here.
         concepts: strings, `Concept`s or a mix; `"Van Gogh=art"` names an anchor. Two names are the
@@ -125,6 +135,10 @@ def erase(
         scheduler: noise scheduler of the pipeline; `None` looks beside the model's own files and
             falls back to Stable Diffusion's schedule. Used by the alignment stage and to find the
             members of a category.
+        reading: where text enters the model and how its pipeline encodes prompts
+            (`families.Family`), for models that this library does not know, or for prompts that are
+            encoded otherwise than by the pipeline's defaults; None looks it up (`family_of`) and
+            refuses an unknown model.
         config: settings of all stages.
         latents: `[n, c, h, w]` encoded pictures by named word (the VAE's latents times its scaling
             factor): alignment noises these in place of denoising the word itself.
@@ -164,39 +178,51 @@ def erase(
     preserve = clean_names(preserve, "preserve")
     if not isinstance(config, EraseConfig):
         raise TypeError(f"config: expected an EraseConfig, got {type(config).__name__}")
+    if reading is not None:
+        if not isinstance(reading, Family):
+            raise TypeError(
+                "reading: expected a realera_fast.families.Family, got "
+                f"{type(reading).__name__}"
+            )
+        reading.check()
     parsed = parse_concepts(concepts, preserve=preserve)
-    layers = denoisers.projections(model)
+    maps = None if reading is None else reading.maps
+    layers = denoisers.projections(model, maps)
     if scheduler is not None and not hasattr(scheduler, "config"):
         raise TypeError(
             "scheduler: expected a diffusers scheduler such as pipe.scheduler, got "
             f"{type(scheduler).__name__}"
         )
     count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
-    family = family_of(model, count)
-    alignable = config.alignment.enabled and family.aligned
+    family = family_of(model, count) if reading is None else reading
+    not_aligned = why_not_aligned(model, family, config.alignment.latent_size)
+    alignable = config.alignment.enabled and not_aligned is None
     if not (alignable or config.closed_form.enabled):
         raise ValueError(
             "config: closed_form.enabled=False leaves nothing to do, as noise alignment is off or "
-            "does not run on this model"
+            f"does not run on this model ({not_aligned or 'alignment.enabled=False'})"
         )
     if resume and checkpoint_dir is None:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
     if alignable:
         latents = _checked_latents(latents, parsed, latent_shape(model, config))
     elif latents:
-        raise ValueError("latents: they are for the alignment stage, which does not run here")
-    texts = text_streams(model, text_encoders, tokenizer)
+        raise ValueError(
+            "latents: they are for the alignment stage, which does not run here: "
+            f"{not_aligned or 'alignment.enabled=False'}"
+        )
+    texts = text_streams(model, text_encoders, tokenizer, reading)
     for stream, sections in texts.items():
         for section in sections:
-            denoisers.check_width(model, stream, section.width)
+            denoisers.check_width(model, stream, section.width, maps)
     text = texts["sequence"][0]
     check_tokens(texts, parsed, preserve, config)
     key = _key(texts)
-    provenance = _provenance(model, config)
+    provenance = _provenance(model, config, family)
     if not parsed:
         logger.warning("concepts is empty: nothing is erased")
         empty_report = report.Report(
-            (), {}, {}, {}, dict.fromkeys(layers, 0.0), {}, {}, ()
+            (), {}, {}, {}, dict.fromkeys(layers, 0.0), {}, {}, (), family.explained()
         ).to_dict()
         identity = [ConceptMap.identity(sections[0].width) for sections in texts.values()]
         result = Erasure(
@@ -222,6 +248,11 @@ def erase(
     noise = None
     if alignable or drawable:
         noise = scheduler or alignment.find_scheduler(model)
+    encoders = text_encoders if isinstance(text_encoders, tuple | list) else (text_encoders,)
+    autocast = config.alignment.mixed_precision == "bf16" and (alignable or drawable)
+    slow = cpu_warnings((model, *encoders), autocast=autocast)
+    for warning in slow:
+        logger.warning(warning)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     members = None
     if drawable:
@@ -249,8 +280,6 @@ def erase(
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
         if config.mining.mode == "vocabulary":
             mined = near
-            if not vocabulary.words:
-                logger.warning("the tokenizer offers no whole words: no neighbors are mined")
     run = ""
     if folder is not None:
         run = _run(
@@ -326,21 +355,26 @@ def erase(
         with clock.stage("report"):
             found = _report(
                 before, edited, prompts, kept_words, stayers, text, solution, aligned, mined,
-                progress,
+                denoisers.streams(model, maps), progress,
             )  # fmt: skip
             found["relatives"] = around.relatives
+            found["reading"] = family.explained()
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
-            found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined))
+            found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined), *slow)
             moved = [word for words in mined.values() for word in words]
             found["warnings"] += tuple(_spelled(parsed, (*moved, *kept_words), key))
             found["warnings"] += tuple(_unknown(parsed, texts))
             if categories and not drawable:
                 found["warnings"] = (*found["warnings"], _NO_MEMBERS)
                 logger.warning(_NO_MEMBERS)
+            if not vocabulary.words:
+                found["warnings"] = (*found["warnings"], _NO_WORDS)
+                logger.warning(_NO_WORDS)
             if config.alignment.enabled and not alignable:
-                found["warnings"] = (*found["warnings"], _NO_ALIGNMENT)
-                logger.warning(_NO_ALIGNMENT)
+                told = f"{_NO_ALIGNMENT}: {not_aligned}"
+                found["warnings"] = (*found["warnings"], told)
+                logger.warning(told)
         full = report.Report(**found, seconds=clock.seconds).to_dict()
         result = dataclasses.replace(draft, report=full, system=system, pooled_system=pooled_system)
         result.apply_(model)
@@ -351,7 +385,14 @@ def erase(
 
 
 _NO_ALIGNMENT = (
-    "noise alignment runs on Stable Diffusion 1, 2 and XL; this model has the closed form alone"
+    "noise alignment runs on Stable Diffusion 1, 2 and XL that draw from text alone; this model "
+    "has the closed form alone"
+)
+
+_NO_WORDS = (
+    "the vocabulary is empty: the tokenizer marks no whole words (or vocabulary.words is 0), so no "
+    "neighbor words are mined and nothing but preserve= and anchors is held in place; name "
+    "synonyms, and what must stay"
 )
 
 
@@ -462,18 +503,7 @@ def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
 
 
 def latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
-    """`(c, h, w)` of the latents that alignment denoises.
-
-    Raises:
-        ValueError: it can't denoise with this model.
-    """
-    try:
-        denoisers.check_drawable(model, config.alignment.latent_size)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
-            "the closed form alone"
-        ) from None
+    """`(c, h, w)` of the latents that alignment denoises, for a model that it runs on."""
     options: Any = denoisers.unwrapped(model).config
     size = config.alignment.latent_size or options.sample_size
     return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
@@ -557,9 +587,10 @@ def _report(
     solution: Solution,
     aligned: Alignment,
     mined: Mapping[str, tuple[str, ...]],
+    streams: Mapping[str, str],
     progress: bool | None,
 ) -> dict[str, Any]:
-    taking = [name for name in before if denoisers.stream_of(name) == "sequence"]
+    taking = [name for name in before if streams.get(name) == "sequence"]
     movement = report.Movement(*([w[name] for name in taking] for w in (before, edited)))
     found: dict[int, report.WordReport] = {}
     with progress_bars.bar(total=len(prompts), desc="report", progress=progress) as bar:
@@ -596,14 +627,14 @@ def _report(
     }
 
 
-def _provenance(model: Any, config: EraseConfig) -> dict[str, Any]:
+def _provenance(model: Any, config: EraseConfig, family: Family) -> dict[str, Any]:
     versions = {}
     for package in ("realera_fast", "torch", "diffusers", "transformers", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    weight = next(iter(denoisers.projections(model).values())).weight
+    weight = next(iter(denoisers.projections(model, family.maps).values())).weight
     name = str(getattr(getattr(denoisers.unwrapped(model), "config", None), "_name_or_path", ""))
     is_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
     return {
@@ -613,7 +644,8 @@ def _provenance(model: Any, config: EraseConfig) -> dict[str, Any]:
         "model_class": type(denoisers.unwrapped(model)).__name__,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
-        "base_hashes": denoisers.base_hashes(model),
+        "base_hashes": denoisers.base_hashes(model, family.maps),
+        "reading": family.to_dict(),
         "history": history_of(model),
         "seed": config.seed,
     }

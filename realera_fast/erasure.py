@@ -30,7 +30,9 @@ from realera_fast.adapters import Layout, in_layout
 from realera_fast.concept_map import ConceptMap
 from realera_fast.concepts import Concept
 from realera_fast.denoiser import (
+    ENTRANCES,
     STREAMS,
+    Maps,
     Stream,
     base_hashes,
     check_width,
@@ -42,6 +44,7 @@ from realera_fast.denoiser import (
     unwrapped,
     weights_hash,
 )
+from realera_fast.families import Family
 from realera_fast.files import folder_atomically, read_json
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.lora import LoraFactors
@@ -70,7 +73,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_FILE_BYTES = 2 << 30
 _MAX_DEPTH = 32
 _MAX_NAME = 256
-_NO_ADAPTERS = ("PixArtTransformer2DModel",)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _SYSTEMS = ("system", "pooled_system")
@@ -167,6 +169,13 @@ class Erasure:
         words = ", ".join(shown + ["..."] * (len(self.concepts) > 8))
         return f"Erasure({words or 'nothing'}; rank {self.map.rank}, LoRA on {len(self.lora)})"
 
+    @property
+    def reading(self) -> Family | None:
+        """How the model that it was made for reads text: the prompts that it holds for. None in
+        files of releases that did not write it down."""
+        found = self.provenance.get("reading")
+        return None if found is None else Family.from_dict(found)
+
     # Editing a model
 
     def edited_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,7 +211,8 @@ class Erasure:
             if name in self.lora:
                 wide_weight, factors = edited[name], self.lora[name]
                 up, down = factors.up.to(wide_weight), factors.down.to(wide_weight)
-                wide_weight[:, : down.shape[1]].addmm_(up, down)
+                # Not `addmm_`: some BLAS would round at the weight's magnitude with every term.
+                wide_weight[:, : down.shape[1]] += up @ down
                 edited[name] = wide_weight.to(weights[name].dtype)
             if not edited[name].isfinite().all():
                 raise ValueError(
@@ -478,10 +488,11 @@ class Erasure:
             raise ValueError("this erasure changes nothing, so there is no adapter to save")
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / LORA_FILE
-        if self.provenance.get("model_class") in _NO_ADAPTERS:
+        kind = self.provenance.get("model_class")
+        if not _loads_adapters(kind, model):
             raise ValueError(
-                f"{self.provenance['model_class']}: diffusers loads no adapters for it; use save "
-                "(factors), save_weights (edited tensors) or save_pretrained (the whole model)"
+                f"{kind}: diffusers loads no adapters for it (it has no load_lora_adapter); use "
+                "save (factors), save_weights (edited tensors) or save_pretrained (the whole model)"
             )
         options = None if model is None else getattr(unwrapped(model), "config", None)
         if layout == "kohya" and options is None:
@@ -626,20 +637,36 @@ class Erasure:
         return PromptMap(self.map, self.pooled_map)
 
     def rebase(self, model: nn.Module) -> Erasure:
-        """The same factors for another state of the weights, as after withdrawing an earlier one.
+        """The same factors for other weights that are shown the same text.
 
-        The closed form does not depend on the weights, so it is what erasing there would give.
-        Alignment factors were trained on the old state and fit the new one about.
+        These are another state of the model, as after withdrawing an earlier erasure, or a
+        ControlNet beside it. The closed form does not depend on the weights, so it is what erasing
+        there would give. Alignment factors were trained on the old state and fit the new one
+        about; for a model of another class they are left out.
 
         Args:
-            model: of the same architecture and text encoders; not changed.
+            model: with the same text encoders; not changed.
         """
-        self._layers(model)
-        if self.lora:
+        kind, lora = type(unwrapped(model)).__name__, self.lora
+        if kind != self.provenance.get("model_class", kind):
+            if lora:
+                logger.warning(
+                    "the alignment factors were trained for a %s: left out for the %s",
+                    self.provenance["model_class"], kind,
+                )  # fmt: skip
+            lora = {}
+        elif lora:
             logger.warning("the alignment factors were trained on other weights: kept as they are")
         history = [_entry(applied.erasure) for applied in _history.get(unwrapped(model), [])]
-        provenance = {**self.provenance, "base_hashes": base_hashes(model), "history": history}
-        return dataclasses.replace(self, provenance=provenance)
+        provenance = {
+            **self.provenance,
+            "model_class": kind,
+            "base_hashes": base_hashes(model, self._text_maps),
+            "history": history,
+        }
+        rebased = dataclasses.replace(self, provenance=provenance, lora=lora)
+        rebased._layers(model)
+        return rebased
 
     def withdraw_(self, model: nn.Module) -> tuple[Erasure, ...]:
         """Takes this erasure out from under those that were applied after it.
@@ -741,8 +768,13 @@ class Erasure:
 
     def _map_of(self, name: str) -> ConceptMap | None:
         """The map of what a layer takes; None for one that takes no text."""
-        stream = stream_of(name)
+        stream = stream_of(name) if self._text_maps is None else self._text_maps.get(name)
         return {"sequence": self.map, "pooled": self.pooled_map}[stream] if stream else None
+
+    @property
+    def _text_maps(self) -> Maps | None:
+        """What each map takes, where the caller said it; None is what is known of the class."""
+        return (self.provenance.get("reading") or {}).get("maps")
 
     def _changes(self, name: str) -> bool:
         concept_map = self._map_of(name)
@@ -763,12 +795,16 @@ class Erasure:
 
     def _component(self) -> str:
         """What a pipeline calls the model."""
-        return "unet" if self.provenance.get("model_class", "UNet")[:4] == "UNet" else "transformer"
+        kind = self.provenance.get("model_class", "UNet")
+        if "ControlNet" in kind and kind not in ENTRANCES:
+            return "controlnet"
+        return "unet" if kind[:4] == "UNet" else "transformer"
 
     def _layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers of a model that this erasure is about, if it fits them in shape."""
-        layers = projections(model)
-        pooled = "pooled" in streams(model).values()
+        maps = self._text_maps
+        layers = projections(model, maps)
+        pooled = "pooled" in streams(model, maps).values()
         if pooled != (self.pooled_map is not None):
             raise BaseModelMismatchError(
                 f"model: it takes {'a' if pooled else 'no'} pooled vector of the text, the erasure "
@@ -776,7 +812,7 @@ class Erasure:
             )
         for stream, concept_map in zip(STREAMS, self._maps(), strict=False):
             try:
-                check_width(model, stream, concept_map.width)
+                check_width(model, stream, concept_map.width, maps)
             except ValueError as error:
                 raise BaseModelMismatchError(
                     f"model: it takes text of another width than {concept_map.width}, which the "
@@ -805,7 +841,7 @@ class Erasure:
             raise ValueError(
                 "provenance: holds no base_hashes, so the base model can't be recognized"
             )
-        got = base_hashes(model)
+        got = base_hashes(model, self._text_maps)
         # The widest dtype that both know (base_hashes lists it first): the narrower ones can't
         # tell weights apart whose difference is rounded away.
         common = next((dtype for dtype in got if dtype in expected), None)
@@ -866,6 +902,14 @@ class Erasure:
             scale = torch.where(usable, ratio, 1.0).sqrt().log2().round().exp2()
             found[name] = ((up * scale).float(), (down / scale[:, None]).float())
         return found
+
+
+def _loads_adapters(kind: str | None, model: nn.Module | None) -> bool:
+    """Whether diffusers loads adapters into a model of that class."""
+    import diffusers
+
+    of: Any = getattr(diffusers, kind or "", None) if model is None else unwrapped(model)
+    return of is None or hasattr(of, "load_lora_adapter")
 
 
 def _entry(erasure: Erasure, action: str = "erased") -> dict[str, Any]:
@@ -950,8 +994,7 @@ class _States:
     """Hashes of a model's layers as they are stored now, each made when first asked for."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: Mapping[str, nn.Linear] = projections(model)
-        self._unet = model
+        self._model = unwrapped(model)
         self._found: dict[str, str] = {}
 
     def of(self, names: Iterable[str]) -> dict[str, str]:
@@ -964,9 +1007,8 @@ class _States:
 
     def _hash(self, name: str) -> str:
         if name not in self._found:
-            if name not in self._layers:
-                self._layers = {**self._layers, **queries_and_outputs(self._unet)}
-            weight = self._layers[name].weight.detach()
+            layer: Any = self._model.get_submodule(name)
+            weight = layer.weight.detach()
             self._found[name] = weights_hash({name: weight}, weight.dtype)
         return self._found[name]
 
@@ -1160,6 +1202,13 @@ def _check_provenance(provenance: Mapping[str, Any]) -> None:
     )
     if not valid:
         raise ErasureFileError("its provenance holds no valid base_hashes")
+    if provenance.get("reading") is not None:
+        try:
+            reading = Family.from_dict(provenance["reading"])
+        except ValueError as error:
+            raise ErasureFileError(f"its provenance holds a reading that {error}") from error
+        for name in reading.maps or {}:
+            _check_name(name)
     history = provenance.get("history", [])
     known = isinstance(history, list) and all(
         isinstance(entry, dict)

@@ -1,20 +1,31 @@
 """Architectures: which text encoders a denoiser has and how its pipeline reads them.
 
-Which weights are edited follows from one rule (`denoiser.streams`); what they are shown is a
-convention of each pipeline. A transformer that is not listed is read by rule: one encoder, its last
-hidden states, padding hidden.
+Which weights are edited stands in `denoiser.ENTRANCES`; what they are shown is a convention of each
+pipeline, and stands here. Both are known, and tested with hooks on the stock pipelines, or the
+model is refused. Who knows how another model reads text passes a `Family` of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from realera_fast.denoiser import Stream, projections, streams, unwrapped
+from realera_fast.denoiser import (
+    COMPANIONS,
+    STREAMS,
+    Maps,
+    Stream,
+    check_drawable,
+    class_of,
+    projections,
+    streams,
+    unwrapped,
+)
 from realera_fast.text import JoinedText, Output, Text, TextModel
 
 
@@ -26,28 +37,55 @@ class Reading:
     """Number of the encoder; -1 is the last."""
     output: Output = "last"
     max_tokens: int | None = None
-    """Rows of a prompt by the pipeline's default; None is all that encoder and tokenizer hold."""
+    """Rows of a prompt by the pipeline's default; None is all that encoder and tokenizer hold.
+    Where padding is hidden the rows of a prompt do not depend on it."""
     masked: bool = False
+    """Whether padding is hidden from the encoder and from the denoiser."""
+    visible_padding: int = 0
+    """Rows of padding after the prompt that the denoiser is shown although the rest is hidden."""
     lowercase: bool = False
-    instruction: Callable[[], str] = str
+    instruction: str | Callable[[], str] = ""
     """Text in front of every prompt."""
+    multi_vector: bool = False
+    """Whether the pipeline expands a textual inversion of several vectors to all of its tokens."""
+    model_types: tuple[str, ...] = ()
+    """``config.model_type`` of the encoders that are known to be read so; empty takes any."""
 
     def of(self, encoders: Sequence[Any], tokenizers: Sequence[Any]) -> TextModel:
-        """The encoder, read this way."""
+        """The encoder, read this way.
+
+        Raises:
+            ValueError: an encoder of another type.
+        """
+        encoder = encoders[self.encoder]
+        kind = getattr(getattr(encoder, "config", None), "model_type", None)
+        if self.model_types and kind and kind not in self.model_types:
+            raise ValueError(
+                f"text_encoders: expected a text encoder of type {' or '.join(self.model_types)}, "
+                f"got {type(encoder).__name__} ({kind}): how its output is read is not known; pass "
+                "reading=realera_fast.families.Family(...) if you know"
+            )
         return TextModel(
-            encoders[self.encoder],
+            encoder,
             tokenizers[self.encoder],
             output=self.output,
             max_tokens=self.max_tokens,
             masked=self.masked,
+            visible_padding=self.visible_padding,
             lowercase=self.lowercase,
-            instruction=self.instruction(),
+            instruction=self.resolved().instruction,
+            multi_vector=self.multi_vector,
         )
+
+    def resolved(self) -> Any:
+        """The same with its instruction as text."""
+        made = self.instruction if isinstance(self.instruction, str) else self.instruction()
+        return dataclasses.replace(self, instruction=made)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture."""
+    """One architecture: where text enters the denoiser, and how its pipeline encodes prompts."""
 
     name: str
     sections: tuple[tuple[Reading, ...], ...]
@@ -58,6 +96,118 @@ class Family:
     """Whether the noise alignment knows how to run the denoiser."""
     padded: bool = False
     """Whether zeros fill a section up to the width that the denoiser takes."""
+    maps: Maps | None = None
+    """Which text each linear map of the denoiser takes, by module name, for a class that is not in
+    `denoiser.ENTRANCES`; None looks there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` is the inverse."""
+
+        def plain(readings: Sequence[Reading]) -> list[dict[str, Any]]:
+            return [dataclasses.asdict(reading.resolved()) for reading in readings]
+
+        return {
+            "name": self.name,
+            "sections": [plain(readings) for readings in self.sections],
+            "pooled": plain(self.pooled),
+            "aligned": self.aligned,
+            "padded": self.padded,
+            "maps": None if self.maps is None else dict(self.maps),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Family:
+        """The inverse of `to_dict`; the values are not trusted.
+
+        Raises:
+            ValueError: they are not those of a family.
+        """
+        try:
+            found = dict(values)
+            sections = tuple(tuple(map(_reading, part)) for part in found.pop("sections"))
+            pooled = tuple(map(_reading, found.pop("pooled")))
+            maps = found.pop("maps")
+            if maps is not None:
+                maps = {str(name): stream for name, stream in dict(maps).items()}
+            family = cls(sections=sections, pooled=pooled, maps=maps, **found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"is not how a model reads text: {error}") from error
+        flags = (family.aligned, family.padded)
+        if not isinstance(family.name, str) or not all(isinstance(f, bool) for f in flags):
+            raise ValueError("is not how a model reads text: a field of the wrong type")
+        family.check()
+        return family
+
+    def check(self) -> None:
+        """Raises ValueError unless every part of it is one."""
+        parts = [reading for part in (*self.sections, self.pooled) for reading in part]
+        if not self.sections or not all(self.sections):
+            raise ValueError("reading: sections is empty; name what the token sequence is made of")
+        for reading in parts:
+            _check_reading(reading)
+        if any(r.output != "pooled" for r in self.pooled) or any(
+            r.output == "pooled" for part in self.sections for r in part
+        ):
+            raise ValueError(
+                "reading: output='pooled' is for the pooled vector, and for nothing else"
+            )
+        for name, stream in (self.maps or {}).items():
+            if stream not in STREAMS:
+                raise ValueError(f"reading: maps[{name!r}] is {stream!r}, expected of {STREAMS}")
+        if self.maps is not None:
+            if "sequence" not in self.maps.values():
+                raise ValueError("reading: maps names none of the token sequence")
+            if bool(self.pooled) != ("pooled" in self.maps.values()):
+                raise ValueError("reading: maps and pooled disagree about a pooled vector")
+            if self.aligned:
+                raise ValueError("reading: aligned=True is for the families of this library")
+
+    def explained(self) -> tuple[str, ...]:
+        """For which prompts an erasure holds that was made with this reading, in sentences."""
+        return tuple(
+            f"{self.name}, {part}: {' beside '.join(map(_explained, readings))}"
+            for part, readings in (
+                *((f"section {i} of the text", r) for i, r in enumerate(self.sections, 1)),
+                *((("pooled vector", self.pooled),) if self.pooled else ()),
+            )
+        )
+
+
+def _reading(values: Any) -> Reading:
+    found = dict(values)
+    return Reading(**{**found, "model_types": tuple(found.get("model_types", ()))})
+
+
+def _check_reading(reading: Reading) -> None:
+    whole = isinstance(reading.encoder, int) and isinstance(reading.visible_padding, int)
+    rows = reading.max_tokens is None or isinstance(reading.max_tokens, int)
+    flags = (reading.masked, reading.lowercase, reading.multi_vector)
+    typed = (
+        whole
+        and rows
+        and -1 <= reading.encoder < 16
+        and (reading.max_tokens is None or 1 <= reading.max_tokens <= 1 << 16)
+        and 0 <= reading.visible_padding <= 1 << 16
+        and all(isinstance(flag, bool) for flag in flags)
+        and all(isinstance(kind, str) for kind in reading.model_types)
+        and (isinstance(reading.instruction, str) or callable(reading.instruction))
+    )
+    if not typed or reading.output not in get_args(Output):
+        raise ValueError(f"reading: {reading} is not how an encoder is read")
+
+
+def _explained(reading: Reading) -> str:
+    last = reading.encoder < 0
+    which = "the last text encoder" if last else f"text encoder {reading.encoder + 1}"
+    if reading.output == "pooled":
+        return f"{which}, its pooled vector"
+    rows = "the rows that it holds" if reading.max_tokens is None else f"{reading.max_tokens} rows"
+    if reading.masked:
+        return f"{which}, {reading.output} states, padding hidden: any max_sequence_length"
+    return (
+        f"{which}, {reading.output} states, {rows} with padding in sight: prompts that the "
+        "pipeline encodes at another length have other rows"
+    )
 
 
 def _sana_instruction() -> str:
@@ -68,53 +218,54 @@ def _sana_instruction() -> str:
     return "\n".join(parameters["complex_human_instruction"].default or ())
 
 
-_STABLE_DIFFUSION = Family("Stable Diffusion", ((Reading(0),),), aligned=True)
+def _clip(encoder: int, output: Output = "last", *, multi_vector: bool = True) -> Reading:
+    return Reading(
+        encoder, output, multi_vector=multi_vector, model_types=("clip_text_model",)
+    )
+
+
+def _masked(*model_types: str, **options: Any) -> Reading:
+    # As many rows as any prompt of an erasure takes: hidden padding costs time and nothing else.
+    return Reading(0, max_tokens=120, masked=True, model_types=model_types, **options)
+
+
+_STABLE_DIFFUSION = Family("Stable Diffusion", ((_clip(0),),), aligned=True)
 _SDXL = Family(
     "Stable Diffusion XL",
-    ((Reading(0, "penultimate"), Reading(1, "penultimate")),),
-    (Reading(1, "pooled"),),
+    ((_clip(0, "penultimate"), _clip(1, "penultimate")),),
+    (_clip(1, "pooled"),),
     aligned=True,
 )
 _REFINER = Family(
-    "Stable Diffusion XL refiner",
-    ((Reading(-1, "penultimate"),),),
-    (Reading(-1, "pooled"),),
+    "Stable Diffusion XL refiner", ((_clip(-1, "penultimate"),),), (_clip(-1, "pooled"),)
 )
 
 FAMILIES: Mapping[str, Family] = {
     "SD3Transformer2DModel": Family(
         "Stable Diffusion 3",
         (
-            (Reading(0, "penultimate"), Reading(1, "penultimate")),
-            (Reading(2, max_tokens=256),),
+            tuple(_clip(number, "penultimate", multi_vector=False) for number in (0, 1)),
+            (Reading(2, max_tokens=256, model_types=("t5",)),),
         ),
-        (Reading(0, "pooled"), Reading(1, "pooled")),
+        tuple(_clip(number, "pooled", multi_vector=False) for number in (0, 1)),
         padded=True,
     ),
     "FluxTransformer2DModel": Family(
-        "FLUX.1", ((Reading(1, max_tokens=512),),), (Reading(0, "pooled"),)
+        "FLUX.1",
+        ((Reading(1, max_tokens=512, multi_vector=True, model_types=("t5",)),),),
+        (_clip(0, "pooled"),),
     ),
-    "PixArtTransformer2DModel": Family(
-        "PixArt", ((Reading(0, max_tokens=120, masked=True, lowercase=True),),)
-    ),
+    "PixArtTransformer2DModel": Family("PixArt", ((_masked("t5", lowercase=True),),)),
     "SanaTransformer2DModel": Family(
-        "Sana",
-        (
-            (
-                Reading(
-                    0,
-                    max_tokens=120,
-                    masked=True,
-                    lowercase=True,
-                    instruction=_sana_instruction,
-                ),
-            ),
-        ),
+        "Sana", ((_masked("gemma2", lowercase=True, instruction=_sana_instruction),),)
     ),
+    "AuraFlowTransformer2DModel": Family("AuraFlow", ((_masked("umt5", "t5"),),)),
+    "ChromaTransformer2DModel": Family(
+        "Chroma", ((_masked("t5", visible_padding=1, multi_vector=True),),)
+    ),
+    "BriaTransformer2DModel": Family("Bria", ((_masked("t5"),),)),
 }
 """By class name of the denoiser; U-Nets are told apart by their configuration."""
-
-_BY_RULE = Family("by rule", ((Reading(0, max_tokens=120, masked=True),),))
 
 
 def family_of(model: nn.Module, encoders: int = 1) -> Family:
@@ -122,19 +273,36 @@ def family_of(model: nn.Module, encoders: int = 1) -> Family:
 
     Args:
         encoders: how many text encoders it has; tells SDXL's refiner from SDXL.
+
+    Raises:
+        ValueError: its class or configuration is not supported.
     """
+    streams(model)
     model = unwrapped(model)
+    if (known := FAMILIES.get(class_of(model))) is not None:
+        return known
     if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":
         return _SDXL if encoders > 1 else _REFINER
-    if (known := FAMILIES.get(type(model).__name__)) is not None:
-        return known
-    kinds = streams(model)
-    # Cross-attention on the encoder's output itself is what all U-Nets have.
-    return _STABLE_DIFFUSION if any(n.endswith(".to_k") for n in kinds) else _BY_RULE
+    return _STABLE_DIFFUSION
+
+
+def why_not_aligned(model: nn.Module, family: Family, latent_size: int | None) -> str | None:
+    """Why noise alignment does not run on a model, as a clause; None where it does.
+
+    Args:
+        latent_size: height and width of the latents, if the caller knows them.
+    """
+    if not family.aligned:
+        return f"{family.name} has the closed form alone"
+    try:
+        check_drawable(model, latent_size)
+    except ValueError as error:
+        return str(error).removeprefix("model: ")
+    return None
 
 
 def text_streams(
-    model: nn.Module, text_encoders: Any, tokenizers: Any = None
+    model: nn.Module, text_encoders: Any, tokenizers: Any = None, reading: Family | None = None
 ) -> dict[Stream, tuple[Text, ...]]:
     """What a denoiser is shown of a prompt, by stream: sections of the sequence, the pooled vector.
 
@@ -143,6 +311,7 @@ def text_streams(
         text_encoders: one, or a tuple in the order of the pipeline (``text_encoder``,
             ``text_encoder_2``, ...); None stands for one that was not loaded (SD3 without T5).
         tokenizers: their tokenizers, one each; `None` looks beside the encoders' own files.
+        reading: how the model reads text, where the caller knows it; None is `family_of`.
 
     Raises:
         ValueError: too many or too few of them, or widths that the model does not take.
@@ -155,7 +324,7 @@ def text_streams(
         raise ValueError(
             f"tokenizer: expected one for each of {len(encoders)} text encoders, got {len(found)}"
         )
-    family = family_of(model, len(encoders))
+    family = family_of(model, len(encoders)) if reading is None else reading
     numbers = {r.encoder for part in (*family.sections, family.pooled) for r in part}
     wanted = max(numbers) + 1 if max(numbers) >= 0 else 1
     if len(encoders) != wanted:
@@ -164,11 +333,11 @@ def text_streams(
             f"{'one' if wanted == 1 else 'a tuple'} in the order of the pipeline, None for one "
             "that is not loaded"
         )
-    kinds = streams(model)
+    kinds = streams(model, family.maps)
     width = None
     if family.padded:
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
-        width = projections(model)[entry].in_features
+        width = projections(model, family.maps)[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
     sections = [
         _joined(readings, encoders, found, width)
@@ -222,33 +391,78 @@ def components_of(pipe: Any) -> Components:
 
     Raises:
         TypeError: it is none, or has no denoiser with text encoders.
+        ValueError: a part beside the denoiser is shown the prompt as well, or may be.
     """
     name = component_name(pipe)
+    model = getattr(pipe, name)
     numbers = [n for n in ("", "_2", "_3") if getattr(pipe, f"text_encoder{n}", None) is not None]
     if not numbers:
         raise TypeError(
-            f"pipe: {type(pipe).__name__} has no text encoder; load the pipeline with it"
+            f"pipe: {type(pipe).__name__} has no text encoder (text_encoder, text_encoder_2, "
+            "text_encoder_3); a pipeline that takes no text has nothing to erase, one that was "
+            "loaded without it must be loaded with it"
         )
+    _refuse_companions(pipe, name, model)
     # A refiner has no first encoder; SD3 without T5 has no third one, and keeps its place.
     declared = [n for n in ("", "_2", "_3") if hasattr(pipe, f"text_encoder{n}")]
-    if getattr(getattr(pipe, name).config, "addition_embed_type", None) == "text_time":
+    if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":
         declared = numbers
     return Components(
-        getattr(pipe, name),
+        model,
         tuple(getattr(pipe, f"text_encoder{n}") for n in declared),
         tuple(getattr(pipe, f"tokenizer{n}", None) for n in declared),
         getattr(pipe, "scheduler", None),
     )
 
 
+_WITHOUT_TEXT = (
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "vqgan", "image_encoder"),
+    *("safety_checker", "depth_estimator", "adapter", "motion_adapter", "image_normalizer"),
+)
+"""Parts of pipelines that are shown no prompt but as it is known here."""
+
+
+def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
+    """Refuses a pipeline with a part that is shown the prompt beside the denoiser."""
+    parts = getattr(pipe, "components", None)
+    parts = dict(parts) if isinstance(parts, Mapping) else dict(vars(pipe))
+    for part, module in parts.items():
+        if not isinstance(module, nn.Module) or part in (name, *_WITHOUT_TEXT):
+            continue
+        # What it holds was copied into the denoiser, which alone is run.
+        if class_of(unwrapped(model)) == "UNetControlNetXSModel" and part == "controlnet":
+            continue
+        own = type(module).__name__
+        told = (
+            f"pipe: its {part} ({own}) is shown the prompt beside the {name}, or may be, and would "
+            "keep what is erased from that: "
+        )
+        nets = getattr(module, "nets", (module,))
+        if not all(class_of(net) in COMPANIONS for net in nets):
+            raise ValueError(told + "not supported")
+        each = f"pipe.{part}" if nets == (module,) else f"net for each net of pipe.{part}.nets"
+        net = each.split(" ")[0]
+        raise ValueError(
+            f"{told}one call edits one model. Erase from the {name}, "
+            f"erasure = realera_fast.erase(pipe.{name}, text_encoders, concepts, tokenizer=...), "
+            f"and then the same from {each}: erasure.rebase({net}).apply_({net})"
+        )
+
+
+_DENOISERS = ("unet", "transformer")
+
+
 def component_name(pipe: Any) -> str:
     """ "unet" or "transformer": what a pipeline calls its denoiser."""
-    for name in ("unet", "transformer"):
+    for name in _DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
+    parts = getattr(pipe, "components", None)
+    held = [k for k, v in dict(parts).items() if isinstance(v, nn.Module)] if parts else []
     raise TypeError(
         "pipe: expected a diffusers text-to-image pipeline with a unet or a transformer, got "
         f"{type(pipe).__name__}"
+        + (f", whose parts are {', '.join(held)}: not supported" if held else "")
     )
 
 
@@ -256,4 +470,5 @@ def is_pipeline(value: Any) -> bool:
     """Whether it is a pipeline, not a denoiser."""
     if isinstance(value, nn.Module):
         return False
-    return any(isinstance(getattr(value, n, None), nn.Module) for n in ("unet", "transformer"))
+    named = any(isinstance(getattr(value, n, None), nn.Module) for n in _DENOISERS)
+    return named or isinstance(getattr(value, "components", None), Mapping)

@@ -102,6 +102,9 @@ def write_card(
     lines += ["", "```python", how, "```", ""]
     lines += ["It fits one base model and no other:", ""]
     lines += [f"- {dtype} SHA-256 `{value}`" for dtype, value in hashes.items()]
+    if read := erasure.report.get("reading", ()):
+        lines += ["", "It was made for what these show the model of a prompt:", ""]
+        lines += [f"- {_plain(text)}" for text in read]
     lines += ["", f"Made with {', '.join(f'{k} {v}' for k, v in versions.items()) or 'unknown'}."]
     history = erasure.provenance.get("history", ())
     if history:

@@ -60,6 +60,8 @@ class Report:
     seconds: Mapping[str, float]
     """Wall-clock seconds by stage."""
     warnings: tuple[str, ...]
+    reading: tuple[str, ...]
+    """For which prompts the erasure holds: text encoders, their output, length and padding."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

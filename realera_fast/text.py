@@ -21,8 +21,8 @@ Output = Literal["last", "penultimate", "pooled"]
 
 _BLOCK = 1 << 25
 """Numbers of embeddings that are made together: 128 MiB."""
-_BEGINS = "\u2581"
-"""SentencePiece's mark at the beginning of a word."""
+_BEGINS = ("\u2581", "\u0120")
+"""Marks at the beginning of a word: SentencePiece's, and that of byte-level byte-pair encoding."""
 
 
 def find_tokenizer(text_encoder: Any) -> Any:
@@ -175,9 +175,13 @@ class TextModel:
             row a prompt.
         max_tokens: rows of a prompt; `None` is what encoder and tokenizer hold.
         masked: padding is hidden from the encoder and from the denoiser, so it carries no weight.
+        visible_padding: rows of padding behind the prompt that the denoiser sees all the same
+            (Chroma).
         lowercase: prompts are lowercased and stripped first (PixArt, Sana).
         instruction: text that stands before every prompt and is cut out of the embeddings but for
             its last token (Sana).
+        multi_vector: a textual inversion of several vectors is expanded to all of its tokens, as
+            diffusers' pipelines do.
     """
 
     def __init__(
@@ -188,8 +192,10 @@ class TextModel:
         output: Output = "last",
         max_tokens: int | None = None,
         masked: bool = False,
+        visible_padding: int = 0,
         lowercase: bool = False,
         instruction: str = "",
+        multi_vector: bool = False,
     ) -> None:
         for argument, value in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
             if isinstance(value, tuple | list):
@@ -218,14 +224,22 @@ class TextModel:
         self.device: torch.device = parameter.device
         self.output, self.masked = output, masked
         self._lowercase, self._instruction = lowercase, instruction
+        self._visible_padding = visible_padding
+        # Diffusers counts a further vector of the word X as the added token X_1.
+        added = getattr(self.tokenizer, "added_tokens_encoder", None) or {}
+        self._expand = multi_vector and any(f"{token}_1" in added for token in added)
         config = text_encoder.config
-        self.width: int = int(config.hidden_size)
+        # A vision-language model keeps that of its text apart.
+        of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.width: int = int(of_text.hidden_size)
         if output == "pooled" and "Projection" in type(text_encoder).__name__:
             self.width = int(config.projection_dim)
-        positions = getattr(config, "max_position_embeddings", self.tokenizer.model_max_length)
+        positions = getattr(of_text, "max_position_embeddings", self.tokenizer.model_max_length)
         held = int(min(self.tokenizer.model_max_length, positions))
         self._length = held if max_tokens is None else min(max_tokens, held)
         self.max_tokens: int = 1 if output == "pooled" else self._length
+        head = getattr(text_encoder, "get_output_embeddings", None)
+        self._has_head = callable(head) and head() is not None
         self._use_mask = masked or bool(getattr(config, "use_attention_mask", False))
         plain, special = self.token_ids("a"), self._ids("a")
         places = range(len(special) - len(plain) + 1)
@@ -235,11 +249,11 @@ class TextModel:
         self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
         self._lead, self._specials = lead, len(special) - len(plain)
         # Of the instruction's tokens one stays, in front of the prompt's.
-        self._cut = lead + len(self.token_ids(instruction)) - 2 if instruction else 0
+        self._cut = lead + len(self._plain_ids(instruction)) - 2 if instruction else 0
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self._plain_ids(self._prepared(text))
 
     def name_key(self, name: str) -> Hashable:
         """The tokens of a name: equal for names that are the same to the encoder.
@@ -247,7 +261,7 @@ class TextModel:
         Raises:
             ValueError: the encoder does not know one of them.
         """
-        found = tuple(self.token_ids(self._prepared(name)))
+        found = tuple(self.token_ids(name))
         words = _rows(self.encoder)
         if words is not None and max(found, default=0) >= words:
             raise ValueError(
@@ -260,7 +274,7 @@ class TextModel:
         """A control token of the tokenizer (end-of-text, padding) that the text holds, if any."""
         text = self._prepared(text)
         # By number too: a tokenizer may know them in other cases.
-        ids = set(self.token_ids(text))
+        ids = set(self._plain_ids(text))
         return next((t for t, number in self._controls.items() if t in text or number in ids), None)
 
     def unknown(self, name: str) -> bool:
@@ -294,7 +308,7 @@ class TextModel:
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that the encoder would not see; `""` if it sees all."""
-        tokens = self.token_ids(self._prepared(prompt))
+        tokens = self.token_ids(prompt)
         room = self._length - self._specials - bool(self._instruction)
         return self.tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
@@ -325,7 +339,8 @@ class TextModel:
         counts[:, first:] = 1.0
         if self.masked:
             rows = torch.arange(self.max_tokens)
-            counts *= rows <= torch.tensor(self.ends(prompts)).unsqueeze(1)
+            last = torch.tensor(self.ends(prompts)) + self._visible_padding
+            counts *= rows <= last.unsqueeze(1)
         return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -384,15 +399,18 @@ class TextModel:
         """Up to `count` whole words of the tokenizer's own vocabulary, most common first.
 
         CLIP's byte-pair vocabulary marks a token that ends a word with `</w>`, SentencePiece's one
-        that begins a word with a low line; both number them by frequency, so the lowest ids are
-        the most common words. Other tokenizers have no such mark and give no words.
+        that begins a word with a low line, byte-level byte-pair encoding with `\u0120`; all number
+        them by frequency, so the lowest ids are the most common words. Other tokenizers have no
+        such mark and give no words.
         """
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         words: list[str] = []
         for token, _ in vocabulary:
             if len(words) >= count:
                 break
-            word = token.removesuffix("</w>").removeprefix(_BEGINS)
+            word = token.removesuffix("</w>")
+            if token.startswith(_BEGINS):
+                word = token[1:]
             if word != token and len(word) >= 3 and word.isascii() and word.isalpha():
                 words.append(word)
         return tuple(dict.fromkeys(words))
@@ -411,29 +429,43 @@ class TextModel:
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
         read = (self.output, self._length, self.masked, self._lowercase, self._instruction)
-        digest.update(repr(read).encode())
+        digest.update(repr((*read, self._visible_padding, self._expand)).encode())
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     # Inside
 
     def _count(self, text: str) -> int:
-        return len(self.token_ids(self._instruction + self._prepared(text)))
+        return len(self._plain_ids(self._instruction + self._prepared(text)))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, verbose=False).input_ids)
 
     def _prepared(self, prompt: str) -> str:
+        if self._expand:
+            from diffusers.loaders import TextualInversionLoaderMixin
+
+            mixin = TextualInversionLoaderMixin()
+            prompt = str(mixin.maybe_convert_prompt(prompt, self.tokenizer))
         return prompt.lower().strip() if self._lowercase else prompt
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        options = {"output_hidden_states": True} if self.output == "penultimate" else {}
+        # A language model with a head gives logits in place of its last states.
+        has_states = self.output == "penultimate" or self._has_head
+        options = {"output_hidden_states": True} if has_states else {}
         output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
         if self.output == "pooled":
             embeds = getattr(output, "text_embeds", None)
             pooled: Tensor = output.pooler_output if embeds is None else embeds
             return pooled.float().unsqueeze(1)
-        hidden: Tensor = output.hidden_states[-2] if self.output == "penultimate" else output[0]
+        hidden: Tensor
+        if has_states:
+            hidden = output.hidden_states[-2 if self.output == "penultimate" else -1]
+        else:
+            hidden = output[0]
         if self._instruction:
             hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self._length :]), dim=1)
         return hidden.float()

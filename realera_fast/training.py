@@ -101,7 +101,8 @@ class AlignmentConfig:
     """Compute activations again in the backward pass instead of keeping them."""
 
     mixed_precision: Literal["no", "bf16"] = "no"
-    """"bf16" runs a float32 U-Net under bfloat16 autocast; others compute in their own dtype."""
+    """"bf16" runs a float32 U-Net under bfloat16 autocast; others compute in their own dtype. On a
+    CPU it pays only where that multiplies bfloat16 natively (`precision.multiplies_natively`)."""
 
     compile: bool = False
     """Train through `torch.compile`. It compiles for minutes: for long runs on a GPU."""

@@ -27,12 +27,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 from torch import Tensor
 
 from realera_fast.concepts import Concept
-from realera_fast.denoiser import base_hashes, projections, stream_of
+from realera_fast.denoiser import base_hashes, projections, streams
 from realera_fast.erasure import Erasure
 from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
 from realera_fast.names import folded, listed, script, valid_texts
+from realera_fast.precision import cpu_warnings
 from realera_fast.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -375,9 +376,12 @@ def verify(
         return [tuple(pictures[i : i + len(seeds)]) for i in range(0, len(pictures), len(seeds))]
 
     parts = components_of(pipe)
+    for warning in cpu_warnings(pipe.components.values()):
+        logger.warning(warning)
     with _applied(parts.model, erasure, False):
         before = draw("before:")
-        weights = {n: x.weight.detach() for n, x in projections(parts.model).items()}
+        maps = None if erasure.reading is None else erasure.reading.maps
+        weights = {n: x.weight.detach() for n, x in projections(parts.model, maps).items()}
         changes = text_changes(pipe, weights, erasure, [prompt for _, prompt in grouped])
     with _applied(parts.model, erasure, True):
         after = draw("after:")
@@ -445,12 +449,13 @@ def text_changes(
     Args:
         weights: `[o, d]` un-edited weight of each text-conditioned map.
     """
-    parts = components_of(pipe)
-    takes = {n: w for n, w in weights.items() if stream_of(n) == "sequence"}
+    parts, reading = components_of(pipe), erasure.reading
+    kinds = streams(parts.model, None if reading is None else reading.maps)
+    takes = {n: w for n, w in weights.items() if kinds.get(n) == "sequence"}
     edited = erasure.edited_weights(takes)
     found = torch.zeros(2, len(prompts), dtype=torch.float64)
-    streams = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
-    for section in streams["sequence"]:
+    texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers, reading)
+    for section in texts["sequence"]:
         rows = section.encode(prompts) * (section.shares(prompts) > 0)[..., None].to(section.device)
         for name, weight in takes.items():
             states = rows.to(weight.device)
@@ -727,7 +732,8 @@ def _silenced(pipe: Any) -> Iterator[bool]:
 def _applied(model: Any, erasure: Erasure, wanted: bool) -> Iterator[None]:
     """Holds the model with or without `erasure` inside, and puts it back as it was after."""
     hashes = erasure.provenance.get("base_hashes", {})
-    is_base = any(hashes.get(dtype) == value for dtype, value in base_hashes(model).items())
+    maps = None if erasure.reading is None else erasure.reading.maps
+    is_base = any(hashes.get(dtype) == value for dtype, value in base_hashes(model, maps).items())
     is_applied = not is_base
     if is_applied and not wanted:
         erasure.restore_(model)

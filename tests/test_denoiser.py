@@ -95,7 +95,17 @@ def test_refuses_a_model_without_cross_attention():
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
-    refused("UNet2DModel has no cross-attention layer", unet)
+    refused("UNet2DModel is not supported", unet)
+    whole = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+    refused("this UNet2DConditionModel has no cross-attention, so it takes no text", whole)
 
 
 def test_refuses_text_through_added_projections():

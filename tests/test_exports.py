@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import CLOSED, edited, encoded, weights
 from tiny_families import FAMILIES, denoise, flux, pixart_sigma, sd1, sdxl
-from tiny_models import tiny_unet
+from tiny_models import aligned, tiny_unet
 
 from realera_fast import Concept, Erasure, erase
 from realera_fast.concept_map import ConceptMap
@@ -217,7 +217,13 @@ def test_a_saved_pipeline_is_the_edited_one(tmp_path):
     edited(pipe)
     pipe.save_pretrained(tmp_path / "pipe")
     loaded = type(pipe).from_pretrained(tmp_path / "pipe")
-    assert torch.equal(denoise(loaded), denoise(pipe))
+    parts = {n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert {"unet", "vae", "text_encoder", "text_encoder_2"} == set(parts)
+    for name, part in parts.items():
+        after = loaded.components[name].state_dict()
+        assert after.keys() == part.state_dict().keys()
+        assert all(torch.equal(after[key], tensor) for key, tensor in weights(part).items()), name
+    assert torch.equal(denoise(aligned(loaded)), denoise(pipe))
 
 
 # Single-file checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import check
+from conftest import check, product_error
 from test_ops import exact_matmul, same_for_threads
 from torch import Tensor
 from torch.library import opcheck
@@ -220,6 +220,11 @@ class TestKernel:
         assert torch.equal(total, expected)
 
 
+@pytest.fixture
+def device(device_and_tiles: torch.device) -> torch.device:
+    return device_and_tiles
+
+
 class TestOperation:
     @pytest.mark.parametrize("dtype", [*HALF, torch.float64], ids=str)
     @pytest.mark.parametrize(
@@ -235,8 +240,9 @@ class TestOperation:
             check_sums(total, x, w)
         else:
             reference.gram_(plain, x, w)
-            exact = exact_matmul(x.double().mT, w.double()[:, None] * x.double())
-            check("gram", total.cpu(), exact, plain.cpu())
+            factors = x.double().mT, w.double()[:, None] * x.double()
+            exact, floor = exact_matmul(*factors), product_error(*factors)
+            check("gram", total.cpu(), exact, plain.cpu(), floor=floor)
         assert torch.equal(total, total.mT)
 
     def test_adds_to_what_is_there(self, device: torch.device) -> None:
@@ -268,14 +274,14 @@ class TestOperation:
         assert total[3].isnan().all() and not total[:3, :3].isnan().any()
 
     @pytest.mark.parametrize("n", [20, 1300])
-    def test_on_the_cpu_equal_to_normal_equations_without_a_move(self, n: int) -> None:
+    def test_on_the_cpu_equal_to_normal_equations_without_a_move(self, n: int, tiles: str) -> None:
         x, w = rows_for(n, 130, torch.bfloat16, "cpu")
         alone, both, cross = (zeros(130, "cpu") for _ in range(3))
         ops.gram_(alone, x, w)
         ops.normal_equations_(both, cross, x, x.clone(), w)
         assert torch.equal(alone, both)
 
-    def test_same_bits_with_any_number_of_threads(self) -> None:
+    def test_same_bits_with_any_number_of_threads(self, tiles: str) -> None:
         x, w = rows_for(700, 200, device="cpu")
 
         def sums() -> list[Tensor]:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import check
+from conftest import check, product_error
 from torch import Tensor
 
 from realera_fast import ops
@@ -487,6 +487,10 @@ class TestBadValues:
 
 
 class TestLowRankUpdate:
+    @pytest.fixture
+    def device(self, device_and_tiles: torch.device) -> torch.device:
+        return device_and_tiles
+
     """The operation alone, at sizes that fit no tile and values at the ends of a dtype."""
 
     @pytest.mark.parametrize("dtype", [*LOW, F64], ids=str)
@@ -512,17 +516,22 @@ class TestLowRankUpdate:
             w.copy_(torch.randn(w.shape))
             thin = wide(w) @ wide(left)
             plain = w.to(accumulate) @ left
+            factors = (w.to(accumulate), left, right)
             if offset:
                 thin, plain = thin + wide(v), plain + v
+                # W left + offset is the product of [W, offset] and left with the identity below.
+                eye = torch.eye(rank, device=device)
+                factors = (torch.cat((w, v), 1), torch.cat((left, eye)), right)
             expected.append(
                 (
                     rounded(wide(w) + thin @ wide(right)),
                     (w.to(accumulate) + plain @ right).to(dtype).cpu(),
+                    tuple(factor.clone() for factor in factors),
                 )
             )
         ops.low_rank_update_(weights, left, right, values if offset else ())
-        for i, (w, (truth, plain)) in enumerate(zip(weights, expected, strict=True)):
-            check(f"weights[{i}]", w.cpu(), truth, plain)
+        for i, (w, (truth, plain, factors)) in enumerate(zip(weights, expected, strict=True)):
+            check(f"weights[{i}]", w.cpu(), truth, plain, floor=product_error(*factors))
         start = 0
         for o in heights:
             assert buffer[start] == 9, f"the number before the weight of height {o} changed"
@@ -561,12 +570,16 @@ class TestLowRankUpdate:
         left, right = torch.randn(24, k, device=device) / k, torch.randn(k, 24, device=device)
         weight = torch.randn(9, 24, device=device)
         truth = wide(weight) + (wide(weight) @ wide(left)) @ wide(right)
-        plain = weight + (weight @ left) @ right
+        plain, factors = weight + (weight @ left) @ right, (weight.clone(), left, right)
         ops.low_rank_update_([weight], left, right)
-        check("weight", weight.cpu(), rounded(truth), plain.cpu())
+        check("weight", weight.cpu(), rounded(truth), plain.cpu(), floor=product_error(*factors))
 
 
 class TestSolveSpd:
+    @pytest.fixture
+    def device(self, device_and_tiles: torch.device) -> torch.device:
+        return device_and_tiles
+
     def system(self, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
         x = torch.randn(2 * d, d, dtype=F64)
         return (x.mT @ x + torch.eye(d, dtype=F64)).to(device), torch.randn(3, d, dtype=F64).to(

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "realera_fast"
 ORDER = (
     *(
         "metrics",
+        "precision",
         "progress",
         "names",
         "files",

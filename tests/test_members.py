@@ -18,6 +18,7 @@ from realera_fast.checkpoint import CheckpointError
 from realera_fast.families import text_streams
 from realera_fast.members import MemberSearch, guidance_cosine
 from realera_fast.mining import MiningConfig
+from realera_fast.precision import fastest_dtype
 from realera_fast.processes import Processes
 from realera_fast.text import TextWithPooled
 from realera_fast.text_path import TextPath
@@ -28,7 +29,7 @@ CLOSED_FORM = EraseConfig(alignment=AlignmentConfig(enabled=False))
 
 @pytest.fixture(scope="module")
 def pipe():
-    return embedded.load_pipeline(torch.bfloat16)
+    return embedded.load_pipeline(fastest_dtype("cpu"))
 
 
 def cosines(pipe, names, words, **options):

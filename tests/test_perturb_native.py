@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tile_sets
 from torch import Tensor
 
 from realera_fast import ops, perturbation, philox
@@ -76,17 +77,20 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     agree(embeddings(*shape, dtype=dtype), 3)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("region", [NEIGHBOR, BEYOND, ANYWHERE, (0.5, 0.5001, 1.6), (0.2, 1.0, 9)])
 def test_regions(region: tuple[float, float, float]) -> None:
     agree(embeddings(2, 9, 33), 40, region)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("seed", [0, 1, (1 << 32) + 7, 0x123456789ABCDEF, (1 << 63) - 1])
 @pytest.mark.parametrize(
     ("offset", "concept_offset"),
@@ -96,6 +100,7 @@ def test_seeds_and_counters(seed: int, offset: int, concept_offset: int) -> None
     agree(embeddings(2, 4, 12), 4, seed=seed, offset=offset, concept_offset=concept_offset)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 77, 768), (3, 25, 70), (700, 2, 3), (1, 2, 20_000)])
 def test_threads(shape: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
@@ -108,6 +113,7 @@ def test_many_prompts_and_samples() -> None:
     agree(embeddings(3, 2, 4), 20_000, ANYWHERE)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype: torch.dtype) -> None:
     views = [
@@ -257,17 +263,12 @@ KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 """In the order of `Kind`."""
 
 
-def runs_here(name: str) -> bool:
-    best = torch.backends.cpu.get_cpu_capability()
-    return name == "baseline" or name.upper() in best or (name == "avx2" and "AVX512" in best)
-
-
 @pytest.fixture(scope="module", params=FLAGS)
 def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None or os.name != "posix" or not CSRC.is_dir():
         pytest.skip("needs g++ and the sources")
-    if not runs_here(request.param):
+    if request.param not in tile_sets():
         pytest.skip("the processor has not these instructions")
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "wrapper.cpp").write_text(SOURCE)

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_pipeline, tiny_unet
+from tiny_models import aligned, tiny_pipeline, tiny_unet
 
 import realera_fast
 from realera_fast import EraseConfig, attention, embedded, fuse, unfuse
@@ -240,7 +240,7 @@ def test_a_fused_model_can_be_saved_copied_and_pickled(pipe, tmp_path):
     picture(pipe)
     assert list(pipe.unet.state_dict()) == keys
     pipe.save_pretrained(tmp_path)
-    loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
+    loaded = aligned(type(pipe).from_pretrained(tmp_path, safety_checker=None))
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(picture(loaded), wanted)
     for other in (copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):

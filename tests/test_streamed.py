@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import check
+from conftest import check, product_error
 from torch import Tensor
 
 from realera_fast import mining, ops, perturbation, reference, streamed
@@ -42,6 +42,27 @@ def wide(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v.double() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
+def projection_error(
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, heights: tuple[int, ...], scaling: float
+) -> Tensor:
+    """`product_error` of a projection, which is ``x [I, A^T] [W^T; scaling B^T]``."""
+    eye = torch.eye(x.shape[1]).to(x)
+    blocks = torch.block_diag(*(scaling * part.mT for part in up.split(heights)))
+    return product_error(
+        x, torch.cat((eye, down.flatten(0, 1).mT), 1), torch.cat((weight.mT, blocks))
+    )
+
+
+def gradient_errors(
+    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, heights: tuple[int, ...], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`product_error` of the gradients of ``down`` and ``up``, layer by layer."""
+    layers = list(zip((scaling * grad).split(heights, 1), down, up.split(heights), strict=True))
+    thin = [product_error(high.mT, g.mT, x) for g, _, high in layers]
+    tall = [product_error(g.mT, x, low.mT) for g, low, _ in layers]
+    return torch.stack(thin), torch.cat(tall)
+
+
 def drawn(e: Tensor, samples: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     alpha, _, scale = ops.perturb(e, samples, *NEIGHBOR, seed)
     return alpha, scale
@@ -56,9 +77,9 @@ def test_project(heights, rank, dtype, device):
     got = ops.project(x, **values)
     assert got.dtype == dtype and got.shape == (7, sum(heights))
     exact, plain = reference.project(x.double(), **wide(values)), reference.project(x, **values)
-    check("project", got, exact, plain)
-    base = ops.project(x, values["weight"])
-    check("base", base, x.double() @ values["weight"].double().mT, x @ values["weight"].mT)
+    check("project", got, exact, plain, floor=projection_error(x, **values))
+    base, w = ops.project(x, values["weight"]), values["weight"].mT
+    check("base", base, x.double() @ w.double(), x @ w, floor=product_error(x, w))
     assert not torch.allclose(base.float(), got.float(), atol=0.1)
 
 
@@ -89,9 +110,10 @@ def test_project_gradients(heights, dtype, device):
     doubles = [a.double() if isinstance(a, Tensor) else a for a in arguments]
     exact = reference.project_backward(grad.double(), x.double(), *doubles)
     plain = reference.project_backward(grad, x, *arguments)
-    for name, g, e, p in zip(("down", "up"), got, exact, plain, strict=True):
+    floors = gradient_errors(grad, x, *arguments)
+    for name, g, e, p, floor in zip(("down", "up"), got, exact, plain, floors, strict=True):
         assert g.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        check(name, g, e, p)
+        check(name, g, e, p, floor=floor)
 
 
 def test_gradcheck(device):
@@ -167,7 +189,8 @@ def test_perturb_project(dtype, concepts, samples, tokens, block, device, monkey
     doubles = wide(values)
     exact = reference.project(rows.double().view(-1, 13), *(doubles[n] for n in names))
     plain = reference.perturb_project(e, alpha, scale, *(values[n] for n in names), *stream)
-    check("y", got.detach(), exact.view(plain.shape), plain)
+    floor = projection_error(rows.view(-1, 13), **values).view(plain.shape)
+    check("y", got.detach(), exact.view(plain.shape), plain, floor=floor)
     grad = normal(*got.shape, seed=4).to(device, dtype)
     gradients = torch.autograd.grad(got, list(factors.values()), grad)
     flat = grad.view(-1, 8), rows.view(-1, 13)
@@ -176,8 +199,9 @@ def test_perturb_project(dtype, concepts, samples, tokens, block, device, monkey
         *(t.double() for t in flat), *(doubles[n] for n in names[1:])
     )
     plain_grads = reference.project_backward(*flat, *rest)
-    for name, g, x, p in zip(("down", "up"), gradients, exact_grads, plain_grads, strict=True):
-        check(name, g, x, p.to(dtype))
+    every = zip(gradients, exact_grads, plain_grads, gradient_errors(*flat, *rest), strict=True)
+    for name, (g, x, p, floor) in zip(("down", "up"), every, strict=True):
+        check(name, g, x, p.to(dtype), floor=floor)
 
 
 def test_perturb_project_with_counters_and_strides(device):
@@ -224,12 +248,15 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
     )  # fmt: skip
     exact[0] = exact[0] + x_.T @ (w_ * x_)
     plain[0] += rows.mT @ (w.to(rows.dtype) * rows)
+    floors = [product_error(rows.mT.double(), w.double() * rows.double())] * 2
     if destination is not None:
         exact[1] = exact[1] + (w_ * (y_ if kind == "relative" else y_ - x_)).T @ x_
         moved = y if kind == "relative" else y - rows
         plain[1] += (w.to(rows.dtype) * moved).mT @ rows
-    for name, g, x, p in zip(("gram", "cross"), got, exact, plain, strict=True):
-        check(name, g, torch.from_numpy(x.astype(np.float64)).to(device), p)
+        floors[1] = product_error((w.double() * moved.double()).mT, rows.double())
+    every = zip(got, exact, plain, floors, strict=True)
+    for name, (g, x, p, floor) in zip(("gram", "cross"), every, strict=True):
+        check(name, g, torch.from_numpy(x.astype(np.float64)).to(device), p, floor=floor)
     arguments = (e, alpha, scale, weight, destination, kind == "relative", 5, 0, 0)
     defined = [s.clone() for s in sums]
     reference.perturb_accumulate_(*defined, *arguments)

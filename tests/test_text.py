@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_families import FAMILIES, t5, t5_tokenizer
-from tiny_models import WORDS, tiny_text_encoder, tiny_tokenizer
+from tiny_models import WORDS, aligned, tiny_text_encoder, tiny_tokenizer
 from transformers import T5EncoderModel
 
 from realera_fast.text import TextModel, find_tokenizer
@@ -49,7 +49,7 @@ def test_words_are_whole_words_most_common_first(text):
 def test_tokenizer_is_found_beside_the_encoder(tmp_path, text):
     text.encoder.save_pretrained(tmp_path / "text_encoder")
     text.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    encoder = type(text.encoder).from_pretrained(tmp_path / "text_encoder")
+    encoder = aligned(type(text.encoder).from_pretrained(tmp_path / "text_encoder"))
     found = TextModel(encoder)
     assert torch.equal(found.encode(["a photo of a cat"]), text.encode(["a photo of a cat"]))
 

@@ -405,7 +405,7 @@ def sana(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> SanaPipeline:
 
 
 def auraflow(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> AuraFlowPipeline:
-    """AuraFlow, which no table here names."""
+    """AuraFlow."""
     tokenizer = t5_tokenizer()
     config = UMT5Config(
         vocab_size=len(tokenizer), d_model=48, d_kv=8, d_ff=96, num_layers=2, num_heads=4,
@@ -436,7 +436,7 @@ def auraflow(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> AuraFlowPi
 
 
 def chroma(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> ChromaPipeline:
-    """Chroma, which no table here names either."""
+    """Chroma: one row of padding stays in sight."""
     return ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(1, seed=seed + 2, dtype=dtype, use_quant_conv=False, use_post_quant_conv=False,
@@ -493,10 +493,11 @@ def denoise(pipe: Any, prompt: str = "a photo of a cat", **options: Any) -> torc
     ):
         if name in accepted:
             arguments[name] = value
-    if "image" in accepted:
+    if "image" in accepted and "image" not in options:
         noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
         arguments |= {"image": noise, "strength": 1.0}
         del arguments["height"], arguments["width"]
     if "prompt_embeds" not in options:
         arguments["prompt"] = prompt
-    return pipe(**arguments | options).images
+    called = {k: v for k, v in (arguments | options).items() if k in accepted}
+    return pipe(**called, return_dict=False)[0]

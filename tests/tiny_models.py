@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = (
@@ -164,3 +165,17 @@ def tiny_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def aligned(loaded: Any) -> Any:
+    """The model or pipeline with its tensors where torch allocates them.
+
+    Those of a file are used where the file holds them, at any address, and BLAS sums in another
+    order there: the same weights predict the same only within rounding.
+    """
+    parts = [loaded] if isinstance(loaded, nn.Module) else loaded.components.values()
+    for module in parts:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.clone()
+    return loaded
