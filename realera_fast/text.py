@@ -279,12 +279,11 @@ class TextModel:
 
     def unknown(self, name: str) -> bool:
         """Whether the tokenizer has no token of its own for a part of the name."""
-        # One that knows every byte may name another of its tokens here, as CLIP's does.
         token = getattr(self.tokenizer, "unk_token", None)
-        number = getattr(self.tokenizer, "unk_token_id", None)
-        return self._controls.get(token, number) is None and number in self.token_ids(
-            self._prepared(name)
-        )
+        # One that knows every byte may name another of its tokens here, as CLIP's does.
+        if token is None or self._controls.get(str(token)) is not None:
+            return False
+        return self.tokenizer.unk_token_id in self.token_ids(self._prepared(name))
 
     @functools.cached_property
     def _controls(self) -> dict[str, int | None]:
