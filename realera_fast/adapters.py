@@ -59,7 +59,7 @@ def in_layout(
         more = rank - ranks[name]
         tensors[f"{key}.lora_down.weight"] = functional.pad(down, (0, 0, 0, more))
         tensors[f"{key}.lora_up.weight"] = functional.pad(up, (0, more))
-        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank), dtype=torch.float32, device="cpu")
     return tensors, {
         "format": "pt",
         "ss_network_module": "networks.lora",

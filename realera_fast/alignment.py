@@ -460,24 +460,47 @@ def _spread(start: int, stop: int, count: int) -> list[int]:
     return [start + i * (stop - start) // count for i in range(count)]
 
 
-def find_scheduler(unet: Any) -> Any:
-    """The noise scheduler beside the U-Net's own files, or Stable Diffusion's schedule."""
-    from diffusers import DDIMScheduler
+def find_scheduler(unet: Any) -> Any | None:
+    """The noise scheduler beside the U-Net's own files, of the class that they name; None if none.
+
+    Raises:
+        ValueError: there is one, but of a class that diffusers does not have.
+    """
+    import diffusers
 
     name = str(getattr(unwrapped(unet).config, "_name_or_path", "") or "")
-    if name:
-        local = Path(name).exists()
-        place = str(Path(name).parent) if local else name
-        try:
-            return DDIMScheduler.from_pretrained(
-                place, subfolder="scheduler", local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            logger.debug("no scheduler beside %s: %s", name, error)
-    logger.warning(
-        "scheduler: none was found beside the U-Net; Stable Diffusion's schedule is assumed "
-        "(scaled linear, 1000 steps, noise prediction): pass scheduler=pipe.scheduler"
-    )
+    if not name:
+        return None
+    place = str(Path(name).parent) if Path(name).exists() else name
+    try:
+        config = diffusers.DDIMScheduler.load_config(
+            place, subfolder="scheduler", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        logger.debug("no scheduler beside %s: %s", name, error)
+        return None
+    # What a file leaves out is the default of its own class, not of another.
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise ValueError(
+            f"scheduler: {config.get('_class_name')!r}, named beside the U-Net's files, is no "
+            "class of diffusers; pass scheduler=pipe.scheduler"
+        )
+    return kind.from_config(config)
+
+
+ASSUMED = (
+    "scheduler: none was given or found beside the U-Net, so Stable Diffusion's schedule was "
+    "assumed (scaled linear, 1000 steps, noise prediction): pass scheduler=pipe.scheduler"
+)
+"""Warning where `assumed_scheduler` had to stand in."""
+
+
+def assumed_scheduler() -> Any:
+    """Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    logger.warning(ASSUMED)
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -485,4 +508,20 @@ def find_scheduler(unet: Any) -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+    )
+
+
+_DISTILLED = ("LCMScheduler", "TCDScheduler")
+"""Schedulers of few steps, for weights that were trained to need no more."""
+
+
+def distilled(scheduler: Any, config: AlignmentConfig) -> str | None:
+    """What to say where trajectories are denoised in another way than the scheduler suggests."""
+    name = type(scheduler).__name__
+    if name not in _DISTILLED or config.guidance_scale <= 1.0:
+        return None
+    return (
+        f"scheduler: {name} is for weights that are distilled to few steps; alignment denoised in "
+        f"{config.sampling_steps} steps with guidance {config.guidance_scale}: if the U-Net is "
+        "distilled, set AlignmentConfig(sampling_steps=4, guidance_scale=1.0)"
     )

@@ -100,7 +100,9 @@ def load_together(
         found = load(folder, run, name)
     except CheckpointError as error:
         broken = error
-    counts = torch.tensor([float(broken is not None), float(found is not None)], device=device)
+    counts = torch.tensor(
+        [float(broken is not None), float(found is not None)], dtype=torch.float32, device=device
+    )
     processes.sum_([counts])
     if broken is not None:
         raise broken

@@ -162,7 +162,11 @@ class ClipJudge:
                     padding=True, truncation=True, max_length=limit, return_tensors="pt",
                 ).to(self.model.device)  # fmt: skip
                 found.append(_normalized(self.model.get_text_features(**tokens)))
-        return torch.cat(found) if found else torch.zeros(0, self._width)
+        return (
+            torch.cat(found)
+            if found
+            else torch.zeros(0, self._width, dtype=torch.float32, device="cpu")
+        )
 
     def _image_features(self, images: Sequence[Image.Image]) -> Tensor:
         found = []
@@ -172,7 +176,11 @@ class ClipJudge:
                 pixels = self.processor.image_processor(part, return_tensors="pt").pixel_values
                 pixels = pixels.to(self.model.device, self.model.dtype)
                 found.append(_normalized(self.model.get_image_features(pixel_values=pixels)))
-        return torch.cat(found) if found else torch.zeros(0, self._width)
+        return (
+            torch.cat(found)
+            if found
+            else torch.zeros(0, self._width, dtype=torch.float32, device="cpu")
+        )
 
     @property
     def _width(self) -> int:

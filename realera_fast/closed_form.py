@@ -95,7 +95,11 @@ class Pairs:
             t.sum(dtype=torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else None)
             for t in self.tensors
         ]
-        least = self.weight.amin() if len(self.weight) else torch.zeros(())
+        least = (
+            self.weight.amin()
+            if len(self.weight)
+            else torch.zeros((), dtype=torch.float64, device="cpu")
+        )
         if math.isfinite(float(sum(sums))) and float(least) >= 0:
             return
         for name, values in zip(("source", "destination", "weight"), self.tensors, strict=True):
@@ -449,7 +453,7 @@ def _joined(waiting: Sequence[_Waiting]) -> _Rows:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        empty = torch.zeros(0, waiting[0].limit, dtype=torch.float64)
+        empty = torch.zeros(0, waiting[0].limit, dtype=torch.float64, device="cpu")
         return _Rows(empty, empty)
     return _Rows(torch.cat([p.source for p in parts]), torch.cat([p.change for p in parts]))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from realera_fast.states import full_precision
+
 _EPS = torch.finfo(torch.float64).eps
 RANGE_START = 64
 """First number of probes of the randomised range finder; doubled while the rank is higher."""
@@ -62,11 +64,13 @@ class ConceptMap:
         return self.left.shape[0]
 
     @property
+    @full_precision()
     def matrix(self) -> Tensor:
         """`[d, d]` the dense T, for tests and inspection."""
         eye = torch.eye(self.width, dtype=self.left.dtype, device=self.left.device)
         return eye + self.left @ self.right
 
+    @full_precision()
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Maps embeddings: ``x T^T`` for rows x.
 
@@ -92,6 +96,7 @@ class ConceptMap:
         """The same map with its factors on another device or in another dtype."""
         return ConceptMap(self.left.to(target), self.right.to(target))
 
+    @full_precision()
     def compose(self, other: ConceptMap) -> ConceptMap:
         """This map, then ``other``: ``T_other T_self``, of rank ``k_self + k_other``."""
         if other.width != self.width:
@@ -118,6 +123,7 @@ def check_rank_tolerance(tolerance: float) -> None:
         )
 
 
+@full_precision()
 def compressed(left: Tensor, right: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
     """Balanced factors of ``left @ right`` of the least rank.
 
@@ -186,10 +192,12 @@ def _decomposed(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tenso
         U, S, V^T and the Frobenius norm of what they don't hold.
     """
     width = update.shape[0]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probes = RANGE_START
     while tolerance > 0 and 4 * probes <= width:
-        noise = torch.randn(width, probes, dtype=update.dtype, generator=generator)
+        noise = torch.randn(
+            width, probes, dtype=update.dtype, device="cpu", generator=generator
+        )
         basis, _ = torch.linalg.qr(update @ noise.to(update.device))
         small = basis.mT @ update
         residual = float(torch.linalg.matrix_norm(update - basis @ small))

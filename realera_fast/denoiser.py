@@ -13,9 +13,10 @@ known and refused with a message that says what to do.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -251,13 +252,51 @@ def check_drawable(model: nn.Module, latent_size: int | None) -> None:
             f"model: it takes {options.in_channels} channels and gives {options.out_channels} "
             "(inpainting?)"
         )
-    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-        if getattr(options, name):
+    beside = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+    for name in beside:
+        if getattr(options, name, None):
             raise ValueError(
                 f"model: it takes more than text and noise ({name}={getattr(options, name)!r})"
             )
     if not (latent_size or options.sample_size):
         raise ValueError("model: its config has no sample_size; name AlignmentConfig.latent_size")
+
+
+def check_runnable(model: nn.Module) -> None:
+    """Refuses a denoiser in a state in which it does not run as it stands.
+
+    Raises:
+        ValueError: it is cast layer by layer, or moved whenever it runs.
+    """
+    model = unwrapped(model)
+    for name, module in model.named_modules():
+        if "layerwise_casting" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError(
+                f"model: layerwise casting gives {name or 'it'} another dtype while it runs (load "
+                "it without enable_layerwise_casting, in the dtype that it computes in)"
+            )
+    moved = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if moved is not None and torch.device(moved).type != next(model.parameters()).device.type:
+        raise ValueError(
+            f"model: it is moved to {moved} whenever it runs (undo that with "
+            f"pipe.remove_all_hooks() and pipe.to('{moved}'))"
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuses a denoiser that no gradient goes through.
+
+    Raises:
+        ValueError: a tensor of it was made in inference mode.
+    """
+    inner = unwrapped(model)
+    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: {name} was made under torch.inference_mode(), so that nothing can be "
+                "trained through it (load the model outside of it, or copy it there: pipe.unet = "
+                "copy.deepcopy(pipe.unet))"
+            )
 
 
 def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Linear]:
@@ -277,8 +316,8 @@ def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Line
     """
     kinds = streams(model, maps)
     model = unwrapped(model)
-    _refuse_adapters(model)
-    _refuse_offloading(model)
+    refuse_adapters(model)
+    refuse_offloading(model, "model")
     _refuse_replaced_forward("the model", model)
     found: dict[str, nn.Linear] = {}
     for name in kinds:
@@ -295,6 +334,7 @@ def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Line
         listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
         raise ValueError(f"model: its text projections must share one text width, got {listed}")
     _check_alike(found)
+    _check_apart(model, found)
     return found
 
 
@@ -313,6 +353,7 @@ def queries_and_outputs(model: nn.Module) -> dict[str, nn.Linear]:
             output = module.to_out[0] if module.to_out is not None else None
             found[f"{name}.to_out.0"] = _checked(f"{name}.to_out.0", output)
     _check_alike(projections(model) | found)
+    _check_apart(unwrapped(model), found)
     return found
 
 
@@ -340,18 +381,87 @@ def _check_alike(layers: Mapping[str, nn.Linear]) -> None:
         )
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    advice = "merge it (pipe.fuse_lora()) and unload it (pipe.unload_lora_weights()) first"
+def _check_apart(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuses weights that share memory: an edit of one would be an edit of another as well."""
+    edited = {f"{name}.weight" for name in layers}
+    # Every name of a parameter: a layer that stands in two places has two.
+    places = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.layout == torch.strided and parameter.numel() and not parameter.is_meta:
+            first = parameter.data_ptr()
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in steps)
+            stop = first + (last + 1) * parameter.itemsize
+            places.append((str(parameter.device), first, stop, name))
+            if name in edited and last + 1 < parameter.numel():
+                raise ValueError(
+                    f"model: {name} holds one value in several places (an expanded tensor), so it "
+                    "can't be edited; give it values of its own: weight.data = weight.data.clone()"
+                )
+    places.sort()
+    before: dict[str, tuple[int, str]] = {}
+    for device, first, stop, name in places:
+        reached, other = before.get(device, (0, ""))
+        if first < reached and (name in edited or other in edited):
+            raise ValueError(
+                f"model: {other} and {name} share memory, so that an edit of one is an edit of the "
+                "other; put copy.deepcopy(layer) in one of the two places"
+            )
+        if stop > reached:
+            before[device] = (stop, name)
+
+
+def refuse_adapters(model: nn.Module, *, before_erasing: bool = False) -> None:
+    """Refuses a model whose layers have adapters around them.
+
+    Args:
+        before_erasing: whether merging an adapter is an answer too. Where weights have to be those
+            of an earlier time, it is none.
+
+    Raises:
+        ValueError: it has some; says how to take them out.
+    """
+    model = unwrapped(model)
+    wrapped = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    if not wrapped:
+        return
+    name, layer = next(iter(wrapped.items()))
     attached: Any = getattr(model, "peft_config", None)
+    what = f"an adapter wraps {name}"
     if attached:
-        names = ", ".join(map(repr, attached))
-        raise ValueError(f"model: an adapter is attached ({names}); {advice}")
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer"):
-            raise ValueError(f"model: an adapter wraps {name}; {advice}")
+        what = f"an adapter is attached ({', '.join(map(repr, attached))})"
+    if hasattr(model, "merge_and_unload"):
+        inner: Any = model
+        place = "unet" if "UNet" in type(inner.get_base_model()).__name__ else "transformer"
+        unload, merge = f"pipe.{place} = pipe.{place}.unload()", "merge_and_unload() in its place"
+    elif hasattr(model, "unload_lora"):
+        unload = "pipe.unload_lora_weights()"
+        merge = "pipe.fuse_lora(), then pipe.unload_lora_weights()"
+    else:
+        unload = merge = "diffusers.utils.peft_utils.recurse_remove_peft_layers(model)"
+    if before_erasing and merge != unload:
+        raise ValueError(
+            f"model: {what}; unload it first ({unload}) and load it again afterwards, or make it a "
+            f"part of the model ({merge})"
+        )
+    if getattr(layer, "merged", False):
+        raise ValueError(
+            f"model: {what} and fused into the weights; take it out first (pipe.unfuse_lora(), "
+            f"then {unload}). Fusing rounds, so restore_(model, force=True) may be what undoes an "
+            "erasure then"
+        )
+    raise ValueError(f"model: {what}; unload it first ({unload}); it can be loaded again then")
 
 
-def _refuse_offloading(model: nn.Module) -> None:
+def refuse_offloading(model: nn.Module, argument: str) -> None:
+    """Refuses a model whose weights are elsewhere, or come and go.
+
+    Args:
+        argument: what the caller calls the model.
+
+    Raises:
+        ValueError: some are offloaded or have no values.
+    """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         offloads = any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
@@ -359,8 +469,15 @@ def _refuse_offloading(model: nn.Module) -> None:
         registry = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         if offloads or any("offload" in key for key in registry):
             raise ValueError(
-                f"model: the weights of {name or 'the model'} are offloaded, so an edit would not "
-                "last; erase before enabling offloading, or reload the model without it"
+                f"{argument}: the weights of {name or 'the model'} are offloaded, so that they "
+                "can't be read and changed here; erase before enabling offloading, or reload the "
+                "model without it"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{argument}: {name} is on the meta device (offloaded, or never loaded); load the "
+                "model without device_map and offloading"
             )
 
 
@@ -394,15 +511,11 @@ _PICTURE_MAPS = ("to_k_ip", "to_v_ip")
 
 def _check_processor(name: str, processor: Any) -> None:
     """Refuses an attention processor that holds weights of its own, but for IP-Adapter's."""
-    held: list[tuple[str, Any]] = []
     if isinstance(processor, nn.Module):
-        held = list(processor.named_parameters())
-    for key, value in vars(processor).items():
-        if isinstance(value, Tensor):
-            held.append((key, value))
-        elif isinstance(value, nn.Module) and not isinstance(processor, nn.Module):
-            held += [(f"{key}.{inner}", part) for inner, part in value.named_parameters()]
-    own = [key for key, _ in held if key.split(".")[0] not in _PICTURE_MAPS]
+        held = [key for key, _ in processor.named_parameters()]
+    else:
+        held = [key for key, value in getattr(processor, "__dict__", {}).items() if _weighs(value)]
+    own = [key for key in held if key.split(".")[0] not in _PICTURE_MAPS]
     if own:
         raise ValueError(
             f"model: {name} runs the attention processor {type(processor).__name__}, which has "
@@ -410,6 +523,15 @@ def _check_processor(name: str, processor: Any) -> None:
             "they would not be erased. Set a stock processor (model.set_attn_processor("
             "AttnProcessor2_0())) and erase, or merge its weights into the model first"
         )
+
+
+def _weighs(value: Any) -> bool:
+    """Whether an attribute is a weight or holds some."""
+    inside = value.values() if isinstance(value, dict) else value
+    parts = inside if isinstance(value, dict | list | tuple) else ()
+    return isinstance(value, Tensor | nn.Module) or any(
+        isinstance(part, nn.Parameter | nn.Module) for part in parts
+    )
 
 
 def _check_attention(name: str, module: nn.Module) -> None:
@@ -456,6 +578,7 @@ def _checked(name: str, layer: Any) -> nn.Linear:
         and type(weight) is nn.Parameter
         and type(weight.data) is Tensor
         and weight.dtype in _DTYPES
+        and weight.layout == torch.strided
     )
     if not plain:
         kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}"
@@ -544,7 +667,9 @@ class Structure:
         for module, training in self._training:
             module.training = training
         for weight, requires_grad in self._gradients:
-            weight.requires_grad_(requires_grad)
+            # Setting what is set already is an error on tensors of inference mode.
+            if weight.requires_grad != requires_grad:
+                weight.requires_grad_(requires_grad)
 
 
 _PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
@@ -556,7 +681,9 @@ def transaction(model: nn.Module, layers: Mapping[str, nn.Linear] | None = None)
 
     They stay the same ``Parameter`` objects in the same storage, so optimizers, views and compiled
     graphs of the caller stay valid. Adapters that were injected inside are taken out, and
-    ``requires_grad`` and training mode come back too. On success nothing is done.
+    ``requires_grad`` and training mode come back too. On success nothing is done. Where putting
+    back one layer fails, the others are put back all the same, and the exception gets a note that
+    names the layer.
 
     Args:
         layers: those whose weights are guarded; None is all text projections.
@@ -565,28 +692,45 @@ def transaction(model: nn.Module, layers: Mapping[str, nn.Linear] | None = None)
     structure = Structure(unwrapped(model))
     # Copies rest on the CPU: on a GPU, memory is what an erasure is short of.
     saved = [
-        (layer, layer.weight, layer.weight.data, layer.weight.detach().to("cpu", copy=True))
-        for layer in layers.values()
+        (name, layer, layer.weight, layer.weight.data, layer.weight.detach().to("cpu", copy=True))
+        for name, layer in layers.items()
     ]
 
-    def restore() -> None:
-        structure.restore()
-        with torch.no_grad():
-            for layer, parameter, storage, values in saved:
-                layer.weight = parameter
-                if parameter.data_ptr() != storage.data_ptr() or parameter.dtype != storage.dtype:
-                    parameter.data = storage
-                parameter.copy_(values)
+    def put_back(layer: Any, parameter: Any, former: Any, values: Any) -> None:
+        layer.weight = parameter
+        if parameter.data_ptr() != former.data_ptr() or parameter.dtype != former.dtype:
+            parameter.data = former
+        write_(parameter, values)
+
+    def restore() -> dict[str, Exception]:
+        steps: dict[str, Callable[[], None]] = {"its modules": structure.restore}
+        for name, *guarded in saved:
+            steps[name] = functools.partial(put_back, *guarded)
+        failed = {}
+        for name, step in steps.items():
+            try:
+                step()
+            except Exception as error:
+                failed[name] = error
+        return failed
 
     try:
         yield
-    except BaseException:
+    except BaseException as cause:
         logger.info("restoring the weights")
         while True:
             try:
-                restore()
+                failed = restore()
                 break
             except KeyboardInterrupt:
                 # Another Ctrl-C, while restoring: it takes milliseconds, so start again.
                 continue
+        for name, error in failed.items():
+            cause.add_note(f"model: restoring {name} failed as well ({error}); reload the model")
         raise
+
+
+def write_(weight: Tensor, values: Tensor) -> None:
+    """Copies values into a weight, in place; also into one that was made in inference mode."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.copy_(values)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera_fast import alignment, checkpoint, report
 from realera_fast import denoiser as denoisers
@@ -39,12 +39,15 @@ from realera_fast.families import (
 )
 from realera_fast.gathering import gather, neighbor_words
 from realera_fast.incremental import IncrementalSystem
+from realera_fast.members import STEPS as MEMBER_STEPS
 from realera_fast.members import MemberSearch, can_be_drawn, guidance_cosine
 from realera_fast.names import clean, clean_names, folded
 from realera_fast.pairs import ConceptPrompts, fill
 from realera_fast.precision import cpu_warnings
 from realera_fast.processes import Processes
+from realera_fast.states import exclusive
 from realera_fast.text import Text, TextWithPooled
+from realera_fast.trajectories import config_of, ddim_of
 from realera_fast.vocabulary import Vocabulary, encode_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -95,8 +98,7 @@ def solve(
     return system.solve(rank_tolerance=options.rank_tolerance), system
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
+@exclusive
 def erase(
     model: Any,
     text_encoders: Any = None,
@@ -186,13 +188,12 @@ def erase(
             )
         reading.check()
     parsed = parse_concepts(concepts, preserve=preserve)
+    if isinstance(model, nn.Module):
+        denoisers.refuse_adapters(model, before_erasing=True)
     maps = None if reading is None else reading.maps
     layers = denoisers.projections(model, maps)
-    if scheduler is not None and not hasattr(scheduler, "config"):
-        raise TypeError(
-            "scheduler: expected a diffusers scheduler such as pipe.scheduler, got "
-            f"{type(scheduler).__name__}"
-        )
+    if scheduler is not None:
+        config_of(scheduler)
     count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
     family = family_of(model, count) if reading is None else reading
     not_aligned = why_not_aligned(model, family, config.alignment.latent_size)
@@ -211,6 +212,13 @@ def erase(
             "latents: they are for the alignment stage, which does not run here: "
             f"{not_aligned or 'alignment.enabled=False'}"
         )
+    categories = any(c.kind == "explicit" for c in parsed) and config.mining.member_words > 0
+    drawable = categories and family.aligned and can_be_drawn(model, config.alignment)
+    noise: Any = None
+    said: list[str] = []
+    if alignable or drawable:
+        noise, said = _noise_scheduler(model, scheduler, config, alignable)
+        drawable = drawable and noise is not None
     texts = text_streams(model, text_encoders, tokenizer, reading)
     for stream, sections in texts.items():
         for section in sections:
@@ -243,11 +251,6 @@ def erase(
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
 
-    categories = any(c.kind == "explicit" for c in parsed) and config.mining.member_words > 0
-    drawable = categories and family.aligned and can_be_drawn(model, config.alignment)
-    noise = None
-    if alignable or drawable:
-        noise = scheduler or alignment.find_scheduler(model)
     encoders = text_encoders if isinstance(text_encoders, tuple | list) else (text_encoders,)
     autocast = config.alignment.mixed_precision == "bf16" and (alignable or drawable)
     slow = cpu_warnings((model, *encoders), autocast=autocast)
@@ -361,7 +364,7 @@ def erase(
             found["reading"] = family.explained()
             if pooled is not None:
                 found["solve"]["pooled"] = dataclasses.asdict(pooled.info)
-            found["warnings"] = (*found["warnings"], *_cut(around.surplus, mined), *slow)
+            found["warnings"] = (*found["warnings"], *said, *_cut(around.surplus, mined), *slow)
             moved = [word for words in mined.values() for word in words]
             found["warnings"] += tuple(_spelled(parsed, (*moved, *kept_words), key))
             found["warnings"] += tuple(_unknown(parsed, texts))
@@ -503,10 +506,57 @@ def _shown(texts: Mapping[Any, Sequence[Text]]) -> dict[str, Any]:
 
 
 def latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
-    """`(c, h, w)` of the latents that alignment denoises, for a model that it runs on."""
+    """`(c, h, w)` of the latents that alignment denoises, for a model that it runs on.
+
+    Raises:
+        ValueError: the model is in a state in which it can't denoise.
+    """
+    try:
+        denoisers.check_runnable(model)
+        denoisers.check_trainable(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
+            "the closed form alone"
+        ) from None
     options: Any = denoisers.unwrapped(model).config
     size = config.alignment.latent_size or options.sample_size
     return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
+
+
+def _noise_scheduler(
+    model: Any, scheduler: Any, config: EraseConfig, alignable: bool
+) -> tuple[Any | None, list[str]]:
+    """The scheduler whose noise schedule is used, and what the report has to say of it.
+
+    Args:
+        alignable: whether alignment needs it; else None comes back for one that can't be used.
+
+    Raises:
+        ValueError: alignment needs it, and it can't be used.
+    """
+    found = alignment.find_scheduler(model) if scheduler is None else scheduler
+    said = [alignment.ASSUMED] if found is None else []
+    found = alignment.assumed_scheduler() if found is None else found
+    options = config.alignment
+    if not alignable:
+        try:
+            ddim_of(found, MEMBER_STEPS)
+        except ValueError as error:
+            logger.warning("%s", error)
+            return None, said
+        return found, said
+    try:
+        for steps in (options.sampling_steps, options.check_sampling_steps):
+            ddim_of(found, steps)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; or set alignment.enabled=False for the closed form alone"
+        ) from None
+    if (few := alignment.distilled(found, options)) is not None:
+        logger.warning(few)
+        said.append(few)
+    return found, said
 
 
 def _checked_latents(

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from realera_fast.denoiser import (
     transaction,
     unwrapped,
     weights_hash,
+    write_,
 )
 from realera_fast.families import Family
 from realera_fast.files import folder_atomically, read_json
@@ -61,6 +63,7 @@ from realera_fast.safetensors_file import (
     write,
 )
 from realera_fast.single_file import find_weights
+from realera_fast.states import exclusive, ordinary
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,16 @@ class _Application:
 
 
 _history: WeakKeyDictionary[nn.Module, list[_Application]] = WeakKeyDictionary()
-"""What was applied to each living model, in order. It is what makes a bit-exact undo possible."""
+"""What was applied to each living model, in order. It is what makes a bit-exact undo possible.
+
+A list belongs to whoever works on its model (`states.exclusive`), the dictionary to all threads."""
+_history_lock = threading.Lock()
+
+
+def _applications(model: nn.Module) -> list[_Application]:
+    """What was applied to a model, to be read or changed."""
+    with _history_lock:
+        return _history.setdefault(unwrapped(model), [])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,6 +190,7 @@ class Erasure:
 
     # Editing a model
 
+    @ordinary()
     def edited_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The edited weights, without a model and without changing the given ones.
 
@@ -221,6 +234,7 @@ class Erasure:
                 )
         return edited
 
+    @exclusive
     def apply_(self, model: nn.Module) -> nn.Module:
         """Edits the model in place; any failure leaves it bit-identical to before.
 
@@ -238,7 +252,7 @@ class Erasure:
         """
         layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        history = _history.setdefault(unwrapped(model), [])
+        history = _applications(model)
         now = _States(model)
         _forget_undone(history, now)
         before = now.of(layers)
@@ -253,9 +267,8 @@ class Erasure:
         record: _Application | None = None
         try:
             with transaction(model, layers):
-                with torch.no_grad():
-                    for name in originals:
-                        layers[name].weight.copy_(edited[name])
+                for name in originals:
+                    write_(layers[name].weight, edited[name])
                 after = _States(model).of(layers)
                 record = _Application(self, originals, before, after)
                 history.append(record)
@@ -266,8 +279,13 @@ class Erasure:
         logger.info("applied %r to %d layers", self, len(originals))
         return model
 
-    def restore_(self, model: nn.Module) -> nn.Module:
+    @exclusive
+    def restore_(self, model: nn.Module, *, force: bool = False) -> nn.Module:
         """Undoes this erasure bit for bit, if it was the last one applied to `model`.
+
+        Args:
+            force: put the original weights back also where something else changed the weights
+                since, such as an adapter that was merged into them; that change is lost.
 
         Returns:
             The same `model`.
@@ -277,7 +295,7 @@ class Erasure:
                 to this model object in this process.
         """
         layers = self._layers(model)
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         known = any(self._is_same(entry.erasure) for entry in history)
         place = _place(history, _States(model))
         if not known:
@@ -285,20 +303,29 @@ class Erasure:
                 "model: this erasure was not applied to this model in this process, so its "
                 "original weights are not known; reload the base model"
             )
-        if place is None or place < 0:
+        if place == -1:
+            raise ValueError(
+                "model: its weights changed since the erasure was applied: they are as before it, "
+                "so there is nothing to undo"
+            )
+        if place is None and force:
+            place = len(history) - 1
+        if place is None:
             raise ValueError(
                 "model: its weights (or their dtype) changed since the erasure was applied, so "
-                "undoing it would lose that change; reload the base model"
+                "undoing it would lose that change; restore_(model, force=True) does so, or reload "
+                "the base model"
             )
         entry = history[place]
         if not self._is_same(entry.erasure):
             raise ValueError(f"model: {entry.erasure!r} was applied last; restore that one first")
-        with transaction(model, layers), torch.no_grad():
+        with transaction(model, layers):
             for name, original in entry.originals.items():
-                layers[name].weight.copy_(original)
+                write_(layers[name].weight, original)
         del history[place:]
         return model
 
+    @exclusive
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The edited tensors alone, for ``model.load_state_dict(..., strict=False)``.
 
@@ -310,13 +337,14 @@ class Erasure:
         """
         layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         place = _place(history, _States(model))
         if place is None or place < 0 or not self._is_same(history[place].erasure):
             self._check_base(model)
             weights = self.edited_weights(weights)
         return {f"{n}.weight": w.clone() for n, w in weights.items() if self._changes(n)}
 
+    @ordinary()
     def without(self, *targets: str) -> Erasure:
         """The same erasure, but for some of its concepts: others stay erased.
 
@@ -372,6 +400,7 @@ class Erasure:
 
     # Files
 
+    @ordinary()
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes one safetensors file, atomically: the factors, and all else in its header.
 
@@ -417,6 +446,7 @@ class Erasure:
         return path
 
     @classmethod
+    @ordinary()
     def load(cls, path: str | os.PathLike[str]) -> Erasure:
         """Reads what :meth:`save` wrote. The file is not trusted: everything in it is checked.
 
@@ -455,6 +485,7 @@ class Erasure:
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ErasureFileError(f"{path}: {error}") from error
 
+    @exclusive
     def save_lora(
         self,
         path: str | os.PathLike[str],
@@ -504,6 +535,7 @@ class Erasure:
         write_card(file, self, use=use, component=self._component(), alone=file != path)
         return file
 
+    @exclusive
     def save_weights(self, path: str | os.PathLike[str], model: nn.Module) -> Path:
         """Writes the edited tensors alone, for any program that knows the base model.
 
@@ -525,6 +557,7 @@ class Erasure:
         write_card(path, self, use="weights", component=self._component())
         return path
 
+    @exclusive
     def save_single_file(
         self,
         path: str | os.PathLike[str],
@@ -572,6 +605,7 @@ class Erasure:
         write_card(path, self, use="single-file", component=self._component())
         return path
 
+    @exclusive
     def save_pretrained(self, folder: str | os.PathLike[str], model: nn.Module) -> Path:
         """Writes the whole edited model as diffusers does, for ``from_pretrained``.
 
@@ -589,7 +623,7 @@ class Erasure:
             ValueError: the erasure is not the last one applied to `model`.
             FileExistsError: the folder is not empty.
         """
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         place = _place(history, _States(model))
         if place is None or place < 0 or not self._is_same(history[place].erasure):
             raise ValueError("model: this erasure is not what was applied to it last; apply_ it")
@@ -623,6 +657,7 @@ class Erasure:
 
     # Without weights, and together with others
 
+    @ordinary()
     def prompt_map(self) -> PromptMap:
         """The same erasure as a small module on prompt embeddings; the weights stay as they are.
 
@@ -636,6 +671,7 @@ class Erasure:
             )
         return PromptMap(self.map, self.pooled_map)
 
+    @exclusive
     def rebase(self, model: nn.Module) -> Erasure:
         """The same factors for other weights that are shown the same text.
 
@@ -657,7 +693,7 @@ class Erasure:
             lora = {}
         elif lora:
             logger.warning("the alignment factors were trained on other weights: kept as they are")
-        history = [_entry(applied.erasure) for applied in _history.get(unwrapped(model), [])]
+        history = [_entry(applied.erasure) for applied in _applications(model)]
         provenance = {
             **self.provenance,
             "model_class": kind,
@@ -668,6 +704,7 @@ class Erasure:
         rebased._layers(model)
         return rebased
 
+    @exclusive
     def withdraw_(self, model: nn.Module) -> tuple[Erasure, ...]:
         """Takes this erasure out from under those that were applied after it.
 
@@ -682,7 +719,7 @@ class Erasure:
             ValueError: it is not applied to this model object in this process, or the weights
                 changed since.
         """
-        history = _history.get(unwrapped(model), [])
+        history = _applications(model)
         places = [i for i, entry in enumerate(history) if self._is_same(entry.erasure)]
         if not places or _place(history, _States(model)) != len(history) - 1:
             raise ValueError(
@@ -708,6 +745,7 @@ class Erasure:
             raise
         return tuple(remaining)
 
+    @ordinary()
     def then(self, later: Erasure) -> Erasure:
         """This erasure, then a later one, as one: a single file to apply to the base model.
 
@@ -861,9 +899,10 @@ class Erasure:
         """Un-edited weights of what changes, from the model or from what was kept at its edit."""
         if model is None and not any(concept_map.rank for concept_map in self._maps()):
             return {}
-        models = list(_history) if model is None else [unwrapped(model)]
-        for known in models:
-            for entry in _history.get(known, []):
+        with _history_lock:
+            living = [list(entries) for entries in _history.values()]
+        for entries in living if model is None else [_applications(model)]:
+            for entry in entries:
                 if self._is_same(entry.erasure):
                     return dict(entry.originals)
         if model is None:
@@ -972,13 +1011,14 @@ _HOLDS = {
 """What a file is, by the end of a key in it."""
 
 
+@exclusive
 def applied(model: nn.Module) -> tuple[Erasure, ...]:
     """The erasures that are applied to a model object in this process, in order.
 
     Those that were undone since are left out; where the weights were changed by something else,
     nothing is known and the result is empty.
     """
-    history = _history.get(unwrapped(model), [])
+    history = _applications(model)
     if not history:
         return ()
     place = _place(history, _States(model))

@@ -75,6 +75,8 @@ class Reading:
             lowercase=self.lowercase,
             instruction=self.resolved().instruction,
             multi_vector=self.multi_vector,
+            # A refiner's only encoder is the pipeline's second one.
+            name="text_encoder" + {0: "", -1: "_2"}.get(self.encoder, f"_{self.encoder + 1}"),
         )
 
     def resolved(self) -> Any:

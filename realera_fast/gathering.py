@@ -113,9 +113,9 @@ def neighbor_words(
     taken = {key(part) for part in parts}
     # Other spellings of what is erased can be neighbors, but nothing that is to be kept.
     spelled = {folded(word) for c in concepts for word in c.words}
-    best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64)
-    owner = torch.zeros(len(vocabulary.words), dtype=torch.long)
-    known = torch.tensor([key(word) in taken for word in vocabulary.words])
+    best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64, device="cpu")
+    owner = torch.zeros(len(vocabulary.words), dtype=torch.long, device="cpu")
+    known = torch.tensor([key(word) in taken for word in vocabulary.words], device="cpu")
     with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for start in range(0, len(concepts), _TOGETHER):
             part = concepts[start : start + _TOGETHER]

@@ -331,8 +331,9 @@ def explain(gram: Tensor, ridge: float, rows: int) -> str:
 @lru_cache(maxsize=8)
 def probes(width: int, device: torch.device) -> Tensor:
     """`[p, d]` float64 Gaussian vectors, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(_PROBES, width, dtype=torch.float64, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(_PROBES, width, dtype=torch.float64, device="cpu", generator=generator)
+    return drawn.to(device)
 
 
 def _norm(times: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:

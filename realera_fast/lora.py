@@ -84,10 +84,12 @@ class LoraParameters:
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.names = list(text)
         self.heights = [layer.out_features for layer in text.values()]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
 
         def uniform(features: int) -> Tensor:
-            drawn = torch.rand((r, features), generator=generator)
+            drawn = torch.rand(
+                (r, features), dtype=torch.float32, device="cpu", generator=generator
+            )
             return (drawn * 2.0 - 1.0) / math.sqrt(features)
 
         def trained(values: Tensor) -> nn.Parameter:
@@ -95,14 +97,16 @@ class LoraParameters:
 
         width = next(iter(text.values())).in_features if text else 1
         downs = [uniform(layer.in_features) for layer in text.values()]
-        self.down = trained(torch.stack(downs) if downs else torch.zeros(0, r, width))
+        self.down = trained(
+            torch.stack(downs) if downs else torch.zeros(0, r, width, dtype=dtype, device=device)
+        )
         """`[l, r, d]` factors A of the text layers."""
-        self.up = trained(torch.zeros(sum(self.heights), r))
+        self.up = trained(torch.zeros(sum(self.heights), r, dtype=dtype, device=device))
         """`[m, r]` their factors B, one below the other."""
         self.hidden = {
             name: (
                 trained(uniform(layer.in_features)),
-                trained(torch.zeros(layer.out_features, r)),
+                trained(torch.zeros(layer.out_features, r, dtype=dtype, device=device)),
             )
             for name, layer in hidden.items()
         }

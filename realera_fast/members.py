@@ -30,7 +30,7 @@ from realera_fast.trajectories import Denoiser
 logger = logging.getLogger(__name__)
 
 _PROMPT = "a photo of {}"
-_STEPS, _STARTS = 4, (40_000, 40_001)
+STEPS, _STARTS = 4, (40_000, 40_001)
 """Pictures a word and their steps (ours): on categories that are not judged, fewer mix members up
 with others, more tell nothing new."""
 
@@ -49,6 +49,7 @@ def can_be_drawn(model: Any, config: AlignmentConfig) -> bool:
     """
     try:
         denoiser.check_drawable(model, config.latent_size)
+        denoiser.check_runnable(model)
         attention.layers(model)
     except ValueError:
         return False
@@ -89,7 +90,7 @@ def guidance_cosine(
         `[w]` float32 on the CPU, mean over the starts; 0 where a word changes no prediction, -inf
         where one is not finite (a warning says so).
     """
-    found = torch.zeros(len(words))
+    found = torch.zeros(len(words), dtype=torch.float32, device="cpu")
     if not words or not names:
         return found
     structure = denoiser.Structure(denoiser.unwrapped(unet))
@@ -100,7 +101,7 @@ def guidance_cosine(
         mixed_precision=config.mixed_precision,
     )  # fmt: skip
     sampler = Denoiser(
-        path, scheduler, empty, steps=_STEPS, guidance_scale=config.guidance_scale,
+        path, scheduler, empty, steps=STEPS, guidance_scale=config.guidance_scale,
         latent_size=config.latent_size, batch_size=config.sampling_batch_size,
     )  # fmt: skip
     asked = text.encode([fill(_PROMPT, name) for name in names])
@@ -136,7 +137,7 @@ def _cosine(sampler: Denoiser, states: Tensor, fixed: Sequence[Conditioning]) ->
     own = path.condition(states.repeat_interleave(starts, dim=0), "original")
     prompts = [empty, own, *names]
     # Sums over time steps: of <word, name>, |name|^2 `[n, w s]` and |word|^2 `[w s]`.
-    dot = named_square = word_square = torch.zeros(())
+    dot = named_square = word_square = torch.zeros((), dtype=torch.float32, device="cpu")
     for timestep in sampler.scheduler.timesteps:
         free, word, *named = (
             path.predict(latents, timestep.expand(len(latents)), part) for part in prompts
@@ -195,13 +196,14 @@ class MemberSearch:
         ) as bar:  # fmt: skip
             for start in range(0, len(left), size):
                 part = left[start : start + size]
-                found, share = torch.zeros(len(part)), self._processes.share(len(part))
+                found = torch.zeros(len(part), dtype=torch.float32, device="cpu")
+                share = self._processes.share(len(part))
                 found[share] = self._measure(concept.words, part[share])
                 found = self._processes.summed(found, self._device)
                 known |= zip(part, found.tolist(), strict=True)
                 bar.update(len(part))
                 self._save()
-        return torch.tensor([known[word] for word in words])
+        return torch.tensor([known[word] for word in words], dtype=torch.float32, device="cpu")
 
     def _save(self) -> None:
         if self._place is not None and self._processes.is_main:

@@ -346,7 +346,7 @@ def moments(elements: int, region: Region) -> Moments:
 @lru_cache(maxsize=4)
 def _legendre(count: int) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre nodes and weights on [-1, 1] (Golub and Welsch 1969)."""
-    k = torch.arange(1, count, dtype=torch.float64)
+    k = torch.arange(1, count, dtype=torch.float64, device="cpu")
     off_diagonal = k / torch.sqrt(4 * k.square() - 1)
     nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
     return nodes, 2 * vectors[0].square()

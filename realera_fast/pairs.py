@@ -275,7 +275,9 @@ def align(
     if negative_guidance:
         destination = torch.lerp(source, destination, 1.0 + negative_guidance)
     times = Counter(template for _, template, _ in kept)
-    share = torch.tensor([1.0 / (len(times) * times[t]) for _, t, _ in kept], dtype=torch.float64)
+    share = torch.tensor(
+        [1.0 / (len(times) * times[t]) for _, t, _ in kept], dtype=torch.float64, device="cpu"
+    )
     weight = (share[:, None] * text.shares(prompts)).to(source.device, torch.float32)
     plain = max(range(len(kept)), key=lambda i: ("{word}" not in kept[i][1], len(prompts[i])))
     names = tuple(found.prompt for found in anchors)

@@ -86,7 +86,9 @@ def uniform(words: Tensor) -> Tensor:
     """Float32 uniforms in [0, 1) from 32-bit words held in int64, as `tl.rand` makes them."""
     # Triton reads the word as int32 and folds the negative half back by its complement.
     folded = torch.where(words >= 1 << 31, _WORD - words, words)
-    return folded.to(torch.float32) * torch.tensor(_UNIFORM_SCALE, dtype=torch.float32)
+    return folded.to(torch.float32) * torch.tensor(
+        _UNIFORM_SCALE, dtype=torch.float32, device="cpu"
+    )
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -157,7 +159,9 @@ def randn4x(seed: int, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def fold_seed(seed: int, index: int) -> int:
     """A seed in [0, 2^63) for stream number `index` of `seed`: one per concept, per step, ..."""
-    low, high, _, _ = randint4x(check_seed(seed), torch.tensor(check_seed(index, "index")))
+    low, high, _, _ = randint4x(
+        check_seed(seed), torch.tensor(check_seed(index, "index"), device="cpu")
+    )
     return int(low) | (int(high) & 0x7FFFFFFF) << 32
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from realera_fast import attention
 from realera_fast.denoiser import unwrapped
+from realera_fast.states import exclusive
 
 _PROMPTS = 4
 """Prompts kept at a time, for pipelines that call the U-Net with several in a step."""
@@ -129,6 +130,7 @@ def _stamp(*layers: Any) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
+@exclusive
 def fuse(pipe: Model) -> Model:
     """Lets a model compute the keys and values of its text once per prompt.
 
@@ -157,6 +159,7 @@ def fuse(pipe: Model) -> Model:
     return pipe
 
 
+@exclusive
 def unfuse(pipe: Model) -> Model:
     """Undoes `fuse`: the former attention processors come back, the same objects.
 

@@ -141,7 +141,7 @@ def tensor_at(data: memoryview, header: Header, name: str) -> Tensor:
     dtype = _DTYPES[entry.dtype]
     count = (entry.end - entry.begin) // dtype.itemsize
     if not count:
-        return torch.zeros(entry.shape, dtype=dtype)
+        return torch.zeros(entry.shape, dtype=dtype, device="cpu")
     values = torch.frombuffer(data, dtype=dtype, count=count, offset=header.start + entry.begin)
     return values.view(entry.shape)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import logging
+import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast import progress as progress_bars
+from realera_fast.denoiser import refuse_offloading, unwrapped
+from realera_fast.states import locked
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +186,7 @@ class TextModel:
             its last token (Sana).
         multi_vector: a textual inversion of several vectors is expanded to all of its tokens, as
             diffusers' pipelines do.
+        name: what a pipeline calls the encoder, for messages.
     """
 
     def __init__(
@@ -196,6 +201,7 @@ class TextModel:
         lowercase: bool = False,
         instruction: str = "",
         multi_vector: bool = False,
+        name: str = "text_encoder",
     ) -> None:
         for argument, value in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
             if isinstance(value, tuple | list):
@@ -203,36 +209,43 @@ class TextModel:
                     f"{argument}: expected one, got {len(value)}; several text encoders are read "
                     "together by realera_fast.families.text_streams"
                 )
-        if not callable(text_encoder) or not hasattr(text_encoder, "config"):
+        plain = text_encoder
+        if isinstance(text_encoder, nn.Module):
+            plain = unwrapped(text_encoder)
+            refuse_offloading(plain, name)
+        if hasattr(plain, "merge_and_unload"):
+            # peft's wrapper answers like the encoder, but for its class.
+            plain = plain.get_base_model()
+        if not callable(text_encoder) or not hasattr(plain, "config"):
             raise TypeError(
-                "text_encoder: expected a transformers text model such as pipe.text_encoder, "
+                f"{name}: expected a transformers text model such as pipe.text_encoder, "
                 f"got {type(text_encoder).__name__}"
             )
-        self.encoder = text_encoder
-        self.tokenizer = find_tokenizer(text_encoder) if tokenizer is None else tokenizer
+        self.encoder, self._plain, self._name = text_encoder, plain, name
+        self.tokenizer = find_tokenizer(plain) if tokenizer is None else tokenizer
         if not callable(self.tokenizer):
             raise TypeError(
                 "tokenizer: expected a transformers tokenizer such as pipe.tokenizer, "
                 f"got {type(tokenizer).__name__}"
             )
-        parameter = next(text_encoder.parameters())
-        if parameter.is_meta:
-            raise ValueError(
-                "text_encoder: its weights are on the meta device (offloaded or never loaded); "
-                "load them, or remove the offload hooks, before erasing"
-            )
-        self.device: torch.device = parameter.device
+        # A fast tokenizer holds the padding of its last call, and another thread may draw with it.
+        # Only what is set for a call is in the copy for sure: decoding stays with the original.
+        fast = getattr(self.tokenizer, "is_fast", False)
+        self._split = copy.deepcopy(self.tokenizer) if fast else self.tokenizer
+        # Packed weights are no parameters.
+        tensors = (*text_encoder.parameters(), *text_encoder.buffers())
+        self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
         self.output, self.masked = output, masked
         self._lowercase, self._instruction = lowercase, instruction
         self._visible_padding = visible_padding
         # Diffusers counts a further vector of the word X as the added token X_1.
         added = getattr(self.tokenizer, "added_tokens_encoder", None) or {}
         self._expand = multi_vector and any(f"{token}_1" in added for token in added)
-        config = text_encoder.config
+        config = plain.config
         # A vision-language model keeps that of its text apart.
         of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.width: int = int(of_text.hidden_size)
-        if output == "pooled" and "Projection" in type(text_encoder).__name__:
+        if output == "pooled" and "Projection" in type(plain).__name__:
             self.width = int(config.projection_dim)
         positions = getattr(of_text, "max_position_embeddings", self.tokenizer.model_max_length)
         held = int(min(self.tokenizer.model_max_length, positions))
@@ -330,21 +343,21 @@ class TextModel:
     def shares(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
         if self.output == "pooled":
-            return torch.ones(len(prompts), 1, dtype=torch.float64)
+            return torch.ones(len(prompts), 1, dtype=torch.float64, device="cpu")
         # What stands before every prompt is the same vector in all of them, where the encoder is
         # causal; a bidirectional one (T5) puts nothing before.
         first = self._lead + bool(self._instruction)
-        counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64)
+        counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64, device="cpu")
         counts[:, first:] = 1.0
         if self.masked:
-            rows = torch.arange(self.max_tokens)
-            last = torch.tensor(self.ends(prompts)) + self._visible_padding
+            rows = torch.arange(self.max_tokens, device="cpu")
+            last = torch.tensor(self.ends(prompts), device="cpu") + self._visible_padding
             counts *= rows <= last.unsqueeze(1)
         return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`[p, n]` int64 token ids, padded and cut as the family does, and `[p, n]` their mask."""
-        tokens = self.tokenizer(
+        tokens = self._split(
             [self._instruction + self._prepared(prompt) for prompt in prompts],
             padding="max_length",
             max_length=self._length + self._cut,
@@ -371,25 +384,30 @@ class TextModel:
             batch_size: prompts encoded together; `None` is 64, or fewer where they are long.
         """
         if not prompts:
-            return torch.zeros(0, self.max_tokens, self.width, device=self.device)
+            return torch.zeros(
+                0, self.max_tokens, self.width, dtype=torch.float32, device=self.device
+            )
         if batch_size is None:
             batch_size = max(1, min(64, _BLOCK // (self._length * self.width)))
-        training = {module: module.training for module in self.encoder.modules()}
-        self.encoder.eval()
         hidden = []
-        try:
-            with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
-                for start in range(0, len(prompts), batch_size):
-                    ids, mask = self.tokenize(prompts[start : start + batch_size])
-                    hidden.append(self._states(ids.to(self.device), mask.to(self.device)))
-                    bar.update(len(ids))
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        # Another model's erasure may use the same encoder: it must not see this one's mode end.
+        with locked(self.encoder):
+            training = {module: module.training for module in self.encoder.modules()}
+            self.encoder.eval()
+            try:
+                with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
+                    for start in range(0, len(prompts), batch_size):
+                        ids, mask = self.tokenize(prompts[start : start + batch_size])
+                        states = self._states(ids.to(self.device), mask.to(self.device))
+                        hidden.append(states.to(self.device))
+                        bar.update(len(ids))
+            finally:
+                for module, flag in training.items():
+                    module.training = flag
         rows = torch.cat(hidden)
         if rows.shape[-1] != self.width or not torch.isfinite(rows).all():
             raise ValueError(
-                f"text_encoder: expected finite embeddings of width {self.width}, got shape "
+                f"{self._name}: expected finite embeddings of width {self.width}, got shape "
                 f"{tuple(rows.shape)}" + ("" if torch.isfinite(rows).all() else " with NaN or Inf")
             )
         return rows
@@ -415,16 +433,25 @@ class TextModel:
         return tuple(dict.fromkeys(words))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary."""
+        """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary.
+
+        Raises:
+            ValueError: the encoder holds weights that can't be read.
+        """
         if self._fingerprint is not None:
             return self._fingerprint
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.encoder.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            data = tensor.detach().cpu().contiguous()
-            digest.update(
-                data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-            )
+        for name, value in sorted(self._plain.state_dict().items()):
+            try:
+                _add(digest, name, value)
+            except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+                raise ValueError(
+                    f"{self._name}: its {name}, {type(value).__name__}, can't be read ({error}); "
+                    "load the text encoder without quantization"
+                ) from error
+        if _has_more_than_weights(self._plain):
+            # Adapters with their strengths, hooks, functions in the place of methods.
+            _add(digest, "probe", self.encode([_PROBE]))
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
         read = (self.output, self._length, self.masked, self._lowercase, self._instruction)
@@ -438,10 +465,10 @@ class TextModel:
         return len(self._plain_ids(self._instruction + self._prepared(text)))
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return list(self._split(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, verbose=False).input_ids)
+        return list(self._split(text, verbose=False).input_ids)
 
     def _prepared(self, prompt: str) -> str:
         if self._expand:
@@ -455,7 +482,15 @@ class TextModel:
         # A language model with a head gives logits in place of its last states.
         has_states = self.output == "penultimate" or self._has_head
         options = {"output_hidden_states": True} if has_states else {}
-        output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+        try:
+            output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{self._name}: it fails when it is called ({type(error).__name__}: {error}); try "
+                "whether the pipeline draws with it, and load it as it was trained"
+            ) from error
         if self.output == "pooled":
             embeds = getattr(output, "text_embeds", None)
             pooled: Tensor = output.pooler_output if embeds is None else embeds
@@ -468,6 +503,50 @@ class TextModel:
         if self._instruction:
             hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self._length :]), dim=1)
         return hidden.float()
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    """Adds an entry of a state to a hash: tensors of any kind, and what quantizers pack."""
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        inner, context = value.__tensor_flatten__()
+        _add(digest, f"{name} {type(value).__name__}", context)
+        for part in inner:
+            _add(digest, f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        data = value.detach().as_subclass(Tensor)
+        data = data.dequantize() if data.is_quantized else data
+        data = data.to_dense() if data.layout != torch.strided else data
+        data = data.cpu().contiguous()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    elif isinstance(value, tuple | list):
+        for place, part in enumerate(value):
+            _add(digest, f"{name}[{place}]", part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _add(digest, f"{name}[{key!r}]", part)
+    elif isinstance(value, torch.ScriptObject):
+        _add(digest, name, value.__getstate__())
+    elif value is None or isinstance(value, str | bytes | int | float | torch.dtype | torch.device):
+        digest.update(f"{name}={value!r}".encode())
+    else:
+        digest.update(name.encode() + pickle.dumps(value))
+
+
+_PROBE = "a photo of a cat"
+
+
+def _has_more_than_weights(encoder: nn.Module) -> bool:
+    """Whether something acts on the embeddings that the weights don't tell."""
+    for module in encoder.modules():
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
+            functions += [vars(module)["forward"]] if "forward" in vars(module) else []
+        # Transformers' own hooks collect outputs, PyTorch's make weights of other weights.
+        roots = {getattr(f, "__module__", type(f).__module__).split(".")[0] for f in functions}
+        if hasattr(module, "base_layer") or roots - {"transformers", "torch"}:
+            return True
+    return False
 
 
 class JoinedText:

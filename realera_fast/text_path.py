@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,6 +102,7 @@ class TextPath:
         self._heights = [self._layers[name].out_features for name in self._names]
         self._map = concept_map
         self._handed: Conditioning | None = None
+        self._thread = threading.get_ident()
         self._forward = torch.compile(self.unet) if compiled else self.unet
 
     @functools.cached_property
@@ -211,6 +213,8 @@ class TextPath:
 
     def keys_values(self, layer: str, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         """The handed keys and values of a layer."""
+        if not self._is_own_call():
+            return attn.to_k(states), attn.to_v(states)
         assert self._handed is not None
         projected = self._handed.projected
         return projected[f"{layer}.to_k"], projected[f"{layer}.to_v"]
@@ -224,5 +228,14 @@ class TextPath:
         return self._adapted(f"{layer}.to_out.0", hidden, attn.to_out[0](hidden))
 
     def _adapted(self, name: str, hidden: Tensor, output: Tensor) -> Tensor:
+        if not self._is_own_call():
+            return output
         assert self._handed is not None
         return self.lora.add_hidden(name, hidden, output) if self._handed.adapted else output
+
+    def _is_own_call(self) -> bool:
+        """Whether it is `predict` that runs the layer, not someone who draws in another thread."""
+        if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
+            return True
+        # Recomputed layers run in the threads of the backward pass.
+        return bool(torch._C._current_graph_task_id() != -1)

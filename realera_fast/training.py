@@ -265,7 +265,7 @@ class Trainer:
             part, parts: which of how many.
         """
         config, device = self.config, self.path.device
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         chosen, weights, terms = [], [], []
         for number, (points, count, scale) in enumerate(
             (
@@ -276,7 +276,7 @@ class Trainer:
         ):
             if not count or points is None:
                 continue
-            index = torch.randint(len(points), (count,), generator=generator)
+            index = torch.randint(len(points), (count,), device="cpu", generator=generator)
             start, stop = count * part // parts, count * (part + 1) // parts
             rows = points.take(index[start:stop])
             states = rows.states
@@ -286,10 +286,12 @@ class Trainer:
                     concept_offset=start,
                 ).rows()[:, 0]  # fmt: skip
             chosen.append((rows, states))
-            weights.append(torch.full((stop - start,), scale / count))
-            terms.append(
-                torch.zeros(3, stop - start).index_fill_(0, torch.tensor(number), 1.0 / count)
+            weights.append(
+                torch.full((stop - start,), scale / count, dtype=torch.float32, device="cpu")
             )
+            shares = torch.zeros(3, stop - start, dtype=torch.float32, device="cpu")
+            shares[number] = 1.0 / count
+            terms.append(shares)
 
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(rows, name) for rows, _ in chosen])

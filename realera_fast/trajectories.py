@@ -8,6 +8,7 @@ old, and a step has no teacher's pass of its own.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -46,6 +47,94 @@ class Trajectories:
     """`[s]`."""
 
 
+def config_of(scheduler: Any) -> Mapping[str, Any]:
+    """The configuration of a diffusers scheduler.
+
+    Raises:
+        TypeError: it is none.
+    """
+    config = getattr(scheduler, "config", None)
+    if isinstance(scheduler, type) or not isinstance(config, Mapping):
+        name = type(scheduler).__name__
+        got = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else name
+        raise TypeError(
+            f"scheduler: expected a diffusers scheduler such as pipe.scheduler, got {got}; make "
+            "one with DDIMScheduler.from_config(...) or .from_pretrained(...)"
+        )
+    return config
+
+
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def ddim_of(scheduler: Any, steps: int) -> Any:
+    """A `DDIMScheduler`, set to so many steps, that noises as another scheduler does.
+
+    The values of the noise schedule itself are taken over, so that whatever their class makes of
+    its configuration (zero terminal SNR, shifts, trained betas) holds here too. How its own sampler
+    goes through them (Karras sigmas, orders, few steps) does not matter: a U-Net sees only the
+    noise level and its number.
+
+    Args:
+        scheduler: a diffusers scheduler with `alphas_cumprod`, the `[t]` shares of the picture in
+            the variance; unchanged.
+
+    Raises:
+        TypeError: it is no scheduler.
+        ValueError: it noises in another way, or predicts what is not known here.
+    """
+    from diffusers import DDIMScheduler
+
+    config, name = config_of(scheduler), type(scheduler).__name__
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    flows = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
+    if not isinstance(alphas, Tensor) or alphas.dim() != 1 or flows:
+        raise ValueError(
+            f"scheduler: {name} has no noise schedule of betas and numbered time steps (flow "
+            "matching, EDM or another process); pass the scheduler that the U-Net was trained with"
+        )
+    kind = config.get("prediction_type")
+    if kind not in _PREDICTIONS:
+        raise ValueError(
+            f"scheduler: {name} says prediction_type={kind!r}, expected one of {_PREDICTIONS}; "
+            "pass a scheduler that says what the U-Net predicts"
+        )
+    count = len(alphas)
+    if steps <= count:
+        # Not from_config: that drops what the other class has by default, and what is said here.
+        known = inspect.signature(DDIMScheduler).parameters
+        spacing = config.get("timestep_spacing")
+        own: Any = DDIMScheduler(
+            **{key: value for key, value in config.items() if key in known}
+            | {
+                "num_train_timesteps": count,
+                # Some schedules by name are not known to this class.
+                "trained_betas": scheduler.betas.tolist(),
+                # DDIM's step back is an n-th of the schedule: that fits only these two.
+                "timestep_spacing": "trailing" if spacing == "trailing" else "leading",
+                "clip_sample": False,
+                "thresholding": False,
+            }
+        )
+        own.betas, own.alphas = scheduler.betas, 1.0 - scheduler.betas
+        own.alphas_cumprod = alphas.detach().to("cpu", torch.float32, copy=True)
+        if not own.config.set_alpha_to_one:
+            own.final_alpha_cumprod = own.alphas_cumprod[0]
+        own.set_timesteps(steps)
+    if steps > count or int(own.timesteps.max()) >= count:
+        raise ValueError(
+            f"AlignmentConfig: {steps} denoising steps are too many for the {count} time steps of "
+            "the scheduler; lower sampling_steps and check_sampling_steps"
+        )
+    if kind == "epsilon" and not bool(own.alphas_cumprod[own.timesteps].all()):
+        raise ValueError(
+            f"scheduler: {name} begins with nothing of the picture (rescale_betas_zero_snr), where "
+            "the noise says nothing; pass the scheduler that the U-Net was trained with, such as "
+            "one with prediction_type='v_prediction'"
+        )
+    return own
+
+
 class Denoiser:
     """DDIM with a U-Net alone, without a pipeline, in batches of bounded size."""
 
@@ -62,17 +151,13 @@ class Denoiser:
     ) -> None:
         """
         Args:
-            scheduler: a diffusers scheduler; only its config is used.
+            scheduler: a diffusers scheduler; only its noise schedule is used (`ddim_of`).
             empty: `[1, t, d]` embedding of the empty prompt, for guidance.
             batch_size: rows that go through the U-Net at a time.
         """
-        from diffusers import DDIMScheduler
-
         self.path, self.empty, self.guidance_scale = path, empty, guidance_scale
-        self.scheduler = DDIMScheduler.from_config(
-            {**scheduler.config, "clip_sample": False, "thresholding": False}
-        )
-        self.scheduler.set_timesteps(steps, device=path.device)
+        self.scheduler = ddim_of(scheduler, steps)
+        self.scheduler.timesteps = self.scheduler.timesteps.to(path.device)
         self.batch_size = batch_size
         config = path.unet.config
         size = latent_size or config.sample_size
@@ -131,7 +216,13 @@ class Denoiser:
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """`[b, c, h, w]` float32 starts."""
         starts = [
-            torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+            torch.randn(
+                self.shape,
+                dtype=torch.float32,
+                device="cpu",
+                generator=torch.Generator("cpu").manual_seed(seed),
+            )
+            for seed in seeds
         ]
         return torch.stack(starts).to(self.path.device)
 
@@ -157,13 +248,13 @@ class Denoiser:
             first, second: `[b, t, d]` prompts.
         """
         count = int(self.scheduler.config.num_train_timesteps)
-        total = torch.zeros(len(pictures), device=pictures.device)
+        total = torch.zeros(len(pictures), dtype=torch.float32, device=pictures.device)
         for number in range(_MARGIN_STEPS):
             # The middle of the schedule: early steps hold no content, late ones only texture.
             step = int(count * (0.2 + 0.6 * (number + 0.5) / _MARGIN_STEPS))
             noise = self.noise([number])
             noise = noise.expand_as(pictures)
-            times = torch.full((len(pictures),), step, device=pictures.device)
+            times = torch.full((len(pictures),), step, dtype=torch.long, device=pictures.device)
             noisy = self.scheduler.add_noise(pictures, noise, times)
             goal = self._goal(pictures, noise, times)
             errors = [
@@ -370,11 +461,11 @@ class WindowFiller:
         plain, sources, anchors, words = [], [], [], []
         for number, place in zip(numbers, places, strict=True):
             word = self.prompts[number]
-            generator = torch.Generator().manual_seed(
+            generator = torch.Generator("cpu").manual_seed(
                 philox.fold_seed(seed, _TARGET_PROMPTS + place)
             )
-            usable = torch.tensor(_prompts_of(word, held_back))
-            chosen = usable[torch.randperm(len(usable), generator=generator)]
+            usable = torch.tensor(_prompts_of(word, held_back), device="cpu")
+            chosen = usable[torch.randperm(len(usable), device="cpu", generator=generator)]
             chosen = chosen.repeat(-(-_PROMPTS // len(chosen)))[:_PROMPTS].to(word.source.device)
             plain.append(word.source[word.plain])
             sources.append(word.source[chosen])
@@ -391,8 +482,10 @@ class WindowFiller:
             if word_name in self.latents:
                 latents[i] = self._noised(self.latents[word_name], timesteps[i], start)
         points = timesteps.shape[1]
-        generator = torch.Generator().manual_seed(philox.fold_seed(seed, PROMPT_STREAM))
-        within = torch.randint(_PROMPTS, (self.trajectories, points), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PROMPT_STREAM))
+        within = torch.randint(
+            _PROMPTS, (self.trajectories, points), device="cpu", generator=generator
+        )
         mine = within[places.start : places.stop].to(device)
         prompt = (torch.arange(len(numbers), device=device)[:, None] * _PROMPTS + mine).flatten()
         z, t = latents.flatten(0, 1), timesteps.flatten()
@@ -416,9 +509,10 @@ class WindowFiller:
 
     def _preserved(self, places: range, seed: int, bar: Any) -> Points:
         device = self.denoiser.path.device
-        generator = torch.Generator().manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
+        generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
         count = len(self.preserve)
-        order = torch.randperm(count, generator=generator).repeat(-(-self.trajectories // count))
+        order = torch.randperm(count, device="cpu", generator=generator)
+        order = order.repeat(-(-self.trajectories // count))
         states = self.preserve[order[places.start : places.stop]].to(device)
         starts = [philox.fold_seed(seed, _PRESERVE_STARTS + place) for place in places]
         way = self.denoiser.run(states, starts, "original", bar)
@@ -433,11 +527,11 @@ class WindowFiller:
 
     def _noised(self, pictures: Tensor, timesteps: Tensor, seed: int) -> Tensor:
         """`[s, c, h, w]` a picture drawn by chance for each time step, with that much noise."""
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(pictures), (len(timesteps),), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        chosen = torch.randint(len(pictures), (len(timesteps),), device="cpu", generator=generator)
         clean = pictures[chosen.to(pictures.device)].to(timesteps.device, torch.float32)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        return self.denoiser.scheduler.add_noise(clean, noise, timesteps)
+        noise = torch.randn(clean.shape, dtype=torch.float32, device="cpu", generator=generator)
+        return self.denoiser.scheduler.add_noise(clean, noise.to(clean.device), timesteps)
 
     def _gathered(self, points: Points) -> Points:
         """The points of all processes, in the order of one process that made them all."""

@@ -90,7 +90,7 @@ class Vocabulary:
         Text encoders put all prompts into a narrow cone; without the mean every cosine is near 1.
         """
         if not self.words:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float32, device="cpu")
         centered = self.descriptors - self.mean
         return torch.nn.functional.cosine_similarity(centered, descriptor - self.mean, dim=-1)
 
@@ -131,7 +131,11 @@ def _accumulate(
             equations.update(mean_rows(text, part, hidden))
             ends.append(_ends(text, part, hidden))
             bar.update(len(part))
-    rows = torch.cat(ends) if ends else torch.zeros(0, text.width, device=text.device)
+    rows = (
+        torch.cat(ends)
+        if ends
+        else torch.zeros(0, text.width, dtype=torch.float32, device=text.device)
+    )
     return equations.gram, rows
 
 
@@ -174,7 +178,7 @@ def encode_vocabulary(
             fingerprint=fingerprint,
         )
     if not words:
-        empty = torch.zeros(0, text.width, device=text.device)
+        empty = torch.zeros(0, text.width, dtype=torch.float32, device=text.device)
         gram = torch.zeros(text.width, text.width, dtype=torch.float64, device=text.device)
         return Vocabulary((), empty, gram, 0, fingerprint)
     prompts = [prompt for prompt, _ in _prompts(words)]

@@ -35,6 +35,7 @@ ORDER = (
         "streamed",
         "ops",
         "denoiser",
+        "states",
         "attention",
         "prompt_cache",
         "concept_map",
