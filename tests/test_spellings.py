@@ -85,3 +85,14 @@ def test_names_that_an_encoder_does_not_know_are_warned_of() -> None:
     # PixArt's only encoder can't tell them apart: to keep one and to erase the other is nothing.
     with pytest.raises(ValueError, match="also to be erased"):
         run("pixart_alpha", [word], preserve=["\u732b"])
+
+
+def test_words_that_only_one_encoder_tells_apart_stay_in_part() -> None:
+    def told(*arguments: Any, **options: Any) -> list[str]:
+        return [t for t in run(*arguments, **options).report["warnings"] if "stays in part" in t]
+
+    (text,) = told("flux", ["cat=dog"], preserve=["tree", "Cat"])
+    assert "'Cat' is to stay and 'cat' to go" in text
+    (text,) = told("sd3", [Concept("cat", anchor="Cat")])
+    assert "'Cat' is to stay and 'cat' to go" in text
+    assert not told("flux", ["cat=dog"], preserve=["tree"])
