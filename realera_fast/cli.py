@@ -7,6 +7,7 @@ begins with ``error:``; ``--debug`` shows the traceback), 2 wrong usage, 130 int
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -623,6 +624,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits with its code."""
     # Being stopped by a scheduler must not leave half-written folders either.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A word that the terminal can't show is no failure.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

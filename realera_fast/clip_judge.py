@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from realera_fast.names import valid_texts
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -59,7 +61,8 @@ class ClipJudge:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.things, self.styles = tuple(things), tuple(styles)
+        self.things = valid_texts(things, "things")
+        self.styles = valid_texts(styles, "styles")
         self._templates = (thing_template, style_template)
         self._labels: dict[tuple[str, ...], Tensor] = {}
 

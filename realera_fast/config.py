@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,10 +37,15 @@ class EraseConfig:
     """All randomness comes from it (default: 0)."""
 
     def __post_init__(self) -> None:
-        if not self.erase_scale > 0:
-            raise ValueError(f"EraseConfig.erase_scale must be > 0, got {self.erase_scale}")
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or not 0 <= self.seed < 2**32:
+        if not 0 < self.erase_scale < math.inf:
+            raise ValueError(
+                f"EraseConfig.erase_scale must be finite and > 0, got {self.erase_scale}"
+            )
+        # Whole numbers of other packages too; JSON has none of their types.
+        whole = hasattr(self.seed, "__index__") and not isinstance(self.seed, bool)
+        if whole and 0 <= self.seed < 2**32:
+            object.__setattr__(self, "seed", operator.index(self.seed))
+        else:
             raise ValueError(
                 f"EraseConfig.seed must be an int from 0 to 2**32 - 1, got {self.seed!r}"
             )

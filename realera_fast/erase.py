@@ -367,6 +367,8 @@ def erase(
             found["warnings"] = (*found["warnings"], *said, *_cut(around.surplus, mined), *slow)
             moved = [word for words in mined.values() for word in words]
             found["warnings"] += tuple(_spelled(parsed, (*moved, *kept_words), key))
+            found["warnings"] += tuple(_unknown(parsed, texts))
+            found["warnings"] += tuple(_kept_in_part(parsed, kept_words, texts))
             if categories and not drawable:
                 found["warnings"] = (*found["warnings"], _NO_MEMBERS)
                 logger.warning(_NO_MEMBERS)
@@ -450,6 +452,40 @@ def check_tokens(
                     "erased; name it in another way"
                 )
     check_names(concepts, preserve, key=key)
+
+
+def _unknown(
+    concepts: Sequence[Concept], texts: Mapping[Any, Sequence[Text]]
+) -> Iterator[str]:
+    """Warns of names that are nothing of their own to a text encoder."""
+    every = [text for sections in texts.values() for text in sections]
+    words = [word for c in concepts for word in c.words]
+    if found := [word for word in words if any(text.unknown(word) for text in every)]:
+        some = ", ".join(map(repr, found[:6])) + (", ..." if len(found) > 6 else "")
+        text = (
+            f"the text encoder knows no such characters as in {some}: what else it does not know "
+            "looks the same to it and may go as well"
+        )
+        logger.warning(text)
+        yield text
+
+
+def _kept_in_part(
+    concepts: Sequence[Concept], kept: Sequence[str], texts: Mapping[Any, Sequence[Text]]
+) -> Iterator[str]:
+    """Warns of words to be kept that one of several text encoders can't tell from erased ones."""
+    words = [word for c in concepts for word in c.words]
+    for text in (text for sections in texts.values() for text in sections):
+        gone = {text.name_key(word): word for word in words}
+        for word in kept:
+            if (other := gone.get(text.name_key(word))) is not None:
+                told = (
+                    f"{word!r} is to stay and {other!r} to go, which are the same to one of the "
+                    "text encoders: it stays in part"
+                )
+                logger.warning(told)
+                yield told
+                return
 
 
 def _spelled(

@@ -110,7 +110,7 @@ def _load_file(file: Path, base: Path | None, dtype: torch.dtype) -> Any:
             f"{file} is a single file; pass --base with a pipeline folder of the same "
             "architecture, for its configuration and tokenizers"
         )
-    name = json.loads((base / "model_index.json").read_text())["_class_name"]
+    name = json.loads((base / "model_index.json").read_bytes())["_class_name"]
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "from_single_file"):
         raise LoadError(f"--base {base}: {name} can't be loaded from a single file")

@@ -122,9 +122,8 @@ def write_card(
         "",
     ]
     card = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
-    target = path.with_suffix(".md")
-    if target.name.casefold() == path.name.casefold():
-        target = path.with_name(f"{path.name}.md")
+    # Two files that differ in another suffix have two cards, and "NAME.md" is not its own.
+    target = path.with_name(path.name.removesuffix(".safetensors") + ".md")
     if is_folder or alone:
         target = (path if is_folder else path.parent) / "README.md"
     try:

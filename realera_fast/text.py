@@ -136,6 +136,10 @@ class Text(Protocol):
         """A control token of a tokenizer (end-of-text, padding) that the text holds, if any."""
         ...
 
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        ...
+
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""
         ...
@@ -285,6 +289,14 @@ class TextModel:
         # By number too: a tokenizer may know them in other cases.
         ids = set(self._plain_ids(text))
         return next((t for t, number in self._controls.items() if t in text or number in ids), None)
+
+    def unknown(self, name: str) -> bool:
+        """Whether the tokenizer has no token of its own for a part of the name."""
+        token = getattr(self.tokenizer, "unk_token", None)
+        # One that knows every byte may name another of its tokens here, as CLIP's does.
+        if token is None or self._controls.get(str(token)) is not None:
+            return False
+        return self.tokenizer.unk_token_id in self.token_ids(self._prepared(name))
 
     @functools.cached_property
     def _controls(self) -> dict[str, int | None]:
@@ -572,6 +584,10 @@ class JoinedText:
         """A control token of a tokenizer that the text holds, if any."""
         return next(filter(None, (part.control_token(text) for part in self.parts)), None)
 
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return any(part.unknown(name) for part in self.parts)
+
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""
         return max((part.overflow(prompt) for part in self.parts), key=len)
@@ -630,6 +646,10 @@ class TextWithPooled:
     def control_token(self, text: str) -> str | None:
         """A control token of a tokenizer that the text holds, if any."""
         return self.sequence.control_token(text) or self.pooled.control_token(text)
+
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return self.sequence.unknown(name) or self.pooled.unknown(name)
 
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that would not be seen; `""` if all is."""

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,9 @@ class VocabularyConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", clean_names(self.exclude, "VocabularyConfig.exclude"))
-        if self.words < 0 or self.preserve_scale < 0:
+        if self.words < 0 or not 0 <= self.preserve_scale < math.inf:
             raise ValueError(
-                "VocabularyConfig: words and preserve_scale must be >= 0, got "
+                "VocabularyConfig: words and preserve_scale must be finite and >= 0, got "
                 f"{self.words} and {self.preserve_scale}"
             )
 

@@ -324,6 +324,15 @@ def test_arguments_that_are_no_text_are_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_word_that_the_terminal_can_not_show_is_no_failure(model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "realera_fast", "erase", model, "-c", "\u5154\u5b50"]
+    command += ["--dry-run", "-o", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "\\u5154\\u5b50" in done.stdout
+
+
 def test_a_config_file_may_begin_with_a_byte_order_mark(
     run: Any, model: str, tmp_path: Path
 ) -> None:

@@ -197,6 +197,18 @@ def test_arguments_may_come_in_any_form_that_has_items(pipe, several):
     assert torch.equal(result.map.left, expected.map.left)
 
 
+def test_numbers_of_settings():
+    assert type(EraseConfig(seed=np.int64(3)).seed) is int
+    for wrong in (True, 1.5, "1", None, np.float32(1), -1):
+        with pytest.raises(ValueError, match=r"EraseConfig\.seed must be an int"):
+            EraseConfig(seed=wrong)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="erase_scale must be finite"):
+            EraseConfig(erase_scale=number)
+        with pytest.raises(ValueError, match="preserve_scale must be finite"):
+            VocabularyConfig(preserve_scale=number)
+
+
 def test_nothing_to_preserve_may_be_none(pipe):
     result = run(pipe, ["cat"], preserve=None)
     assert not any(w["role"] == "preserved" for w in result.report["words"])

@@ -574,6 +574,9 @@ def test_a_card_does_not_take_the_place_of_its_file(tmp_path, name):
     erasure.save(tmp_path / name)
     assert Erasure.load(tmp_path / name).concepts == erasure.concepts
     assert (tmp_path / f"{name}.md").read_text().startswith("---")
+    for version in ("v1", "v2"):
+        erasure.save(tmp_path / f"cat.{version}")
+        assert (tmp_path / f"cat.{version}.md").is_file()
 
 
 @pytest.mark.parametrize(

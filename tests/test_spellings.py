@@ -73,3 +73,26 @@ def test_control_tokens_of_every_tokenizer_are_refused(family: str, token: str) 
 
 def test_what_is_a_control_token_elsewhere_is_text() -> None:
     assert run("sd1", ["a </s> cat"]).report["words"][0]["moved"] > 0
+
+
+def test_names_that_an_encoder_does_not_know_are_warned_of() -> None:
+    word = "\u5154\u5b50"
+    for family, expected in (("pixart_alpha", 1), ("flux", 1), ("sd1", 0)):
+        warnings = run(family, [word, "cat"]).report["warnings"]
+        told = [text for text in warnings if "knows no such characters" in text]
+        assert len(told) == expected
+        assert all(repr(word) in text and "'cat'" not in text for text in told)
+    # PixArt's only encoder can't tell them apart: to keep one and to erase the other is nothing.
+    with pytest.raises(ValueError, match="also to be erased"):
+        run("pixart_alpha", [word], preserve=["\u732b"])
+
+
+def test_words_that_only_one_encoder_tells_apart_stay_in_part() -> None:
+    def told(*arguments: Any, **options: Any) -> list[str]:
+        return [t for t in run(*arguments, **options).report["warnings"] if "stays in part" in t]
+
+    (text,) = told("flux", ["cat=dog"], preserve=["tree", "Cat"])
+    assert "'Cat' is to stay and 'cat' to go" in text
+    (text,) = told("sd3", [Concept("cat", anchor="Cat")])
+    assert "'Cat' is to stay and 'cat' to go" in text
+    assert not told("flux", ["cat=dog"], preserve=["tree"])
