@@ -399,7 +399,9 @@ def _check_attention(name: str, module: nn.Module) -> None:
 
 
 def _checked(name: str, layer: Any) -> nn.Linear:
+    # PyTorch's own quantized layers have a method of that name.
     weight = getattr(layer, "weight", None)
+    weight = weight if isinstance(weight, Tensor) else None
     if weight is not None and weight.device.type == "meta":
         raise ValueError(
             f"model: {name}.weight is on the meta device (no values); load the weights first, "
