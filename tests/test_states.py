@@ -40,6 +40,7 @@ from realera_fast.erasure import applied
 from realera_fast.families import components_of
 from realera_fast.text import TextModel
 from realera_fast.trajectories import ddim_of
+from realera_fast.verification import verify
 
 PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 ALIGNED = replace(
@@ -754,6 +755,33 @@ def test_files_and_parts_are_the_same_in_every_surrounding(state, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+def test_the_map_of_prompts_compiles_and_heeds_no_autocast():
+    erasure = run(sd1())
+    mapped = erasure.prompt_map()
+    embeds = torch.randn(1, 3, erasure.map.width)
+    plainly = mapped(embeds)
+    compiled = torch.compile(mapped, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mapped(embeds), plainly)
+        assert torch.equal(compiled(embeds), plainly)
+    assert mapped.to("meta")(embeds.to("meta")).shape == plainly.shape
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+def test_an_erasure_is_verified_in_every_mode(around):
+    pipe = sd1()
+    before = weights(pipe.unet)
+    with around():
+        erasure = run(pipe)
+        found = verify(
+            pipe, erasure, ["a cat"], seeds=(0,), steps=2, height=16, width=16, progress=False
+        )
+        realera_fast.fuse(pipe)
+        realera_fast.unfuse(pipe)
+        erasure.restore_(pipe.unet)
+    assert found.rows[0].text_change > 0 and equal(weights(pipe.unet), before)
+
+
 def test_autocast_does_not_go_on_with_the_old_weights():
     pipe = sd1()
     unet = pipe.unet
@@ -1007,6 +1035,22 @@ def test_the_noise_is_that_of_the_scheduler(name, options):
         assert own.final_alpha_cumprod == own.alphas_cumprod[0]
 
 
+def odd(alphas: Any) -> Any:
+    """A scheduler of somebody's own."""
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.alphas_cumprod = alphas
+    return scheduler
+
+
+def test_betas_that_a_scheduler_does_not_keep_are_found_again():
+    scheduler = diffusers.DDIMScheduler(**BETAS)
+    expected = scheduler.betas
+    del scheduler.betas
+    own = ddim_of(scheduler, 5)
+    assert torch.equal(own.alphas_cumprod, scheduler.alphas_cumprod)
+    torch.testing.assert_close(own.betas, expected)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
@@ -1034,6 +1078,8 @@ def test_the_noise_is_that_of_the_scheduler(name, options):
             diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
             "begins with nothing of the picture",
         ),
+        (odd(alphas=torch.linspace(0.0, 1.0, 1000)), "has no noise schedule of betas"),
+        (odd(alphas=None), "has no noise schedule of betas"),
         (diffusers.DDIMScheduler(num_train_timesteps=3), "are too many for the 3 time steps"),
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else "",
