@@ -356,7 +356,7 @@ def refuse_offloading(model: nn.Module, argument: str) -> None:
         argument: what the caller calls the model.
 
     Raises:
-        ValueError: some are offloaded or have no values.
+        ValueError: some are offloaded.
     """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -368,12 +368,6 @@ def refuse_offloading(model: nn.Module, argument: str) -> None:
                 f"{argument}: the weights of {name or 'the model'} are offloaded, so that they "
                 "can't be read and changed here; erase before enabling offloading, or reload the "
                 "model without it"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{argument}: {name} is on the meta device (offloaded, or never loaded); load the "
-                "model without device_map and offloading"
             )
 
 
