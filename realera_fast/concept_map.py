@@ -70,7 +70,6 @@ class ConceptMap:
         eye = torch.eye(self.width, dtype=self.left.dtype, device=self.left.device)
         return eye + self.left @ self.right
 
-    @full_precision()
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Maps embeddings: ``x T^T`` for rows x.
 
@@ -90,7 +89,10 @@ class ConceptMap:
         x = embeddings.to(dtype)
         left = self.left.to(x.device, dtype)
         right = self.right.to(x.device, dtype)
-        return (x + (x @ right.mT) @ left.mT).to(embeddings.dtype)
+        # As in `full_precision`, in the way that torch.compile knows.
+        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        with torch.autocast(kind, enabled=False):
+            return (x + (x @ right.mT) @ left.mT).to(embeddings.dtype)
 
     def to(self, target: torch.device | str | torch.dtype) -> ConceptMap:
         """The same map with its factors on another device or in another dtype."""

@@ -460,7 +460,7 @@ def refuse_offloading(model: nn.Module, argument: str) -> None:
         argument: what the caller calls the model.
 
     Raises:
-        ValueError: some are offloaded or have no values.
+        ValueError: some are offloaded.
     """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -472,12 +472,6 @@ def refuse_offloading(model: nn.Module, argument: str) -> None:
                 f"{argument}: the weights of {name or 'the model'} are offloaded, so that they "
                 "can't be read and changed here; erase before enabling offloading, or reload the "
                 "model without it"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{argument}: {name} is on the meta device (offloaded, or never loaded); load the "
-                "model without device_map and offloading"
             )
 
 
@@ -560,12 +554,14 @@ def _check_attention(name: str, module: nn.Module) -> None:
 
 
 def _checked(name: str, layer: Any) -> nn.Linear:
+    # PyTorch's own quantized layers have a method of that name.
     weight = getattr(layer, "weight", None)
     if weight is None:
         raise ValueError(
             f"model: {name} is a {type(layer).__name__}, not a linear layer: not supported"
         )
-    if isinstance(weight, Tensor) and weight.device.type == "meta":
+    weight = weight if isinstance(weight, Tensor) else None
+    if weight is not None and weight.device.type == "meta":
         raise ValueError(
             f"model: {name}.weight is on the meta device (no values); load the weights first, "
             "without device_map or offloading"

@@ -407,7 +407,8 @@ def components_of(pipe: Any) -> Components:
         )
     # A refiner has no first encoder; SD3 without T5 has no third one, and keeps its place.
     declared = [n for n in ("", "_2", "_3") if hasattr(pipe, f"text_encoder{n}")]
-    if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":
+    config = getattr(unwrapped(model), "config", None)
+    if getattr(config, "addition_embed_type", None) == "text_time":
         declared = numbers
     return Components(
         model,

@@ -213,6 +213,12 @@ class TextModel:
         if isinstance(text_encoder, nn.Module):
             plain = unwrapped(text_encoder)
             refuse_offloading(plain, name)
+            for own, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+                if tensor.is_meta:
+                    raise ValueError(
+                        f"{name}: {own} is on the meta device (offloaded, or never loaded); load "
+                        "the text encoder without device_map and offloading"
+                    )
         if hasattr(plain, "merge_and_unload"):
             # peft's wrapper answers like the encoder, but for its class.
             plain = plain.get_base_model()

@@ -67,6 +67,14 @@ def config_of(scheduler: Any) -> Mapping[str, Any]:
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
+def _is_schedule(alphas: Any) -> bool:
+    """Whether these are shares of the picture, from nearly 1 down to nearly or just 0."""
+    if not isinstance(alphas, Tensor) or alphas.dim() != 1 or len(alphas) < 2:
+        return False
+    falls = (alphas[1:] <= alphas[:-1]).all()
+    return bool(falls & (alphas[0] <= 1.0) & (alphas[0] > 0.0) & (alphas[-1] >= 0.0))
+
+
 def ddim_of(scheduler: Any, steps: int) -> Any:
     """A `DDIMScheduler`, set to so many steps, that noises as another scheduler does.
 
@@ -86,9 +94,9 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
     from diffusers import DDIMScheduler
 
     config, name = config_of(scheduler), type(scheduler).__name__
-    alphas = getattr(scheduler, "alphas_cumprod", None)
+    alphas: Any = getattr(scheduler, "alphas_cumprod", None)
     flows = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
-    if not isinstance(alphas, Tensor) or alphas.dim() != 1 or flows:
+    if flows or not _is_schedule(alphas):
         raise ValueError(
             f"scheduler: {name} has no noise schedule of betas and numbered time steps (flow "
             "matching, EDM or another process); pass the scheduler that the U-Net was trained with"
@@ -100,6 +108,9 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
             "pass a scheduler that says what the U-Net predicts"
         )
     count = len(alphas)
+    betas: Any = getattr(scheduler, "betas", None)
+    if betas is None:
+        betas = 1.0 - alphas / torch.cat((torch.ones_like(alphas[:1]), alphas[:-1]))
     if steps <= count:
         # Not from_config: that drops what the other class has by default, and what is said here.
         known = inspect.signature(DDIMScheduler).parameters
@@ -109,14 +120,14 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
             | {
                 "num_train_timesteps": count,
                 # Some schedules by name are not known to this class.
-                "trained_betas": scheduler.betas.tolist(),
+                "trained_betas": betas.tolist(),
                 # DDIM's step back is an n-th of the schedule: that fits only these two.
                 "timestep_spacing": "trailing" if spacing == "trailing" else "leading",
                 "clip_sample": False,
                 "thresholding": False,
             }
         )
-        own.betas, own.alphas = scheduler.betas, 1.0 - scheduler.betas
+        own.betas, own.alphas = betas, 1.0 - betas
         own.alphas_cumprod = alphas.detach().to("cpu", torch.float32, copy=True)
         if not own.config.set_alpha_to_one:
             own.final_alpha_cumprod = own.alphas_cumprod[0]

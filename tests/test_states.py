@@ -24,6 +24,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_families import CLOSED, weights
 from tiny_families import pixart_alpha, sd1, sdxl
 from torch import nn
@@ -39,6 +40,7 @@ from realera_fast.erasure import applied
 from realera_fast.families import components_of
 from realera_fast.text import TextModel
 from realera_fast.trajectories import ddim_of
+from realera_fast.verification import verify
 
 PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 ALIGNED = replace(
@@ -102,7 +104,8 @@ def plain(name: str) -> tuple[str, dict[str, torch.Tensor]]:
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Of every tensor that has some, by its name without wrappers."""
-    return {n: t.clone() for n, t in model.named_parameters() if not t.is_meta}
+    tensors = [(n, t.detach()) for n, t in model.named_parameters() if not t.is_meta]
+    return {n: t.to_dense() if t.is_sparse else t.clone() for n, t in tensors}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -111,42 +114,6 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_every_row_has_a_test():
     assert rows().keys() == CASES.keys() | TESTED
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("state", [s for s in rows() if s in CASES])
-def test_state(state, config):
-    told = rows()[state]
-    refused = re.search("refused: `(.+)`", told)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = CASES[state]()
-    if refused and (config == "alignment" or not told.startswith("closed form")):
-        before = values(made.pipe.unet)
-        with made.around(), pytest.raises(ValueError, match=re.escape(refused[1])) as raised:
-            run(made.pipe, CONFIGS[config])
-        assert re.match(r"(model|text_encoder)\b", str(raised.value))
-        assert equal(values(made.pipe.unet), before) and not applied(made.pipe.unet)
-        return
-    model = made.pipe.unet
-    before = values(model)
-    with made.around():
-        erasure = run(made.pipe, CONFIGS[config])
-    after = values(model)
-    assert erasure.map.rank and not equal(after, before)
-    if made.same:
-        fingerprint, expected = plain(config)
-        assert erasure.fingerprint == fingerprint
-        edited = [erasure.state_dict(model), {n: t for n, t in expected.items()}]
-        assert edited[0] and all(torch.equal(t, edited[1][n]) for n, t in edited[0].items())
-    with made.around():
-        erasure.restore_(model)
-        assert equal(values(model), before)
-        erasure.apply_(model)
-        assert equal(values(model), after)
-        (again,) = applied(model)
-        again.withdraw_(model)
-    assert equal(values(model), before)
 
 
 # Around a call
@@ -251,7 +218,7 @@ def dynamic(module: nn.Module) -> nn.Module:
 
 
 def adapter(pipe: Any, name: str = "style") -> None:
-    options = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_k"])
+    options = LoraConfig(r=2, init_lora_weights=False, target_modules=["attn2.to_k"])
     pipe.unet.add_adapter(options, adapter_name=name)
 
 
@@ -302,7 +269,9 @@ denoiser(
 denoiser("offloaded in groups (`enable_group_offload`)", lambda _, unet: grouped(unet))
 denoiser("on the meta device", lambda _, unet: unet.to("meta"))
 denoiser("quantized", lambda _, unet: dynamic(unet))
-denoiser("parametrized weights", lambda _, unet: parametrizations.orthogonal(layer_of(unet)))
+denoiser(
+    "parametrized weights", lambda _, unet: parametrizations.orthogonal(layer_of(unet)) and None
+)
 denoiser("`weight_norm`", lambda _, unet: weight_norm(layer_of(unet)) and None)
 denoiser("sparse weights", lambda _, unet: sparse(unet))
 denoiser("one weight in two layers", lambda _, unet: tied(unet))
@@ -365,9 +334,8 @@ def encoder(state: str, change: Callable[[nn.Module], Any], same: bool = True) -
         pipe = sd1()
         found = change(pipe.text_encoder)
         if isinstance(found, nn.Module):
-            pipe = (
-                Parts(pipe, pipe.unet) if not isinstance(found, type(pipe.text_encoder)) else pipe
-            )
+            # A stock pipeline takes an encoder of its own class alone.
+            pipe = Parts(pipe, pipe.unet)
             pipe.text_encoder = found
         return Case(pipe, same=same)
 
@@ -538,6 +506,45 @@ def test_a_message_names_the_encoder_that_it_is_about():
         run(pipe)
 
 
+# All of them
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("state", CASES)
+def test_state(state, config):
+    told = rows()[state]
+    refused = re.search("refused: `(.+)`", told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = CASES[state]()
+    if refused and (config == "alignment" or not told.startswith("closed form")):
+        before = values(made.pipe.unet)
+        with made.around(), pytest.raises(ValueError, match=re.escape(refused[1])) as raised:
+            run(made.pipe, CONFIGS[config])
+        assert re.match(r"(model|text_encoder)\b", str(raised.value))
+        assert equal(values(made.pipe.unet), before) and not applied(made.pipe.unet)
+        return
+    model = made.pipe.unet
+    before = values(model)
+    with made.around():
+        erasure = run(made.pipe, CONFIGS[config])
+    after = values(model)
+    assert erasure.map.rank and not equal(after, before)
+    if made.same:
+        fingerprint, expected = plain(config)
+        assert erasure.fingerprint == fingerprint
+        edited = [erasure.state_dict(model), {n: t for n, t in expected.items()}]
+        assert edited[0] and all(torch.equal(t, edited[1][n]) for n, t in edited[0].items())
+    with made.around():
+        erasure.restore_(model)
+        assert equal(values(model), before)
+        erasure.apply_(model)
+        assert equal(values(model), after)
+        (again,) = applied(model)
+        again.withdraw_(model)
+    assert equal(values(model), before)
+
+
 # One thread after the other, and side by side
 
 
@@ -579,7 +586,7 @@ def test_a_failing_thread_takes_back_its_own_edit_alone(monkeypatch):
         raise RuntimeError("stop")
 
     def fail() -> None:
-        monkeypatch.setattr("realera_fast.erase._report", stuck)
+        monkeypatch.setattr(sys.modules["realera_fast.erase"], "_report", stuck)
         with pytest.raises(RuntimeError, match="stop"):
             run(pipe, word="horse")
 
@@ -723,8 +730,7 @@ def test_files_and_parts_are_the_same_in_every_surrounding(state, tmp_path):
     made = CASES[state]()
     embeds = torch.randn(1, 3, made.pipe.unet.config.cross_attention_dim)
 
-    def everything(folder: Path) -> tuple[list[torch.Tensor], bytes]:
-        pipe = sd1()
+    def everything(pipe: Any, folder: Path) -> list[torch.Tensor]:
         erasure = run(pipe, kept)
         erasure.save(folder / "delta.safetensors")
         loaded = Erasure.load(folder / "delta.safetensors")
@@ -736,18 +742,44 @@ def test_files_and_parts_are_the_same_in_every_surrounding(state, tmp_path):
             {n: layer.weight.detach() for n, layer in projections(pipe.unet).items()}
         )
         mapped = loaded.prompt_map()(embeds)
-        tensors = [rest.map.left, both.map.left, both.map.right, mapped, *edited.values()]
-        file = folder / "pytorch_lora_weights.safetensors"
-        return tensors, (folder / "delta.safetensors").read_bytes()[-4096:] + file.read_bytes()
+        own = [loaded.map.left, rest.map.left, both.map.left, both.map.right]
+        assert not any(tensor.is_inference() for tensor in own)
+        saved = load_file(folder / "pytorch_lora_weights.safetensors")
+        return [*own, mapped, *edited.values(), *(saved[name] for name in sorted(saved))]
 
     for folder in ("inside", "outside"):
         (tmp_path / folder).mkdir()
     with made.around():
-        inside = everything(tmp_path / "inside")
-    outside = everything(tmp_path / "outside")
-    assert all(torch.equal(a, b) for a, b in zip(inside[0], outside[0], strict=True))
-    assert not any(tensor.is_inference() for tensor in inside[0][:3])
-    assert inside[1] == outside[1]
+        inside = everything(made.pipe, tmp_path / "inside")
+    outside = everything(sd1(), tmp_path / "outside")
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_the_map_of_prompts_compiles_and_heeds_no_autocast():
+    erasure = run(sd1())
+    mapped = erasure.prompt_map()
+    embeds = torch.randn(1, 3, erasure.map.width)
+    plainly = mapped(embeds)
+    compiled = torch.compile(mapped, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mapped(embeds), plainly)
+        assert torch.equal(compiled(embeds), plainly)
+    assert mapped.to("meta")(embeds.to("meta")).shape == plainly.shape
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+def test_an_erasure_is_verified_in_every_mode(around):
+    pipe = sd1()
+    before = weights(pipe.unet)
+    with around():
+        erasure = run(pipe)
+        found = verify(
+            pipe, erasure, ["a cat"], seeds=(0,), steps=2, height=16, width=16, progress=False
+        )
+        realera_fast.fuse(pipe)
+        realera_fast.unfuse(pipe)
+        erasure.restore_(pipe.unet)
+    assert found.rows[0].text_change > 0 and equal(weights(pipe.unet), before)
 
 
 def test_autocast_does_not_go_on_with_the_old_weights():
@@ -1003,6 +1035,22 @@ def test_the_noise_is_that_of_the_scheduler(name, options):
         assert own.final_alpha_cumprod == own.alphas_cumprod[0]
 
 
+def odd(alphas: Any) -> Any:
+    """A scheduler of somebody's own."""
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.alphas_cumprod = alphas
+    return scheduler
+
+
+def test_betas_that_a_scheduler_does_not_keep_are_found_again():
+    scheduler = diffusers.DDIMScheduler(**BETAS)
+    expected = scheduler.betas
+    del scheduler.betas
+    own = ddim_of(scheduler, 5)
+    assert torch.equal(own.alphas_cumprod, scheduler.alphas_cumprod)
+    torch.testing.assert_close(own.betas, expected)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
@@ -1030,6 +1078,8 @@ def test_the_noise_is_that_of_the_scheduler(name, options):
             diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
             "begins with nothing of the picture",
         ),
+        (odd(alphas=torch.linspace(0.0, 1.0, 1000)), "has no noise schedule of betas"),
+        (odd(alphas=None), "has no noise schedule of betas"),
         (diffusers.DDIMScheduler(num_train_timesteps=3), "are too many for the 3 time steps"),
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else "",
@@ -1044,15 +1094,14 @@ def test_a_scheduler_that_noises_otherwise_is_refused(scheduler, message, monkey
 
     config = replace(ALIGNED, alignment=replace(ALIGNED.alignment, sampling_steps=4))
     with monkeypatch.context() as patch:
-        patch.setattr("realera_fast.erase.encode_vocabulary", worked)
+        patch.setattr(sys.modules["realera_fast.erase"], "encode_vocabulary", worked)
         with pytest.raises(ValueError, match=f"^(scheduler|AlignmentConfig): .*{message}") as error:
             run(pipe, config)
     assert equal(weights(pipe.unet), before)
     assert "alignment.enabled=False" in str(error.value)
     # As told; a category is then found by its text, where none can be drawn.
     erasure = erase(pipe, [Concept("cat", kind="explicit")], config=CLOSED, progress=False)
-    drawn = "members of a category" not in " ".join(erasure.report["warnings"])
-    assert drawn == ("too many" in message and False)
+    assert "members of a category" in " ".join(erasure.report["warnings"])
 
 
 @pytest.mark.parametrize(
