@@ -56,8 +56,8 @@ def test_members_are_told_from_other_words(pipe):
 
 def test_a_word_does_not_depend_on_those_beside_it(pipe):
     """bfloat16 rounds products of other sizes differently."""
-    words = ["banana", "truck", "cake", "castle", "owl"]
-    many, few = (cosines(pipe, ["food"], words, sampling_batch_size=n) for n in (64, 6))
+    words = ["banana", "truck", "owl"]
+    many, few = (cosines(pipe, ["food"], words, sampling_batch_size=n) for n in (64, 4))
     assert_close(many, few, rtol=0.0, atol=0.05)
 
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 from realera_fast.kernels import project  # noqa: E402
 
 SHAPES = {80: project._OTHER, 90: project._SHAPES[9], 100: project._SHAPES[10]}
-HALF = ("bf16", "fp16")
+HALF = [*((capability, "bf16") for capability in SHAPES), (90, "fp16")]
+"""A product's two kinds of 16 bits are one instruction: both for one GPU, and one for all."""
 PRODUCT = {80: r"\bHMMA\.\d+\.F32", 90: r"\bHGMMA\.\w+\.F32", 100: r"\bUTC\w*MMA"}
 """What a product on tensor cores is called in machine code."""
 ASYNCHRONOUS = r"\bLDGSTS\.E\.[\w.]*\b128\b"
@@ -116,8 +117,7 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("capability", SHAPES)
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("capability", "dtype"), HALF)
 @pytest.mark.parametrize(
     ("size", "fused"),
     [("small", True), ("small", False), ("medium", True), ("medium", False), ("large", False)],
@@ -159,8 +159,7 @@ def test_forward_of_rows_that_are_not_aligned(fused, loop, capability, tmp_path)
     assert re.search(PRODUCT[capability], fits(result, capability, shape, tmp_path))
 
 
-@pytest.mark.parametrize("capability", SHAPES)
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("capability", "dtype"), HALF)
 @pytest.mark.parametrize("shape", [project._BACKWARD, project._BACKWARD_FEW], ids=str)
 def test_backward(shape, dtype, capability, tmp_path):
     result = backward(dtype, capability, shape)
