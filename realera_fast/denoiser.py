@@ -218,6 +218,11 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
     refuse_offloading(model, "model")
     found: dict[str, nn.Linear] = {}
     for name in kinds:
+        if "_orig_mod" in name.split("."):
+            raise ValueError(
+                f"model: {name} is in a part that torch.compile wraps, under another name than in "
+                "the files of the model; compile the whole model, or parts in place: part.compile()"
+            )
         parent, _, leaf = name.rpartition(".")
         owner: Any = None
         with suppress(AttributeError):

@@ -31,6 +31,7 @@ from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import write_atomically
 from realera_fast.metrics import accuracy
 from realera_fast.progress import bar
+from realera_fast.states import alone
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +296,7 @@ def picture_difference(one: Image.Image, other: Image.Image) -> float:
     return sum(ImageStat.Stat(difference).mean) / (3 * 255)
 
 
+@alone
 def verify(
     pipe: Any,
     erasure: Erasure,
