@@ -321,6 +321,11 @@ def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Line
     _refuse_replaced_forward("the model", model)
     found: dict[str, nn.Linear] = {}
     for name in kinds:
+        if "_orig_mod" in name.split("."):
+            raise ValueError(
+                f"model: {name} is in a part that torch.compile wraps, under another name than in "
+                "the files of the model; compile the whole model, or parts in place: part.compile()"
+            )
         parent, _, leaf = name.rpartition(".")
         owner: Any = None
         with suppress(AttributeError):

@@ -132,8 +132,8 @@ def locked(module: Any) -> Iterator[None]:
         yield
 
 
-def exclusive(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function as `ordinary`, alone on the model that its argument is.
+def alone(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function alone on the model that its argument is.
 
     The argument is called ``model`` or ``pipe``: a denoiser, or a pipeline that has one.
     """
@@ -142,12 +142,17 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
     place = names.index(name)
 
     @functools.wraps(function)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
         model: Any = args[place] if len(args) > place else kwargs.get(name)
         if not isinstance(model, nn.Module):
             parts = (getattr(model, part, None) for part in ("unet", "transformer"))
             model = next((part for part in parts if isinstance(part, nn.Module)), None)
-        with ordinary(), locked(model):
+        with locked(model):
             return function(*args, **kwargs)
 
-    return alone
+    return waiting
+
+
+def exclusive(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function `alone` on its model, as `ordinary`."""
+    return alone(ordinary()(function))

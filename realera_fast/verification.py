@@ -35,6 +35,7 @@ from realera_fast.metrics import accuracy
 from realera_fast.names import folded, listed, script, valid_texts
 from realera_fast.precision import cpu_warnings
 from realera_fast.progress import bar
+from realera_fast.states import alone
 
 logger = logging.getLogger(__name__)
 
@@ -298,6 +299,7 @@ def picture_difference(one: Image.Image, other: Image.Image) -> float:
     return sum(ImageStat.Stat(difference).mean) / (3 * 255)
 
 
+@alone
 def verify(
     pipe: Any,
     erasure: Erasure,

@@ -199,7 +199,7 @@ def test_refuses_group_offloading():
 def test_refuses_an_active_adapter_anywhere():
     unet = tiny_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["attn1.to_q"]), adapter_name="pretty")
-    refused(r"an adapter is attached \(.pretty.\); unload it first \(pipe\.unload_lora", unet)
+    refused(r"an adapter is attached \('pretty'\); unload it first \(pipe\.unload_lora", unet)
     del unet.peft_config
     refused(r"an adapter wraps .*attn1\.to_q", unet)
 

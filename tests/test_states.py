@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import realera_fast
-from realera_fast import Concept, EraseConfig, Erasure, erase
+from realera_fast import Concept, EraseConfig, Erasure, erase, verification
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.denoiser import projections, transaction
 from realera_fast.erasure import applied
@@ -196,6 +196,10 @@ def layer_of(unet: nn.Module, name: str = "to_k") -> Any:
     return unet.get_submodule(f"{FIRST}.{name}")
 
 
+def part_compiled(unet: nn.Module) -> None:
+    unet.down_blocks[0] = torch.compile(unet.down_blocks[0], backend="eager")
+
+
 def tied(unet: nn.Module) -> None:
     layer_of(unet, "to_v").weight = layer_of(unet).weight
 
@@ -246,6 +250,11 @@ def moved(module: nn.Module) -> None:
 denoiser("training mode", lambda _, unet: unet.train())
 denoiser("`requires_grad_(False)`", lambda _, unet: unet.requires_grad_(False))
 denoiser("`model.compile()`", lambda _, unet: unet.compile(backend="eager"))
+denoiser(
+    "`model.compile_repeated_blocks()`",
+    lambda _, unet: unet.compile_repeated_blocks(backend="eager"),
+)
+denoiser("parts wrapped by `torch.compile`", lambda _, unet: part_compiled(unet))
 denoiser("weights with other strides", lambda _, unet: strided(unet))
 denoiser("all weights in one buffer", lambda _, unet: one_buffer(unet))
 denoiser(
@@ -599,6 +608,34 @@ def test_a_failing_thread_takes_back_its_own_edit_alone(monkeypatch):
     several(fail, undo)
     assert not equal(weights(pipe.unet), edited) and applied(pipe.unet) == ()
     assert equal(weights(pipe.unet), weights(sd1().unet))
+
+
+@row("two threads, one verifies and one erases")
+def test_verifying_and_erasing_at_once():
+    pipe = sd1()
+    first = run(pipe, word="cat")
+    drawing, erased = threading.Event(), threading.Event()
+
+    def judge(*_: Any) -> None:
+        drawing.set()
+        # The other one is waiting, or it would be done in this time.
+        assert not erased.wait(0.5)
+
+    def erasing() -> Erasure:
+        assert drawing.wait(60)
+        found = run(pipe, word="horse")
+        erased.set()
+        return found
+
+    def verifying() -> None:
+        options = {"seeds": (0,), "steps": 1, "height": 16, "width": 16, "progress": False}
+        with pytest.MonkeyPatch.context() as patch:
+            draw = verification.generate
+            patch.setattr(verification, "generate", lambda *a, **k: [judge()] and draw(*a, **k))
+            verify(pipe, first, ["a cat"], **options)
+
+    _, second = several(verifying, erasing)
+    assert [e.fingerprint for e in applied(pipe.unet)] == [first.fingerprint, second.fingerprint]
 
 
 @row("two threads erase from two models with one text encoder")
