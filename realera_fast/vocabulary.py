@@ -200,7 +200,7 @@ def preserve_gram(
     and not one per word.
 
     Returns:
-        `[d, d]` float64 mean over the remaining prompts, and their number.
+        `[d, d]` float64 mean over the remaining prompts, zeros if there are none; and their number.
     """
     dropped = {folded(word) for word in excluded}
     left_out = [
@@ -210,7 +210,10 @@ def preserve_gram(
     ]
     gram, _ = _accumulate(text, left_out, progress=False, desc="")
     remaining = vocabulary.prompts - len(left_out)
-    return (vocabulary.gram - gram) / max(1, remaining), remaining
+    if remaining == 0:
+        # What is left of the sums is rounding, of either sign.
+        return torch.zeros_like(gram), 0
+    return (vocabulary.gram - gram) / remaining, remaining
 
 
 def _cache_path(text: Text, fingerprint: str, words: Sequence[str]) -> Path | None:

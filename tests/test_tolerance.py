@@ -94,23 +94,21 @@ def test_any_order_of_summation_passes(
     check("product", multiply(a, b), exact, exact.to(dtype), floor=product_error(a, b))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "wrong"),
-    [
-        (torch.float32, drop_a_row),
-        (torch.float64, drop_a_row),
-        (torch.float32, one_wrong_element),
-        (torch.float64, one_wrong_element),
-        (torch.float32, narrower(torch.bfloat16)),
-        (torch.float32, narrower(torch.float16)),
-        (torch.float64, narrower(torch.float32)),
-    ],
-    ids=str,
-)
+FAULTS: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
+    "float32, a row dropped": (torch.float32, drop_a_row),
+    "float64, a row dropped": (torch.float64, drop_a_row),
+    "float32, a wrong element": (torch.float32, one_wrong_element),
+    "float64, a wrong element": (torch.float64, one_wrong_element),
+    "float32 through bfloat16": (torch.float32, narrower(torch.bfloat16)),
+    "float32 through float16": (torch.float32, narrower(torch.float16)),
+    "float64 through float32": (torch.float64, narrower(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("o", "d", "k"), SIZES)
-def test_planted_errors_fail(
-    o: int, d: int, k: int, dtype: torch.dtype, wrong: Callable[..., Tensor]
-) -> None:
+def test_planted_errors_fail(o: int, d: int, k: int, fault: str) -> None:
+    dtype, wrong = FAULTS[fault]
     problem = Update(o, d, k, dtype)
     with pytest.raises(AssertionError, match="update: error"):
         problem.check(wrong(problem.w, problem.left, problem.right))

@@ -45,6 +45,13 @@ def test_excluded_words_leave_no_trace(text):
     assert not torch.allclose(everything, gram)
 
 
+def test_nothing_at_all_is_left_without_the_last_word(text, tiles):
+    """Not the rounding of what was added and taken away, which may be negative."""
+    vocabulary = encode_vocabulary(text, VocabularyConfig(words=6, cache=False), progress=False)
+    gram, count = preserve_gram(text, vocabulary, vocabulary.words)
+    assert count == 0 and not gram.any() and gram.dtype == torch.float64
+
+
 def test_second_run_reads_the_cache(text, tmp_path, monkeypatch):
     first = encode_vocabulary(text, VocabularyConfig(words=8))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
