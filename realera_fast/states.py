@@ -111,6 +111,19 @@ def ordinary() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """What is compiled in place runs as it is written: compilers round in ways of their own."""
+    compiled = [(m, m._compiled_call_impl) for m in module.modules() if m._compiled_call_impl]
+    try:
+        for part, _ in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call
+
+
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """Not attributes of the modules, which are copied and pickled."""
 _new_lock = threading.Lock()

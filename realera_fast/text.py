@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from realera_fast import progress as progress_bars
 from realera_fast.denoiser import refuse_offloading, unwrapped
-from realera_fast.states import locked
+from realera_fast.states import locked, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +209,9 @@ class TextModel:
                     f"{argument}: expected one, got {len(value)}; several text encoders are read "
                     "together by realera_fast.families.text_streams"
                 )
-        plain = text_encoder
+        outer = plain = text_encoder
         if isinstance(text_encoder, nn.Module):
-            plain = unwrapped(text_encoder)
+            outer = plain = unwrapped(text_encoder)
             refuse_offloading(plain, name)
             for own, tensor in (*plain.named_parameters(), *plain.named_buffers()):
                 if tensor.is_meta:
@@ -227,7 +227,7 @@ class TextModel:
                 f"{name}: expected a transformers text model such as pipe.text_encoder, "
                 f"got {type(text_encoder).__name__}"
             )
-        self.encoder, self._plain, self._name = text_encoder, plain, name
+        self.encoder, self._plain, self._name = outer, plain, name
         self.tokenizer = find_tokenizer(plain) if tokenizer is None else tokenizer
         if not callable(self.tokenizer):
             raise TypeError(
@@ -397,7 +397,7 @@ class TextModel:
             batch_size = max(1, min(64, _BLOCK // (self._length * self.width)))
         hidden = []
         # Another model's erasure may use the same encoder: it must not see this one's mode end.
-        with locked(self.encoder):
+        with locked(self.encoder), uncompiled(self.encoder):
             training = {module: module.training for module in self.encoder.modules()}
             self.encoder.eval()
             try:

@@ -22,6 +22,7 @@ from realera_fast import attention, ops
 from realera_fast.concept_map import ConceptMap
 from realera_fast.denoiser import projections, stream_of, unwrapped
 from realera_fast.lora import LoraParameters
+from realera_fast.states import uncompiled
 
 _SHORT = 256
 """Up to so many latent pixels PyTorch's fused attention loses on a CPU in half precision: its
@@ -120,7 +121,8 @@ class TextPath:
         former = {name: attn.processor for name, attn in attention.layers(self.unet).items()}
         try:
             attention.install(self.unet, self)
-            yield
+            with uncompiled(self.unet):
+                yield
         finally:
             self._handed = None
             attention.reinstate(self.unet, former)

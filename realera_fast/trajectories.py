@@ -68,11 +68,10 @@ _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def _is_schedule(alphas: Any) -> bool:
-    """Whether these are shares of the picture, from nearly 1 down to nearly or just 0."""
+    """Whether these are shares of the picture, less at the end than at the beginning."""
     if not isinstance(alphas, Tensor) or alphas.dim() != 1 or len(alphas) < 2:
         return False
-    falls = (alphas[1:] <= alphas[:-1]).all()
-    return bool(falls & (alphas[0] <= 1.0) & (alphas[0] > 0.0) & (alphas[-1] >= 0.0))
+    return bool(((alphas >= 0.0) & (alphas <= 1.0)).all() & (alphas[0] > alphas[-1]))
 
 
 def ddim_of(scheduler: Any, steps: int) -> Any:

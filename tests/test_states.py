@@ -196,6 +196,16 @@ def layer_of(unet: nn.Module, name: str = "to_k") -> Any:
     return unet.get_submodule(f"{FIRST}.{name}")
 
 
+def wrong(graph: Any, inputs: Any) -> Any:
+    """A compiler whose code rounds otherwise."""
+
+    def run(*arguments: Any) -> Any:
+        found = graph(*arguments)
+        return [x * 1.001 if torch.is_tensor(x) and x.is_floating_point() else x for x in found]
+
+    return run
+
+
 def part_compiled(unet: nn.Module) -> None:
     unet.down_blocks[0] = torch.compile(unet.down_blocks[0], backend="eager")
 
@@ -249,10 +259,10 @@ def moved(module: nn.Module) -> None:
 
 denoiser("training mode", lambda _, unet: unet.train())
 denoiser("`requires_grad_(False)`", lambda _, unet: unet.requires_grad_(False))
-denoiser("`model.compile()`", lambda _, unet: unet.compile(backend="eager"))
+denoiser("`model.compile()`", lambda _, unet: unet.compile(backend=wrong))
 denoiser(
     "`model.compile_repeated_blocks()`",
-    lambda _, unet: unet.compile_repeated_blocks(backend="eager"),
+    lambda _, unet: unet.compile_repeated_blocks(backend=wrong),
 )
 denoiser("parts wrapped by `torch.compile`", lambda _, unet: part_compiled(unet))
 denoiser("weights with other strides", lambda _, unet: strided(unet))
@@ -297,7 +307,7 @@ denoiser(
 
 @case("`torch.compile(model)`")
 def _():
-    return wrapped(lambda unet: torch.compile(unet, backend="eager"))
+    return wrapped(lambda unet: torch.compile(unet, backend=wrong))
 
 
 @case("`DataParallel`")
@@ -432,7 +442,8 @@ def parametrized(encoder: nn.Module) -> None:
 
 
 encoder("training mode", lambda encoder: encoder.train() and None)
-encoder("`torch.compile`", lambda encoder: torch.compile(encoder, backend="eager"))
+encoder("`torch.compile`", lambda encoder: torch.compile(encoder, backend=wrong))
+encoder("`encoder.compile()`", lambda encoder: encoder.compile(backend=wrong))
 encoder("`DataParallel`", nn.DataParallel)
 encoder("wrapped by peft, adapter off", peft_off)
 encoder("parametrized weights", parametrized)
