@@ -186,6 +186,8 @@ def streams(model: nn.Module, maps: Maps | None = None) -> dict[str, Stream]:
     kind = class_of(model)
     entrance = ENTRANCES.get(kind) or COMPANIONS.get(kind)
     if entrance is None:
+        # A model that peft wrapped is one of another class until it is unloaded.
+        refuse_adapters(model)
         why = f" ({UNSUPPORTED[kind]})" if kind in UNSUPPORTED else ""
         raise ValueError(
             f"model: {kind} is not supported{why}; {', '.join(ENTRANCES)} are. If you know how its "
