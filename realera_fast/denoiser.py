@@ -71,6 +71,7 @@ ENTRANCES: Mapping[str, Entrance] = {
 
 COMPANIONS: Mapping[str, Entrance] = {
     "ControlNetModel": _UNET,
+    "ControlNetUnionModel": _UNET,
     "SD3ControlNetModel": Entrance(_JOINT.sequence, _JOINT.pooled, optional=True),
     "FluxControlNetModel": _JOINT,
     "SanaControlNetModel": _CAPTION,

@@ -944,11 +944,12 @@ class Erasure:
 
 
 def _loads_adapters(kind: str | None, model: nn.Module | None) -> bool:
-    """Whether diffusers loads adapters into a model of that class."""
+    """Whether diffusers loads adapters into a model of that class; None is not known, so it may."""
     import diffusers
 
-    of: Any = getattr(diffusers, kind or "", None) if model is None else unwrapped(model)
-    return of is None or hasattr(of, "load_lora_adapter")
+    if model is not None:
+        return hasattr(unwrapped(model), "load_lora_adapter")
+    return kind is None or hasattr(getattr(diffusers, kind, None), "load_lora_adapter")
 
 
 def _entry(erasure: Erasure, action: str = "erased") -> dict[str, Any]:

@@ -419,8 +419,9 @@ def components_of(pipe: Any) -> Components:
 
 
 _WITHOUT_TEXT = (
-    *("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "vqgan", "image_encoder"),
-    *("safety_checker", "depth_estimator", "adapter", "motion_adapter", "image_normalizer"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "image_normalizer"),
+    *("vae", "vqgan", "vqvae", "movq", "vocoder", "safety_checker", "depth_estimator"),
+    *("adapter", "motion_adapter", "caption_generator"),
 )
 """Parts of pipelines that are shown no prompt but as it is known here."""
 

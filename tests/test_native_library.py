@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tile_sets
 from torch import Tensor
 
 from realera_fast import ops
@@ -612,3 +613,22 @@ class TestThreads:
         for result in results:
             wrong = [name for name, got in result.items() if digest(got) != serial[name]]
             assert wrong == []
+
+
+@built
+class TestTileSets:
+    """The hook by which the suite runs the loops of every instruction set."""
+
+    def test_the_best_one_is_used_and_another_can_be_asked_for(self) -> None:
+        names = tile_sets()
+        assert names[0] == "baseline" and len(set(names)) == len(names)
+        use = torch.ops.realera_fast._use_tile_set
+        assert use(names[0]) == names[-1]
+        assert use(names[-1]) == names[0]
+
+    @pytest.mark.parametrize("name", ["", "neon2", "AVX2"])
+    def test_an_unknown_one_is_refused(self, name: str) -> None:
+        with pytest.raises(RuntimeError, match=r"name: expected a tile set .*\(baseline.*got"):
+            torch.ops.realera_fast._use_tile_set(name)
+        names = tile_sets()
+        assert torch.ops.realera_fast._use_tile_set(names[-1]) == names[-1]

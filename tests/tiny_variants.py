@@ -6,6 +6,7 @@ the pipelines with a ControlNet.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers import (
     BriaPipeline,
     BriaTransformer2DModel,
     ControlNetModel,
+    ControlNetUnionModel,
     ControlNetXSAdapter,
     DDIMScheduler,
     DDPMScheduler,
@@ -43,6 +45,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
     StableDiffusionXLInpaintPipeline,
     T2IAdapter,
     TextToVideoSDPipeline,
@@ -304,8 +307,8 @@ def build(name: str) -> Built:
 # With a model beside the denoiser that is shown the same text
 
 
-def _controlnet(unet: Any) -> ControlNetModel:
-    net = ControlNetModel.from_unet(unet, conditioning_channels=3)
+def _controlnet(unet: Any, net: Any = None) -> Any:
+    net = net or ControlNetModel.from_unet(unet)
     net.controlnet_cond_embedding = type(net.controlnet_cond_embedding)(
         conditioning_embedding_channels=16, block_out_channels=(8, 8)
     )
@@ -339,6 +342,20 @@ def sdxl_controlnet() -> Built:
         **_parts(pipe, *names), unet=pipe.unet, controlnet=_controlnet(pipe.unet),
         add_watermarker=False,
     ), {"image": picture()}  # fmt: skip
+
+
+def sdxl_controlnet_union() -> Built:
+    """SDXL with a ControlNet that takes several kinds of control."""
+    pipe = sdxl()
+    accepted = inspect.signature(ControlNetUnionModel.__init__).parameters
+    config = {k: v for k, v in pipe.unet.config.items() if k in accepted}
+    sizes = {"num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
+    net = ControlNetUnionModel.from_config(config | sizes)
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    return StableDiffusionXLControlNetUnionPipeline(
+        **_parts(pipe, *names), unet=pipe.unet, controlnet=_controlnet(pipe.unet, net),
+        add_watermarker=False,
+    ), {"control_image": [picture()], "control_mode": [0]}  # fmt: skip
 
 
 def sd3_controlnet() -> Built:
@@ -379,6 +396,7 @@ def sana_controlnet() -> Built:
 BESIDE: dict[str, Callable[[], Built]] = {
     builder.__name__: builder
     for builder in (
-        sd_controlnet, sdxl_controlnet, sd3_controlnet, flux_controlnet, sana_controlnet,
+        sd_controlnet, sdxl_controlnet, sdxl_controlnet_union, sd3_controlnet, flux_controlnet,
+        sana_controlnet,
     )
 }  # fmt: skip
