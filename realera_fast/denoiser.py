@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 import torch
@@ -143,7 +144,7 @@ def class_of(model: nn.Module) -> str:
     A subclass counts as the class whose `forward` it runs, so one that replaces it is none of
     diffusers.
     """
-    kind = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
+    kind = _forward_of(model)
     package = kind.__module__.split(".")[0]
     name = type(model).__name__
     return kind.__name__ if package == "diffusers" else f"{name} (its forward is of {package})"
@@ -196,15 +197,21 @@ def streams(model: nn.Module, maps: Maps | None = None) -> dict[str, Stream]:
         )
     config = getattr(model, "config", None)
     _check_config(config)
-    names: list[str] = []
+    if getattr(model, "text_encoder_hid_proj", None) is not None:
+        # An IP-Adapter moves there what encoder_hid_dim_type named before.
+        raise ValueError(
+            "model: its text_encoder_hid_proj transforms the text embeddings first, which is not "
+            "supported"
+        )
+    found: dict[str, Stream] = {}
     if entrance.sequence is None:
         for name, module in model.named_modules():
             if getattr(module, "is_cross_attention", False):
-                names += [f"{name}.to_k", f"{name}.to_v"]
-        if not names:
+                found |= {f"{name}.to_k": "sequence", f"{name}.to_v": "sequence"}
+        if not found:
             raise ValueError(f"model: this {kind} has no cross-attention, so it takes no text")
     elif getattr(model, entrance.sequence.split(".")[0], None) is not None:
-        names.append(entrance.sequence)
+        found[entrance.sequence] = "sequence"
     elif not entrance.optional:
         raise ValueError(
             f"model: this {kind} has no {entrance.sequence.split('.')[0]}, so it takes no text"
@@ -212,8 +219,8 @@ def streams(model: nn.Module, maps: Maps | None = None) -> dict[str, Stream]:
     if entrance.pooled is not None and (
         entrance is not _UNET or getattr(config, "addition_embed_type", None) == "text_time"
     ):
-        names.append(entrance.pooled)
-    return {name: stream for name in names if (stream := stream_of(name)) is not None}
+        found[entrance.pooled] = "pooled"
+    return found
 
 
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
@@ -321,7 +328,7 @@ def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Line
     model = unwrapped(model)
     refuse_adapters(model)
     refuse_offloading(model, "model")
-    _refuse_replaced_forward("the model", model)
+    own = {id(p) for name, p in model.named_parameters() if ".processor." not in name}
     found: dict[str, nn.Linear] = {}
     for name in kinds:
         if "_orig_mod" in name.split("."):
@@ -334,9 +341,9 @@ def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Line
         with suppress(AttributeError):
             owner = model.get_submodule(parent)
         if getattr(owner, "is_cross_attention", False) and leaf == "to_k":
-            _check_attention(parent, owner)
+            _check_attention(parent, owner, own)
         found[name] = _checked(name, getattr(owner, leaf, None))
-        _refuse_replaced_forward(name, found[name])
+        _check_way(model, name, known=maps is None)
     widths = {layer.in_features: name for name, layer in found.items() if kinds[name] == "sequence"}
     if len(widths) > 1:
         listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
@@ -483,23 +490,55 @@ def refuse_offloading(model: nn.Module, argument: str) -> None:
             )
 
 
-def _refuse_replaced_forward(name: str, module: nn.Module) -> None:
-    """Refuses a module that runs something else than its class says, as a hook or adapter does."""
-    own = vars(module).get("forward")
-    # accelerate's and diffusers' hooks replace it too; those that matter are refused elsewhere.
-    known = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-    if own is not None and not known:
-        what = f"its forward is replaced by {_name_of(own)}"
-    elif module._forward_pre_hooks or module._forward_hooks:
+def _check_way(model: nn.Module, name: str, *, known: bool) -> None:
+    """Refuses a map that text does not reach, or that is not run, as the classes say.
+
+    Args:
+        known: whether the model is of a class whose way of reading text is known.
+    """
+    places = name.split(".")
+    for count in range(len(places) + 1):
+        place = ".".join(places[:count])
+        module = model.get_submodule(place)
+        what = _replaced(module)
+        # The model itself is called with the text: who hooks it changes the prompt, not the model.
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        what = f"it has the forward hook {_name_of(hooks[0])}"
-    else:
-        return
-    raise ValueError(
-        f"model: {name} is not run as it stands: {what}. What that adds (an adapter of kohya or "
-        "LyCORIS, a compiled engine, a recorder) would not be erased with it; remove it before "
-        "the call, and set it up again afterwards"
-    )
+        if what is None and place and hooks:
+            what = f"it has the forward hook {_name_of(hooks[0])}"
+        if what is not None:
+            raise ValueError(
+                f"model: {place or 'the model'} is not run as it stands: {what}. What that adds "
+                "(an adapter of kohya or LyCORIS, a compiled engine, a recorder) would not be "
+                "erased with it; remove it before the call, and set it up again afterwards"
+            )
+        if known and not _forward_of(module).__module__.startswith(("diffusers.", "torch.nn.")):
+            raise ValueError(
+                f"model: {place} is a {type(module).__name__}, a class that is not of diffusers, so "
+                "that it is not known what text it shows its layers; undo that (a patch for speed?) "
+                "before the call, and do it again afterwards"
+            )
+
+
+def _forward_of(module: nn.Module) -> type:
+    """The class whose `forward` a module runs."""
+    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
+_HOOKS = ("accelerate.", "diffusers.hooks.")
+"""Packages that replace a forward to move weights; what matters of it is refused elsewhere."""
+
+
+def _replaced(module: nn.Module) -> str | None:
+    """What a module runs in place of its class's `forward`, in words; None where it runs that."""
+    registry = getattr(module, "_diffusers_hook", None)
+    kept = [getattr(part, "original_forward", None) for part in getattr(registry, "_fn_refs", ())]
+    for forward in (vars(module).get("forward"), getattr(module, "_old_forward", None), *kept):
+        inner = getattr(forward, "func", forward)
+        of_class = getattr(inner, "__func__", None) is _forward_of(module).__dict__["forward"]
+        if forward is None or of_class or str(inner.__module__ or "").startswith(_HOOKS):
+            continue
+        return f"its forward is replaced by {_name_of(inner)}"
+    return None
 
 
 def _name_of(value: Any) -> str:
@@ -511,34 +550,63 @@ _PICTURE_MAPS = ("to_k_ip", "to_v_ip")
 """Maps of an attention processor that take no text but picture embeddings (IP-Adapter)."""
 
 
-def _check_processor(name: str, processor: Any) -> None:
-    """Refuses an attention processor that holds weights of its own, but for IP-Adapter's."""
-    if isinstance(processor, nn.Module):
-        held = [key for key, _ in processor.named_parameters()]
-    else:
-        held = [key for key, value in getattr(processor, "__dict__", {}).items() if _weighs(value)]
-    own = [key for key in held if key.split(".")[0] not in _PICTURE_MAPS]
-    if own:
-        raise ValueError(
-            f"model: {name} runs the attention processor {type(processor).__name__}, which has "
-            f"weights of its own ({own[0]}): text may meet these in place of to_k and to_v, and "
-            "they would not be erased. Set a stock processor (model.set_attn_processor("
-            "AttnProcessor2_0())) and erase, or merge its weights into the model first"
-        )
+def _check_processor(name: str, processor: Any, width: int, own: set[int]) -> None:
+    """Refuses an attention processor that holds a map of its own that text may meet.
+
+    Args:
+        width: features of the text.
+        own: ids of the model's parameters, which a processor may refer to.
+    """
+    kind = type(processor)
+    stock = kind.__module__.startswith("diffusers.")
+    for key, tensor in _held(processor, "", set()):
+        if stock and key.split(".")[0] in _PICTURE_MAPS:
+            continue
+        if tensor.dim() == 2 and width in tensor.shape and id(tensor) not in own:
+            raise ValueError(
+                f"model: {name} runs the attention processor {kind.__name__}, which has weights of "
+                f"its own ({key}): text may meet these in place of to_k and to_v, and they would "
+                "not be erased. Set a stock processor (model.set_attn_processor("
+                "AttnProcessor2_0())) and erase, or merge its weights into the model first"
+            )
 
 
-def _weighs(value: Any) -> bool:
-    """Whether an attribute is a weight or holds some."""
-    inside = value.values() if isinstance(value, dict) else value
-    parts = inside if isinstance(value, dict | list | tuple) else ()
-    return isinstance(value, Tensor | nn.Module) or any(
-        isinstance(part, nn.Parameter | nn.Module) for part in parts
-    )
+def _held(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that an object holds, in attributes, containers, closures and modules."""
+    if id(value) in seen or isinstance(value, type | ModuleType | str | bytes | int | float):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    parts: dict[str, Any] = {}
+    if isinstance(value, nn.Module):
+        parts |= dict(value.named_parameters()) | dict(value.named_buffers())
+    if isinstance(value, Mapping):
+        parts |= {str(key): item for key, item in value.items()}
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts |= {str(number): item for number, item in enumerate(value)}
+    elif isinstance(value, functools.partial):
+        parts |= {"func": value.func, "args": value.args, "keywords": value.keywords}
+    elif isinstance(value, MethodType):
+        parts |= {"self": value.__self__, "func": value.__func__}
+    elif isinstance(value, FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        with suppress(ValueError):  # a cell that nothing was put into yet
+            parts |= {variable: cell.cell_contents for variable, cell in cells}
+        parts |= {"defaults": value.__defaults__, "keywords": value.__kwdefaults__}
+    elif not isinstance(value, nn.Module):
+        parts |= getattr(value, "__dict__", {})
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                with suppress(AttributeError):
+                    parts[slot] = getattr(value, slot)
+    for key, part in parts.items():
+        yield from _held(part, f"{name}.{key}" if name else str(key), seen)
 
 
-def _check_attention(name: str, module: nn.Module) -> None:
-    if vars(module).get("forward") is not None:
-        _refuse_replaced_forward(name, module)
+def _check_attention(name: str, module: nn.Module, own: set[int]) -> None:
     # The processor decides: unfusing brings it back, but leaves `fused_projections` set.
     processor = getattr(module, "processor", None)
     fused = processor is None or type(processor).__name__.startswith("Fused")
@@ -547,8 +615,9 @@ def _check_attention(name: str, module: nn.Module) -> None:
             f"model: {name} runs fused projections, which ignore its to_k and to_v weights; call "
             "unfuse_qkv_projections() first, and fuse again after the erasure"
         )
-    if processor is not None:
-        _check_processor(name, processor)
+    key: Any = getattr(module, "to_k", None)
+    if processor is not None and isinstance(key, nn.Linear):
+        _check_processor(name, processor, key.in_features, own)
     if getattr(module, "add_k_proj", None) is not None:
         raise ValueError(
             f"model: {name} takes its text through add_k_proj and add_v_proj "

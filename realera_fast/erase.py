@@ -31,6 +31,7 @@ from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, history_of
 from realera_fast.families import (
     Family,
+    as_read,
     components_of,
     family_of,
     is_pipeline,
@@ -186,7 +187,6 @@ def erase(
                 "reading: expected a realera_fast.families.Family, got "
                 f"{type(reading).__name__}"
             )
-        reading.check()
     parsed = parse_concepts(concepts, preserve=preserve)
     if isinstance(model, nn.Module):
         denoisers.refuse_adapters(model, before_erasing=True)
@@ -226,6 +226,8 @@ def erase(
     text = texts["sequence"][0]
     check_tokens(texts, parsed, preserve, config)
     key = _key(texts)
+    encoders = text_encoders if isinstance(text_encoders, tuple | list) else (text_encoders,)
+    family = as_read(family, encoders, texts)
     provenance = _provenance(model, config, family)
     if not parsed:
         logger.warning("concepts is empty: nothing is erased")
@@ -251,7 +253,6 @@ def erase(
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(text, config.vocabulary, progress=progress)
 
-    encoders = text_encoders if isinstance(text_encoders, tuple | list) else (text_encoders,)
     autocast = config.alignment.mixed_precision == "bf16" and (alignable or drawable)
     slow = cpu_warnings((model, *encoders), autocast=autocast)
     for warning in slow:

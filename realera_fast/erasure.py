@@ -520,10 +520,15 @@ class Erasure:
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / LORA_FILE
         kind = self.provenance.get("model_class")
+        if self._component() == "controlnet":
+            raise ValueError(
+                f"{kind}: no pipeline loads adapters into a ControlNet; use save (factors), "
+                "save_weights (edited tensors) or save_pretrained (the whole model)"
+            )
         if not _loads_adapters(kind, model):
             raise ValueError(
-                f"{kind}: diffusers loads no adapters for it (it has no load_lora_adapter); use "
-                "save (factors), save_weights (edited tensors) or save_pretrained (the whole model)"
+                f"{kind}: diffusers loads no adapters for it; use save (factors), save_weights "
+                "(edited tensors) or save_pretrained (the whole model)"
             )
         options = None if model is None else getattr(unwrapped(model), "config", None)
         if layout == "kohya" and options is None:

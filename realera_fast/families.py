@@ -102,6 +102,40 @@ class Family:
     """Which text each linear map of the denoiser takes, by module name, for a class that is not in
     `denoiser.ENTRANCES`; None looks there."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sections", _listed_readings(self.sections, "sections"))
+        (pooled,) = _listed_readings((self.pooled,), "pooled")
+        object.__setattr__(self, "pooled", pooled)
+        flags = (self.aligned, self.padded)
+        if not isinstance(self.name, str) or not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError("reading: name is a string, aligned and padded are True or False")
+        if not self.sections or not all(self.sections):
+            raise ValueError("reading: sections is empty; name what the token sequence is made of")
+        if any(r.output != "pooled" for r in self.pooled) or any(
+            r.output == "pooled" for part in self.sections for r in part
+        ):
+            raise ValueError(
+                "reading: output='pooled' is for the pooled vector, and for nothing else"
+            )
+        if self.maps is not None:
+            self._check_maps(self.maps)
+
+    def _check_maps(self, maps: Maps) -> None:
+        if not isinstance(maps, Mapping):
+            raise ValueError(
+                "reading: maps: expected module names with 'sequence' or 'pooled', got "
+                f"{type(maps).__name__}"
+            )
+        for name, stream in maps.items():
+            if not isinstance(name, str) or stream not in STREAMS:
+                raise ValueError(f"reading: maps[{name!r}] is {stream!r}, expected of {STREAMS}")
+        if "sequence" not in maps.values():
+            raise ValueError("reading: maps names none of the token sequence")
+        if bool(self.pooled) != ("pooled" in maps.values()):
+            raise ValueError("reading: maps and pooled disagree about a pooled vector")
+        if self.aligned:
+            raise ValueError("reading: aligned=True is for the families of this library")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
 
@@ -128,51 +162,45 @@ class Family:
             found = dict(values)
             sections = tuple(tuple(map(_reading, part)) for part in found.pop("sections"))
             pooled = tuple(map(_reading, found.pop("pooled")))
-            maps = found.pop("maps")
-            if maps is not None:
-                maps = {str(name): stream for name, stream in dict(maps).items()}
-            family = cls(sections=sections, pooled=pooled, maps=maps, **found)
+            return cls(sections=sections, pooled=pooled, **found)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"is not how a model reads text: {error}") from error
-        flags = (family.aligned, family.padded)
-        if not isinstance(family.name, str) or not all(isinstance(f, bool) for f in flags):
-            raise ValueError("is not how a model reads text: a field of the wrong type")
-        family.check()
-        return family
 
-    def check(self) -> None:
-        """Raises ValueError unless every part of it is one."""
-        parts = [reading for part in (*self.sections, self.pooled) for reading in part]
-        if not self.sections or not all(self.sections):
-            raise ValueError("reading: sections is empty; name what the token sequence is made of")
-        for reading in parts:
-            _check_reading(reading)
-        if any(r.output != "pooled" for r in self.pooled) or any(
-            r.output == "pooled" for part in self.sections for r in part
-        ):
-            raise ValueError(
-                "reading: output='pooled' is for the pooled vector, and for nothing else"
-            )
-        for name, stream in (self.maps or {}).items():
-            if stream not in STREAMS:
-                raise ValueError(f"reading: maps[{name!r}] is {stream!r}, expected of {STREAMS}")
-        if self.maps is not None:
-            if "sequence" not in self.maps.values():
-                raise ValueError("reading: maps names none of the token sequence")
-            if bool(self.pooled) != ("pooled" in self.maps.values()):
-                raise ValueError("reading: maps and pooled disagree about a pooled vector")
-            if self.aligned:
-                raise ValueError("reading: aligned=True is for the families of this library")
+    def present(self, encoders: Sequence[Any]) -> tuple[tuple[Reading, ...], ...]:
+        """The sections whose encoders are all loaded."""
+        return tuple(
+            readings
+            for readings in self.sections
+            if all(encoders[reading.encoder] is not None for reading in readings)
+        )
 
     def explained(self) -> tuple[str, ...]:
         """For which prompts an erasure holds that was made with this reading, in sentences."""
-        return tuple(
-            f"{self.name}, {part}: {' beside '.join(map(_explained, readings))}"
-            for part, readings in (
-                *((f"section {i} of the text", r) for i, r in enumerate(self.sections, 1)),
-                *((("pooled vector", self.pooled),) if self.pooled else ()),
-            )
-        )
+        parts = [
+            *((f"section {i} of the text", r) for i, r in enumerate(self.sections, 1)),
+            *((("pooled vector", self.pooled),) if self.pooled else ()),
+        ]
+        return tuple(f"{self.name}, {part}: {_explained(readings)}" for part, readings in parts)
+
+
+def _listed_readings(parts: Any, field: str) -> tuple[tuple[Reading, ...], ...]:
+    """Readings, one tuple a section.
+
+    Raises:
+        ValueError: something else is among them.
+    """
+    listed = list | tuple
+    if not isinstance(parts, listed) or not all(isinstance(part, listed) for part in parts):
+        shape = "((Reading(0),),)" if field == "sections" else "(Reading(0, 'pooled'),)"
+        raise ValueError(f"reading: {field}: expected tuples of Reading such as {shape}")
+    for part in parts:
+        for reading in part:
+            if not isinstance(reading, Reading):
+                raise ValueError(
+                    f"reading: {field}: expected a Reading, got {type(reading).__name__}"
+                )
+            _check_reading(reading)
+    return tuple(tuple(part) for part in parts)
 
 
 def _reading(values: Any) -> Reading:
@@ -181,15 +209,12 @@ def _reading(values: Any) -> Reading:
 
 
 def _check_reading(reading: Reading) -> None:
-    whole = isinstance(reading.encoder, int) and isinstance(reading.visible_padding, int)
-    rows = reading.max_tokens is None or isinstance(reading.max_tokens, int)
+    rows, last = reading.max_tokens, 1 << 16
     flags = (reading.masked, reading.lowercase, reading.multi_vector)
     typed = (
-        whole
-        and rows
-        and -1 <= reading.encoder < 16
-        and (reading.max_tokens is None or 1 <= reading.max_tokens <= 1 << 16)
-        and 0 <= reading.visible_padding <= 1 << 16
+        _is_count(reading.encoder, -1, 15)
+        and (rows is None or _is_count(rows, 1, last))
+        and _is_count(reading.visible_padding, 0, last)
         and all(isinstance(flag, bool) for flag in flags)
         and all(isinstance(kind, str) for kind in reading.model_types)
         and (isinstance(reading.instruction, str) or callable(reading.instruction))
@@ -198,17 +223,26 @@ def _check_reading(reading: Reading) -> None:
         raise ValueError(f"reading: {reading} is not how an encoder is read")
 
 
-def _explained(reading: Reading) -> str:
-    last = reading.encoder < 0
-    which = "the last text encoder" if last else f"text encoder {reading.encoder + 1}"
-    if reading.output == "pooled":
-        return f"{which}, its pooled vector"
-    rows = "the rows that it holds" if reading.max_tokens is None else f"{reading.max_tokens} rows"
-    if reading.masked:
-        return f"{which}, {reading.output} states, padding hidden: any max_sequence_length"
+def _is_count(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _explained(readings: Sequence[Reading]) -> str:
+    """What readings side by side give, in words."""
+    which = " and ".join(
+        "the last text encoder" if r.encoder < 0 else f"text encoder {r.encoder + 1}"
+        for r in readings
+    )
+    first = readings[0]
+    if first.output == "pooled":
+        return f"{which}, pooled"
+    if first.masked:
+        cleaned = ", lowercased and without caption cleaning" if first.lowercase else ""
+        states = f"{first.output} states{cleaned}"
+        return f"{which}, {states}; padding is hidden: any max_sequence_length"
     return (
-        f"{which}, {reading.output} states, {rows} with padding in sight: prompts that the "
-        "pipeline encodes at another length have other rows"
+        f"{which}, {first.output} states, {first.max_tokens or 'all'} rows; padding is in sight: "
+        "prompts that are encoded at another length have other rows"
     )
 
 
@@ -270,6 +304,14 @@ FAMILIES: Mapping[str, Family] = {
 """By class name of the denoiser; U-Nets are told apart by their configuration."""
 
 
+_BESIDE = {
+    "SD3ControlNetModel": "SD3Transformer2DModel",
+    "FluxControlNetModel": "FluxTransformer2DModel",
+    "SanaControlNetModel": "SanaTransformer2DModel",
+}
+"""ControlNets by the denoiser whose text they are shown; others stand beside a U-Net."""
+
+
 def family_of(model: nn.Module, encoders: int = 1) -> Family:
     """The architecture of a denoiser.
 
@@ -281,11 +323,37 @@ def family_of(model: nn.Module, encoders: int = 1) -> Family:
     """
     streams(model)
     model = unwrapped(model)
-    if (known := FAMILIES.get(class_of(model))) is not None:
+    kind = class_of(model)
+    if (known := FAMILIES.get(_BESIDE.get(kind, kind))) is not None:
         return known
     if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":
         return _SDXL if encoders > 1 else _REFINER
     return _STABLE_DIFFUSION
+
+
+def as_read(
+    family: Family, encoders: Sequence[Any], texts: Mapping[Stream, Sequence[Text]]
+) -> Family:
+    """The family with the sections that are there and the rows that they really have.
+
+    Args:
+        encoders: the text encoders in the order of the pipeline.
+        texts: what `text_streams` made of them.
+    """
+
+    def sized(readings: Sequence[Reading], text: Text) -> tuple[Reading, ...]:
+        parts: Sequence[Any] = text.parts if isinstance(text, JoinedText) else (text,)
+        return tuple(
+            dataclasses.replace(reading, max_tokens=part.rows)
+            for reading, part in zip(readings, parts, strict=True)
+        )
+
+    sections = zip(family.present(encoders), texts["sequence"], strict=True)
+    return dataclasses.replace(
+        family,
+        sections=tuple(sized(readings, text) for readings, text in sections),
+        pooled=sized(family.pooled, texts["pooled"][0]) if "pooled" in texts else (),
+    )
 
 
 def why_not_aligned(model: nn.Module, family: Family, latent_size: int | None) -> str | None:
@@ -336,15 +404,18 @@ def text_streams(
             "that is not loaded"
         )
     kinds = streams(model, family.maps)
+    if "pooled" in kinds.values() and not family.pooled:
+        raise ValueError(
+            f"reading: {type(unwrapped(model)).__name__} takes a pooled vector of the text as "
+            "well; name it in pooled, such as (Reading(0, 'pooled'),)"
+        )
     width = None
     if family.padded:
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
         width = projections(model, family.maps)[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
     sections = [
-        _joined(readings, encoders, found, width)
-        for readings in family.sections
-        if all(encoders[reading.encoder] is not None for reading in readings)
+        _joined(readings, encoders, found, width) for readings in family.present(encoders)
     ]
     if not sections:
         raise ValueError(f"text_encoders: {family.name} needs at least one, got none")
@@ -421,9 +492,12 @@ def components_of(pipe: Any) -> Components:
 _WITHOUT_TEXT = (
     *("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "image_normalizer"),
     *("vae", "vqgan", "vqvae", "movq", "vocoder", "safety_checker", "depth_estimator"),
-    *("adapter", "motion_adapter", "caption_generator"),
+    "caption_generator",
 )
-"""Parts of pipelines that are shown no prompt but as it is known here."""
+"""Parts of pipelines, by name, that are shown no prompt but as it is known here."""
+
+_ADAPTERS = ("T2IAdapter", "MultiAdapter", "MotionAdapter")
+"""Adapters of diffusers that are shown no prompt either."""
 
 
 def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
@@ -432,6 +506,9 @@ def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
     parts = dict(parts) if isinstance(parts, Mapping) else dict(vars(pipe))
     for part, module in parts.items():
         if not isinstance(module, nn.Module) or part in (name, *_WITHOUT_TEXT):
+            continue
+        module = unwrapped(module)
+        if class_of(module) in _ADAPTERS:
             continue
         # What it holds was copied into the denoiser, which alone is run.
         if class_of(unwrapped(model)) == "UNetControlNetXSModel" and part == "controlnet":
@@ -442,14 +519,15 @@ def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
             "keep what is erased from that: "
         )
         nets = getattr(module, "nets", (module,))
-        if not all(class_of(net) in COMPANIONS for net in nets):
+        if not all(class_of(unwrapped(net)) in COMPANIONS for net in nets):
             raise ValueError(told + "not supported")
         each = f"pipe.{part}" if nets == (module,) else f"net for each net of pipe.{part}.nets"
         net = each.split(" ")[0]
         raise ValueError(
             f"{told}one call edits one model. Erase from the {name}, "
-            f"erasure = realera_fast.erase(pipe.{name}, text_encoders, concepts, tokenizer=...), "
-            f"and then the same from {each}: erasure.rebase({net}).apply_({net})"
+            f"erasure = realera_fast.erase(pipe.{name}, text_encoders, concepts, tokenizer=..., "
+            f"scheduler=pipe.scheduler), and then the same from {each}: "
+            f"erasure.rebase({net}).apply_({net})"
         )
 
 

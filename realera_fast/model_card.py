@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from realera_fast.concepts import Concept
+from realera_fast.families import Family
 from realera_fast.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,11 @@ logger = logging.getLogger(__name__)
 Use = Literal["lora-diffusers", "lora-kohya", "weights", "single-file", "component", "factors"]
 
 _HOW: Mapping[str, str] = {
-    "lora-diffusers": 'pipe.load_lora_weights("{folder}", weight_name="{file}")',
+    "lora-diffusers": (
+        'pipe.load_lora_weights("{folder}", weight_name="{file}")\n'
+        "# or, where the pipeline has no such method:\n"
+        'pipe.{component}.load_lora_adapter("{folder}", weight_name="{file}", prefix="{component}")'
+    ),
     "lora-kohya": 'pipe.load_lora_weights("{folder}", weight_name="{file}")',
     "weights": (
         'pipe.{component}.load_state_dict(safetensors.torch.load_file("{file}"), strict=False)'
@@ -102,9 +107,9 @@ def write_card(
     lines += ["", "```python", how, "```", ""]
     lines += ["It fits one base model and no other:", ""]
     lines += [f"- {dtype} SHA-256 `{value}`" for dtype, value in hashes.items()]
-    if read := erasure.report.get("reading", ()):
+    if read := erasure.provenance.get("reading"):
         lines += ["", "It was made for what these show the model of a prompt:", ""]
-        lines += [f"- {_plain(text)}" for text in read]
+        lines += [f"- {_plain(text)}" for text in Family.from_dict(read).explained()]
     lines += ["", f"Made with {', '.join(f'{k} {v}' for k, v in versions.items()) or 'unknown'}."]
     history = erasure.provenance.get("history", ())
     if history:

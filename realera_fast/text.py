@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import logging
+import math
 import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ Output = Literal["last", "penultimate", "pooled"]
 
 _BLOCK = 1 << 25
 """Numbers of embeddings that are made together: 128 MiB."""
+_LONGEST = 1 << 16
+"""Tokens; a tokenizer that knows no limit says so with a far larger number."""
 _BEGINS = ("\u2581", "\u0120")
 """Marks at the beginning of a word: SentencePiece's, and that of byte-level byte-pair encoding."""
 
@@ -254,9 +257,15 @@ class TextModel:
         if output == "pooled" and "Projection" in type(plain).__name__:
             self.width = int(config.projection_dim)
         positions = getattr(of_text, "max_position_embeddings", self.tokenizer.model_max_length)
-        held = int(min(self.tokenizer.model_max_length, positions))
-        self._length = held if max_tokens is None else min(max_tokens, held)
-        self.max_tokens: int = 1 if output == "pooled" else self._length
+        rows = min(self.tokenizer.model_max_length, positions, max_tokens or math.inf)
+        if rows > _LONGEST:
+            raise ValueError(
+                f"reading: neither {name} nor its tokenizer says how many tokens a prompt has; "
+                "name max_tokens"
+            )
+        self.rows = int(rows)
+        """Tokens of a prompt, padding included."""
+        self.max_tokens: int = 1 if output == "pooled" else self.rows
         head = getattr(text_encoder, "get_output_embeddings", None)
         self._has_head = callable(head) and head() is not None
         self._use_mask = masked or bool(getattr(config, "use_attention_mask", False))
@@ -327,7 +336,7 @@ class TextModel:
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that the encoder would not see; `""` if it sees all."""
         tokens = self.token_ids(prompt)
-        room = self._length - self._specials - bool(self._instruction)
+        room = self.rows - self._specials - bool(self._instruction)
         return self.tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
     def span(self, before: str, word: str) -> Span:
@@ -366,7 +375,7 @@ class TextModel:
         tokens = self._split(
             [self._instruction + self._prepared(prompt) for prompt in prompts],
             padding="max_length",
-            max_length=self._length + self._cut,
+            max_length=self.rows + self._cut,
             truncation=True,
             return_tensors="pt",
             padding_side="right",
@@ -394,7 +403,7 @@ class TextModel:
                 0, self.max_tokens, self.width, dtype=torch.float32, device=self.device
             )
         if batch_size is None:
-            batch_size = max(1, min(64, _BLOCK // (self._length * self.width)))
+            batch_size = max(1, min(64, _BLOCK // (self.rows * self.width)))
         hidden = []
         # Another model's erasure may use the same encoder: it must not see this one's mode end.
         with locked(self.encoder), uncompiled(self.encoder):
@@ -460,7 +469,7 @@ class TextModel:
             _add(digest, "probe", self.encode([_PROBE]))
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
-        read = (self.output, self._length, self.masked, self._lowercase, self._instruction)
+        read = (self.output, self.rows, self.masked, self._lowercase, self._instruction)
         digest.update(repr((*read, self._visible_padding, self._expand)).encode())
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -507,7 +516,7 @@ class TextModel:
         else:
             hidden = output[0]
         if self._instruction:
-            hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self._length :]), dim=1)
+            hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self.rows :]), dim=1)
         return hidden.float()
 
 

@@ -7,18 +7,21 @@ other way in.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
 from test_families import CLOSED, weights
-from tiny_families import FAMILIES, denoise, flux, sana, sd1, sd3, sdxl
+from tiny_families import FAMILIES, denoise, flux, sana, sd1, sd3, sdxl, t5, t5_tokenizer
 from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from tiny_variants import BESIDE, VARIANTS, build
 from torch import nn
@@ -35,6 +38,7 @@ from realera_fast.families import (
     family_of,
     text_streams,
 )
+from realera_fast.text import TextModel
 
 PROMPTS = ("a photo of a cat", "A Portrait by Van GOGH", "")
 TABLE = [*FAMILIES, *VARIANTS]
@@ -296,8 +300,29 @@ def test_a_controlnet_is_named_and_the_advice_works(name):
     with pytest.raises(ValueError, match="its controlnet .* is shown the prompt") as caught:
         erase(pipe, ["cat"], config=CLOSED, progress=False)
     assert "erasure.rebase(pipe.controlnet).apply_(pipe.controlnet)" in str(caught.value)
+    assert "scheduler=pipe.scheduler" in str(caught.value)
     for model, values in zip(models, before, strict=True):
         assert all(torch.equal(t, values[n]) for n, t in weights(model).items())
+
+
+def test_a_compiled_controlnet_is_known():
+    pipe, _ = BESIDE["sd_controlnet"]()
+    parts = {**pipe.components, "controlnet": torch.compile(pipe.controlnet, backend="eager")}
+    with pytest.raises(ValueError, match=r"erasure\.rebase\(pipe\.controlnet\)"):
+        components_of(SimpleNamespace(**parts, components=parts))
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_controlnet_by_itself_is_read_as_its_denoiser(name):
+    pipe, _ = BESIDE[name]()
+    net, model = pipe.controlnet, getattr(pipe, "unet", None) or pipe.transformer
+    assert family_of(net, 2) == family_of(model, 2)
+
+
+def test_adapters_of_other_classes_are_not_believed():
+    parts = {**sd1().components, "adapter": nn.Linear(2, 2)}
+    with pytest.raises(ValueError, match=r"its adapter \(Linear\) is shown the prompt"):
+        components_of(SimpleNamespace(**parts, components=parts))
 
 
 def test_each_net_of_several_is_named():
@@ -325,6 +350,8 @@ def test_a_rebased_erasure_leaves_the_factors_of_the_denoiser_out(tmp_path, capl
     assert own.provenance["model_class"] == "ControlNetModel"
     loaded = Erasure.load(own.save(tmp_path / "net.safetensors"))
     assert ".apply_(pipe.controlnet)" in (tmp_path / "net.md").read_text()
+    with pytest.raises(ValueError, match="no pipeline loads adapters into a ControlNet"):
+        loaded.save_lora(tmp_path / "lora", pipe.controlnet)
     before = weights(pipe.controlnet)
     loaded.apply_(pipe.controlnet)
     assert any(not torch.equal(t, before[n]) for n, t in weights(pipe.controlnet).items())
@@ -359,7 +386,50 @@ def test_processors_with_maps_of_their_own_are_refused():
 
     unet = tiny_unet()
     unet.set_attn_processor(Held())
-    with pytest.raises(ValueError, match=r"Held, which has weights of its own \(to_text\)"):
+    with pytest.raises(ValueError, match=r"Held, which has weights of its own \(to_text\.weight"):
+        projections(unet)
+
+
+def wrapped_in(layer):
+    """A processor that hides a layer in each of the places where Python keeps things."""
+
+    def closure(attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        return layer(hidden_states)
+
+    class Slotted:
+        __slots__ = ("inner",)
+
+        def __call__(self, *args, **kwargs): ...
+
+    slotted = Slotted()
+    slotted.inner = {"maps": [SimpleNamespace(of_text=layer)]}
+    return {
+        "closure": closure, "slots": slotted, "method": SimpleNamespace(m=layer).__class__(m=layer),
+        "partial": partial(lambda own, *_, **__: own, layer), "bound": layer.__call__,
+        "tensor": SimpleNamespace(delta=layer.weight.detach()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["closure", "slots", "method", "partial", "bound", "tensor"])
+def test_weights_of_processors_are_found_wherever_they_are(place):
+    unet = tiny_unet()
+    processor = wrapped_in(nn.Linear(32, 16))[place]
+    unet.get_submodule(LAYER).processor = processor
+    with pytest.raises(ValueError, match="which has weights of its own"):
+        projections(unet)
+
+
+def test_a_processor_may_refer_to_the_model():
+    unet = tiny_unet()
+    unet.get_submodule(LAYER).processor = SimpleNamespace(model=[unet], maps=torch.randn(2, 8, 32))
+    assert len(projections(unet)) == 8
+
+
+def test_a_text_projection_beside_an_ip_adapter_is_refused():
+    unet = tiny_unet()
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    unet.text_encoder_hid_proj = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="its text_encoder_hid_proj transforms the text"):
         projections(unet)
 
 
@@ -381,22 +451,59 @@ def test_a_processor_without_weights_is_the_users_own_business():
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 
 
-@pytest.mark.parametrize("place", ["", LAYER, f"{LAYER}.to_v"])
-def test_replaced_forwards_are_refused(place):
+BLOCK = LAYER.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("place", ["", BLOCK, LAYER, f"{LAYER}.to_v"])
+@pytest.mark.parametrize("hooked_before", [False, True])
+def test_replaced_forwards_are_refused(place, hooked_before):
     unet = tiny_unet()
+    if hooked_before:
+        # accelerate replaces forwards as well, which is no excuse for others.
+        add_hook_to_module(unet.get_submodule(place), ModelHook())
+        assert len(projections(unet)) == 8
     module = unet.get_submodule(place)
     own = module.forward
     module.forward = lambda *args, **kwargs: own(*args, **kwargs)
     with pytest.raises(ValueError, match="its forward is replaced by test_entrances"):
         projections(unet)
-    del module.forward
+    module.forward = own
     assert len(projections(unet)) == 8
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_on_a_map_are_refused(register):
+def test_a_forward_that_accelerate_hides_is_found():
     unet = tiny_unet()
-    handle = getattr(unet.get_submodule(f"{LAYER}.to_k"), register)(lambda *_: None)
+    layer = unet.get_submodule(f"{LAYER}.to_k")
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 1
+    add_hook_to_module(layer, ModelHook())
+    with pytest.raises(ValueError, match="its forward is replaced by test_entrances"):
+        projections(unet)
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [(lambda: FAMILIES["pixart_alpha"]().transformer, "caption_projection"),
+     (lambda: flux().transformer, "time_text_embed")],
+    ids=["pixart", "flux"],
+)  # fmt: skip
+def test_what_stands_before_a_map_is_looked_at_too(make, place):
+    model = make()
+    handle = model.get_submodule(place).register_forward_pre_hook(lambda _m, x: x)
+    with pytest.raises(ValueError, match=f"{place} is not run as it stands"):
+        projections(model)
+    handle.remove()
+    module = model.get_submodule(place)
+    module.__class__ = type("Other", (type(module),), {"forward": lambda self, x: x})
+    with pytest.raises(ValueError, match=f"{place} is a Other, a class that is not of diffusers"):
+        projections(model)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("place", [LAYER, f"{LAYER}.to_k"])
+def test_hooks_on_a_map_are_refused(register, place):
+    unet = tiny_unet()
+    handle = getattr(unet.get_submodule(place), register)(lambda *_: None)
     with pytest.raises(ValueError, match="it has the forward hook test_entrances"):
         projections(unet)
     handle.remove()
@@ -489,14 +596,16 @@ def test_the_caller_may_say_how_a_model_reads_text(tmp_path):
         erase(model, encoder, ["cat=dog"], tokenizer=tokenizer, progress=False)
     erasure = erase(model, encoder, ["cat=dog"], tokenizer=tokenizer, reading=STRANGE,
                     config=CLOSED, progress=False)  # fmt: skip
-    assert erasure.reading == STRANGE
+    # With the rows that it really has.
+    read = Family("Strange", ((Reading(0, max_tokens=77),),), maps={"text_in": "sequence"})
+    assert erasure.reading == read
     text = text_streams(model, encoder, tokenizer, STRANGE)["sequence"][0].encode(["a cat"])
     other = Strange()
     mapped = other(erasure.prompt_map()(text))
     assert not torch.allclose(model(text), other(text), atol=1e-3)
     assert torch.allclose(model(text), mapped, rtol=1e-4, atol=1e-5)
     loaded = Erasure.load(erasure.save(tmp_path / "strange.safetensors"))
-    assert loaded.reading == STRANGE
+    assert loaded.reading == read
     loaded.apply_(other)
     assert torch.equal(other.text_in.weight, model.text_in.weight)
     loaded.restore_(other)
@@ -511,7 +620,7 @@ def test_a_reading_may_shorten_the_prompts():
         known.to_dict() | {"sections": [[known.to_dict()["sections"][0][0] | {"max_tokens": 64}]]}
     )
     erasure = erase(pipe, ["cat=dog"], reading=short, config=CLOSED, progress=False)
-    assert any("64 rows with padding in sight" in text for text in erasure.report["reading"])
+    assert any("64 rows; padding is in sight" in text for text in erasure.report["reading"])
     assert erasure.provenance["reading"]["sections"][0][0]["max_tokens"] == 64
     model = pipe.transformer
     texts = text_streams(model, (pipe.text_encoder, pipe.text_encoder_2),
@@ -523,33 +632,63 @@ def test_a_reading_may_shorten_the_prompts():
     ("reading", "error", "message"),
     [
         ({}, TypeError, "reading: expected a realera_fast.families.Family, got dict"),
-        (Family("x", (), maps={"text_in": "sequence"}), ValueError, "sections is empty"),
-        (Family("x", ((Reading(0),),), maps={"nope": "sequence"}), ValueError, "the map 'nope'"),
-        (Family("x", ((Reading(0),),), maps={"text_in": "text"}), ValueError, "expected of"),
-        (Family("x", ((Reading(0),),), maps={"text_in": "pooled"}), ValueError,
+        (dict, TypeError, "reading: expected a realera_fast.families.Family, got dict"),
+        (lambda: Family("x", ()), ValueError, "sections is empty"),
+        (lambda: Family("x", (Reading(0),)), ValueError, "sections: expected tuples of Reading"),
+        (lambda: Family("x", ((0,),)), ValueError, "sections: expected a Reading, got int"),
+        (lambda: Family("x", ((Reading(0),),), Reading(0, "pooled")), ValueError,
+         "pooled: expected tuples of Reading"),
+        (lambda: Family(3, ((Reading(0),),)), ValueError, "name is a string"),
+        (lambda: Family("x", ((Reading(0),),), maps=["text_in"]), ValueError, "maps: expected"),
+        (lambda: Family("x", ((Reading(0),),), maps={"no": "sequence"}), ValueError, "map 'no'"),
+        (lambda: Family("x", ((Reading(0),),), maps={"text_in": ""}), ValueError, "expected of"),
+        (lambda: Family("x", ((Reading(0),),), maps={"text_in": "pooled"}), ValueError,
          "maps names none of the token sequence"),
-        (Family("x", ((Reading(0, "pooled"),),), maps={"text_in": "sequence"}), ValueError,
+        (lambda: Family("x", ((Reading(0, "pooled"),),)), ValueError,
          "output='pooled' is for the pooled vector"),
-        (Family("x", ((Reading(0, "third"),),), maps={"text_in": "sequence"}), ValueError,
-         "is not how an encoder is read"),
-        (Family("x", ((Reading(0),),), aligned=True, maps={"text_in": "sequence"}), ValueError,
-         "aligned=True is for the families of this library"),
-        (Family("x", ((Reading(0),),)), ValueError, "is not supported"),
+        (lambda: Family("x", ((Reading(0, "third"),),)), ValueError, "not how an encoder is read"),
+        (lambda: Family("x", ((Reading(0, max_tokens=0),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0),),), aligned=True, maps={"text_in": "sequence"}),
+         ValueError, "aligned=True is for the families of this library"),
+        (lambda: Family("x", ((Reading(0),),)), ValueError, "is not supported"),
     ],
 )  # fmt: skip
 def test_bad_readings_are_refused(reading, error, message):
     with pytest.raises(error, match=message):
-        erase(Strange(), tiny_text_encoder(), ["cat"], tokenizer=tiny_tokenizer(), reading=reading)
+        erase(
+            Strange(), tiny_text_encoder(), ["cat"], tokenizer=tiny_tokenizer(), reading=reading()
+        )
+
+
+def test_a_reading_must_name_the_pooled_vector_of_a_model_that_takes_one():
+    pipe = flux()
+    before = weights(pipe.transformer)
+    reading = Family("FLUX at 64", ((Reading(1, max_tokens=64),),))
+    with pytest.raises(ValueError, match="reading: FluxTransformer2DModel takes a pooled vector"):
+        erase(pipe, ["cat"], reading=reading, config=CLOSED, progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in weights(pipe.transformer).items())
+
+
+def test_a_reading_without_a_length_must_name_one():
+    tokenizer = t5_tokenizer(int(1e30))
+    with pytest.raises(ValueError, match="reading: neither text_encoder nor its tokenizer says"):
+        TextModel(t5(48, seed=1, dtype=torch.float32), tokenizer)
+    assert TextModel(t5(48, seed=1, dtype=torch.float32), tokenizer, max_tokens=20).rows == 20
 
 
 def test_length_and_padding_are_in_the_report_and_in_the_file(tmp_path):
     pipe = sd3()
     erasure = erase(pipe, ["cat=dog"], config=CLOSED, progress=False)
     told = " ".join(erasure.report["reading"])
-    assert "text encoder 3, last states, 256 rows with padding in sight" in told
+    # As many as the tiny tokenizer holds; the pipeline's default is 256.
+    assert "text encoder 3, last states, 128 rows; padding is in sight" in told
+    assert "text encoder 1 and text encoder 2, penultimate states, 77 rows" in told
     loaded = Erasure.load(erasure.save(tmp_path / "sd3.safetensors"))
     assert loaded.provenance["reading"]["name"] == "Stable Diffusion 3"
-    assert "256 rows with padding in sight" in (tmp_path / "sd3.md").read_text()
+    assert loaded.provenance["reading"]["sections"][1][0]["max_tokens"] == 128
+    assert "128 rows; padding is in sight" in (tmp_path / "sd3.md").read_text()
+    less = erase(FAMILIES["sd3_without_t5"](), ["cat=dog"], config=CLOSED, progress=False)
+    assert "text encoder 3" not in " ".join(less.report["reading"])
     masked = erase(sana(), ["cat=dog"], config=CLOSED, progress=False)
     assert "any max_sequence_length" in " ".join(masked.report["reading"])
 
@@ -566,11 +705,12 @@ def test_whether_adapters_load_is_asked_of_the_class(tmp_path):
     pipe, _ = build("bria")
     erasure = erase(pipe, ["cat=dog"], config=CLOSED, progress=False)
     file = erasure.save_lora(tmp_path / "bria", pipe.transformer)
+    card = file.with_name("README.md")
     edited = weights(pipe.transformer)["context_embedder.weight"]
     erasure.restore_(pipe.transformer)
-    pipe.transformer.load_lora_adapter(
-        str(file.parent), weight_name=file.name, prefix="transformer"
-    )
+    assert not hasattr(pipe, "load_lora_weights")
+    (call,) = re.findall(r"pipe\.transformer\.load_lora_adapter\(.*\)", card.read_text())
+    exec(call.replace("path/to/this/folder", str(file.parent)), {"pipe": pipe})
     layer = pipe.transformer.context_embedder
     delta = layer.get_delta_weight("default_0") if hasattr(layer, "get_delta_weight") else None
     assert delta is not None
