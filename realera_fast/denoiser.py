@@ -511,10 +511,11 @@ def _check_way(model: nn.Module, name: str, *, known: bool) -> None:
                 "(an adapter of kohya or LyCORIS, a compiled engine, a recorder) would not be "
                 "erased with it; remove it before the call, and set it up again afterwards"
             )
-        if known and not _forward_of(module).__module__.startswith(("diffusers.", "torch.nn.")):
+        source = _forward_of(module).__module__
+        if known and not source.startswith(("diffusers.", "torch.nn.")):
             raise ValueError(
-                f"model: {place} is a {type(module).__name__}, a class that is not of diffusers, so "
-                "that it is not known what text it shows its layers; undo that (a patch for speed?) "
+                f"model: {place} is a {type(module).__name__}, a class that is not of diffusers, "
+                "so it is not known what text it shows its layers; undo that (a patch for speed?) "
                 "before the call, and do it again afterwards"
             )
 

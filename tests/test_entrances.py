@@ -631,7 +631,6 @@ def test_a_reading_may_shorten_the_prompts():
 @pytest.mark.parametrize(
     ("reading", "error", "message"),
     [
-        ({}, TypeError, "reading: expected a realera_fast.families.Family, got dict"),
         (dict, TypeError, "reading: expected a realera_fast.families.Family, got dict"),
         (lambda: Family("x", ()), ValueError, "sections is empty"),
         (lambda: Family("x", (Reading(0),)), ValueError, "sections: expected tuples of Reading"),
