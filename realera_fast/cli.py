@@ -1025,7 +1025,11 @@ def _info() -> dict[str, Any]:
 
 
 def _columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Lines of cells, aligned."""
+    """Lines of cells, aligned; what a file brings in can't steer the terminal."""
+    lines = [
+        [repr(c)[1:-1] if re.search(r"[\x00-\x1f\x7f-\x9f]", c) else c for c in line]
+        for line in lines
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

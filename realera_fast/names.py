@@ -77,8 +77,7 @@ def clean(text: Any, what: str) -> str:
         ValueError: it is not valid text, or holds a character that is invisible, for control or
             format, of private use or not assigned.
     """
-    text = valid(text, what)
-    text = " ".join(unicodedata.normalize("NFC", text).split())
+    text = composed(valid(text, what))
     for place, character in enumerate(text):
         before, after = text[:place][-1:], text[place + 1 : place + 2]
         if (kind := _refused(before, character, after)) is not None:
@@ -87,6 +86,11 @@ def clean(text: Any, what: str) -> str:
                 f"{place + 1}; type it anew without it"
             )
     return text
+
+
+def composed(text: str) -> str:
+    """A text with composed accents (NFC), and single spaces between its words alone."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def folded(text: str) -> str:
