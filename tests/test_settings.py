@@ -29,9 +29,7 @@ FIELDS = [
     for kind in KINDS
     for field in dataclasses.fields(kind)
 ]
-SINGLE = [
-    p for p in FIELDS if isinstance(getattr(p.values[0](), p.values[1]), int | float | str)
-]
+SINGLE = [p for p in FIELDS if isinstance(getattr(p.values[0](), p.values[1]), int | float | str)]
 
 
 def numbers(value: Any) -> list[Any]:
