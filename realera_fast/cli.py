@@ -731,6 +731,15 @@ def _usage(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=f"'{option}'")
 
 
+def _option_of(error: ValueError) -> str:
+    """The option that an error about names is about: its message begins with the argument."""
+    options = {
+        "preserve": "--preserve", "Concept.synonyms": "--synonym", "templates": "--config",
+        "tokenizer": "MODEL",
+    }  # fmt: skip
+    return options.get(re.split("[: ]", str(error))[0], "--concept")
+
+
 def _save_list(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in SAVED]
@@ -783,7 +792,7 @@ def _concepts(
             concepts = [replace(concepts[0], synonyms=tuple(synonyms))]
         return parse_concepts(concepts, preserve=preserve), list(preserve)
     except ValueError as error:
-        raise _usage("--concept", str(error)) from error
+        raise _usage(_option_of(error), str(error)) from error
 
 
 def _check_tokens(
@@ -795,7 +804,7 @@ def _check_tokens(
     try:
         check_tokens(texts, concepts, preserve, config)
     except ValueError as error:
-        raise _usage("--concept", str(error)) from error
+        raise _usage(_option_of(error), str(error)) from error
 
 
 def _settings(
@@ -1025,7 +1034,11 @@ def _info() -> dict[str, Any]:
 
 
 def _columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Lines of cells, aligned."""
+    """Lines of cells, aligned; what a file brings in can't steer the terminal."""
+    lines = [
+        [repr(c)[1:-1] if re.search(r"[\x00-\x1f\x7f-\x9f]", c) else c for c in line]
+        for line in lines
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

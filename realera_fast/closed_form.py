@@ -44,6 +44,7 @@ from realera_fast.least_squares import (
     primal,
     with_ridge,
 )
+from realera_fast.settings import check_types
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class ClosedFormConfig:
     and 16 d^2 bytes once (9.4 MB each for Stable Diffusion 1). Default (ours): not kept."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_ridge(self.ridge)
         check_rank_tolerance(self.rank_tolerance)
 

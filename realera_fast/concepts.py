@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from realera_fast.names import clean, clean_names, listed, shown
+from realera_fast.names import clean, clean_names, listed, shown, valid, valid_texts
 
 KINDS = ("object", "style", "person", "explicit")
 """Kinds of concept: each has its own prompt templates and its own anchor."""
@@ -111,17 +111,33 @@ class Concept:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Concept:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`: names as they were written, by any release.
+
+        They are not cleaned, so what an earlier release took is taken. `erase` cleans them.
 
         Raises:
-            ValueError: unknown or missing fields.
+            ValueError: unknown or missing fields, an empty or invalid name, an unknown kind.
+            TypeError: a field of the wrong type.
         """
         unknown = set(values) - {"target", "anchor", "kind", "synonyms"}
         if unknown or "target" not in values:
             raise ValueError(
                 f"a concept has the fields target, anchor, kind, synonyms; got {sorted(values)}"
             )
-        return cls(**values)
+        anchor, kind = values.get("anchor"), values.get("kind", "object")
+        if kind not in KINDS:
+            raise ValueError(f"Concept.kind must be one of {KINDS}, got {kind!r}")
+        target = valid(values["target"], "Concept.target")
+        synonyms = valid_texts(values.get("synonyms"), "Concept.synonyms")
+        if not all((target, *synonyms)):
+            raise ValueError("Concept: a name is empty")
+        if anchor is not None:
+            anchor = valid(anchor, "Concept.anchor")
+        fields = {"target": target, "anchor": anchor, "kind": str(kind), "synonyms": synonyms}
+        concept = object.__new__(cls)
+        for field, value in fields.items():
+            object.__setattr__(concept, field, value)
+        return concept
 
 
 def parse_concept(text: str, *, kind: str = "object") -> Concept:
@@ -154,7 +170,8 @@ def parse_concepts(
     if concepts is None:
         raise TypeError("concepts: expected strings or Concepts, or a list of them, got None")
     found = listed(concepts, "concepts", of="strings or Concepts, or a list of them")
-    parsed = tuple(c if isinstance(c, Concept) else parse_concept(c) for c in found)
+    # Those that were read from a file are not cleaned yet.
+    parsed = tuple(replace(c) if isinstance(c, Concept) else parse_concept(c) for c in found)
     check_names(parsed, clean_names(preserve, "preserve"))
     return parsed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from realera_fast.alignment import AlignmentConfig
 from realera_fast.closed_form import ClosedFormConfig
 from realera_fast.mining import MiningConfig
 from realera_fast.pairs import PairsConfig
+from realera_fast.settings import check_types
 from realera_fast.vocabulary import VocabularyConfig
 
 
@@ -37,18 +37,13 @@ class EraseConfig:
     """All randomness comes from it (default: 0)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.erase_scale < math.inf:
             raise ValueError(
                 f"EraseConfig.erase_scale must be finite and > 0, got {self.erase_scale}"
             )
-        # Whole numbers of other packages too; JSON has none of their types.
-        whole = hasattr(self.seed, "__index__") and not isinstance(self.seed, bool)
-        if whole and 0 <= self.seed < 2**32:
-            object.__setattr__(self, "seed", operator.index(self.seed))
-        else:
-            raise ValueError(
-                f"EraseConfig.seed must be an int from 0 to 2**32 - 1, got {self.seed!r}"
-            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"EraseConfig.seed must be from 0 to 2**32 - 1, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""

@@ -30,6 +30,7 @@ from realera_fast.files import write_atomically
 from realera_fast.metrics import Scores, accuracy
 from realera_fast.names import folded
 from realera_fast.page import ScoreLine, Table, write_html
+from realera_fast.settings import check_types
 from realera_fast.verification import (
     Group,
     Judge,
@@ -88,6 +89,7 @@ class DemoConfig:
     """First seed of the pictures (ours)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             *("pictures", "synonym_pictures", "relative_pictures", "other_pictures"),
             *("style_pictures", "columns", "batch_size"),

@@ -51,7 +51,7 @@ from realera_fast.files import folder_atomically, read_json
 from realera_fast.incremental import IncrementalSystem
 from realera_fast.lora import LoraFactors
 from realera_fast.model_card import Use, write_card
-from realera_fast.names import clean
+from realera_fast.names import composed, valid
 from realera_fast.prompt_map import PromptMap
 from realera_fast.safetensors_file import (
     MAX_HEADER_BYTES,
@@ -367,8 +367,11 @@ class Erasure:
                 "system: the equations of this erasure were not kept; erase with "
                 "EraseConfig(closed_form=ClosedFormConfig(keep_system=True))"
             )
-        targets = tuple(clean(target, "targets") for target in targets)
         erased = [concept.target for concept in self.concepts]
+        # Files of earlier releases hold names as they were typed.
+        kept_as = {composed(target): target for target in erased} | {t: t for t in erased}
+        targets = tuple(valid(target, "targets") for target in targets)
+        targets = tuple(kept_as.get(t, kept_as.get(composed(t), t)) for t in targets)
         unknown = [target for target in targets if target not in erased]
         if unknown:
             raise ValueError(f"targets: {unknown[0]!r} is not erased here; {erased} are")
@@ -417,7 +420,7 @@ class Erasure:
                 raise ValueError(
                     f"map: its rank {concept_map.rank} exceeds its width; save a compressed() one"
                 )
-        for name in self.lora:
+        for name in (*self.lora, *(self._text_maps or ())):
             _check_name(name)
         metadata = {
             "format": "pt",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from realera_fast import ops, perturbation
 from realera_fast.closed_form import NormalEquations
+from realera_fast.settings import check_types
 
 MODES = ("vocabulary", "gaussian", "offset", "none")
 """Where neighbors come from; see `MiningConfig.mode`."""
@@ -127,25 +128,19 @@ class MiningConfig:
     plant, food, clothing and building on a small model; vehicle and animal overlap."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.mode not in MODES:
             raise ValueError(f"MiningConfig.mode must be one of {MODES}, got {self.mode!r}")
-        if self.samples is not None:
-            if isinstance(self.samples, bool) or not isinstance(self.samples, int):
-                raise TypeError(
-                    f"MiningConfig.samples must be an integer or None, got {self.samples!r}"
-                )
-            if not 1 <= self.samples <= _BEYOND_OFFSET:
-                raise ValueError(
-                    f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
-                )
+        if self.samples is not None and not 1 <= self.samples <= _BEYOND_OFFSET:
+            raise ValueError(
+                f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
+            )
         for name in ("neighbor_scale", "beyond_scale"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
         for name in ("max_words", "member_words"):
             count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"MiningConfig.{name} must be an integer, got {count!r}")
             if count < 0:
                 raise ValueError(f"MiningConfig.{name} must not be negative, got {count}")
         for name in ("word_cosine", "member_cosine"):

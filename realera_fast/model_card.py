@@ -56,7 +56,7 @@ def write_card(
 ) -> Path:
     """Writes the card of a file beside it (``NAME.md``), or of a folder into it (``README.md``).
 
-    The card of ``NAME.md`` itself is ``NAME.md.md``.
+    A file called ``NAME.md`` gets the card ``NAME.md.md``.
 
     A card that can't be written is warned of: the file that it is about is there.
 

@@ -11,17 +11,32 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _JOINERS = "\u200c\u200d"
-_INVISIBLE = frozenset(
-    # Soft hyphen, grapheme joiner, Arabic letter mark, fillers, zero-width spaces, marks of
-    # direction, word joiners, the byte order mark, and annotations.
-    [0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x3164, 0xFFA0, 0x200B, 0x200E, 0x200F, 0xFEFF]
-    + [*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), 0xE0001]
+_BLANK = frozenset(
+    "\u034f\u115f\u1160\u3164\uffa0\u17b4\u17b5\u2800\U00013441\U00013442\U00016fe4\U0001d159"
 )
+"""What is drawn as nothing, though Unicode counts it as a letter, a mark or a symbol: the grapheme
+joiner, the fillers of Hangul and Khitan, inherent vowels of Khmer, the empty Braille pattern, blank
+hieroglyphs and the null notehead."""
+_LOST = "\ufffc\ufffd"
+"""What stands where an object or a character was lost."""
+_FORMS = {
+    range(0x180B, 0x1810): ("MONGOLIAN",),
+    # Of Burmese, Phags-pa, Manichaean and hieroglyphs too; symbols are told by their category.
+    range(0xFE00, 0xFE10): ("CJK", "IDEOGRAPHIC", "MYANMAR", "PHAGS", "MANICHAEAN", "EGYPTIAN"),
+    range(0xE0100, 0xE01F0): ("CJK", "IDEOGRAPHIC"),
+}
+"""Selectors of a letter's form, with the scripts (`script`) whose letters have several."""
+_KEYS = "0123456789#*"
+_KEYCAP = "\u20e3"
+_PICTURES = "\u203c\u2049\u2139\u3030"
+"""Emoji that Unicode does not count as symbols."""
 _TAGS = range(0xE0020, 0xE0080)
 _FLAG = "\U0001f3f4"
 _UNJOINED = frozenset(
     ["LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "HEBREW", "DIGIT", "CJK", "HIRAGANA"]
-    + ["KATAKANA", "HANGUL", "THAI", "LAO"]
+    + ["KATAKANA", "HANGUL", "THAI", "LAO", "FULLWIDTH", "HALFWIDTH", "MATHEMATICAL"]
+    # The joiners themselves: one says all.
+    + ["ZERO"]
 )
 """First words of the Unicode names of letters that a joiner between them means nothing to."""
 
@@ -51,33 +66,31 @@ def clean(text: Any, what: str) -> str:
     """A name as it is kept: composed accents (NFC), one space between words, none around them.
 
     Characters that nobody sees are refused, as a tokenizer sees them: the name would be another one
-    than it looks. Joiners stay where they mean something, as in emoji, Persian and Hindi.
+    than it looks. Joiners stay where they mean something, as in emoji, Persian and Hindi, and so do
+    selectors of a form, as in emoji and Chinese.
 
     Args:
         what: the argument's name, for errors.
 
     Raises:
         TypeError: not a string.
-        ValueError: it is not valid text, or holds a control character or an invisible one.
+        ValueError: it is not valid text, or holds a character that is invisible, for control or
+            format, of private use or not assigned.
     """
-    text = valid(text, what)
-    text = " ".join(unicodedata.normalize("NFC", text).split())
+    text = composed(valid(text, what))
     for place, character in enumerate(text):
         before, after = text[:place][-1:], text[place + 1 : place + 2]
-        code = ord(character)
-        if character in _JOINERS:
-            wrong = not (_joins(before) and _joins(after))
-        elif code in _TAGS:
-            wrong = before != _FLAG and not (before and ord(before) in _TAGS)
-        else:
-            wrong = code in _INVISIBLE or unicodedata.category(character) == "Cc"
-        if wrong or character == "\ufffd":
-            kind = "a mark of lost text" if character == "\ufffd" else "a character nobody sees"
+        if (kind := _refused(before, character, after)) is not None:
             raise ValueError(
                 f"{what}: {shown(text)} holds {kind}, {_named(character)}, at position "
                 f"{place + 1}; type it anew without it"
             )
     return text
+
+
+def composed(text: str) -> str:
+    """A text with composed accents (NFC), and single spaces between its words alone."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def folded(text: str) -> str:
@@ -140,7 +153,33 @@ def shown(text: str) -> str:
 
 def script(character: str) -> str:
     """First word of a character's Unicode name: LATIN, CJK, HIRAGANA ...; "" without a name."""
-    return unicodedata.name(character, "").split(" ")[0].split("-")[0]
+    return unicodedata.name(character, "").split(" ")[0].split("-")[0] if character else ""
+
+
+def _refused(before: str, character: str, after: str) -> str | None:
+    """What is wrong with a character between its neighbors ("" at an end); None is nothing."""
+    code, category = ord(character), unicodedata.category(character)
+    if character in _LOST:
+        return "a mark of lost text"
+    if category in ("Co", "Cn"):
+        return f"a character that has no meaning in Unicode {unicodedata.unidata_version}"
+    forms = next((scripts for selectors, scripts in _FORMS.items() if code in selectors), None)
+    if character in _JOINERS:
+        seen = _joins(before) and _joins(after)
+    elif code in _TAGS:
+        seen = before == _FLAG or (before != "" and ord(before) in _TAGS)
+    elif forms is not None:
+        seen = script(before) in forms or (0xFE00 <= code <= 0xFE0F and _is_picture(before, after))
+    else:
+        seen = character not in _BLANK and category not in ("Cf", "Cc")
+    return None if seen else "a character nobody sees"
+
+
+def _is_picture(character: str, after: str) -> bool:
+    """Whether a selector behind this character, and before `after`, says how a symbol is drawn."""
+    if character == "" or character.isascii():
+        return character != "" and character in _KEYS and after == _KEYCAP
+    return character in _PICTURES or unicodedata.category(character) in ("So", "Sm")
 
 
 def _joins(character: str) -> bool:

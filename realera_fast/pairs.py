@@ -23,6 +23,7 @@ from torch import Tensor
 
 from realera_fast.concepts import Concept
 from realera_fast.names import clean, folded, valid_texts
+from realera_fast.settings import check_types
 from realera_fast.text import Span, Text
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class PairsConfig:
     do, which are many and would push the rest away."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0.0 <= self.negative_guidance < math.inf:
             raise ValueError(
                 "PairsConfig.negative_guidance must be finite and at least 0, got "

@@ -311,7 +311,7 @@ class TextModel:
         # One that knows every byte may name another of its tokens here, as CLIP's does.
         if token is None or self._controls.get(str(token)) is not None:
             return False
-        return self.tokenizer.unk_token_id in self.token_ids(self._prepared(name))
+        return self.tokenizer.unk_token_id in self.token_ids(name)
 
     @functools.cached_property
     def _controls(self) -> dict[str, int | None]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from realera_fast import mining, philox
 from realera_fast.lora import TARGET_MODULES, LoraParameters
+from realera_fast.names import valid_texts
 from realera_fast.processes import Processes
+from realera_fast.settings import check_types
 from realera_fast.text_path import TextPath
 from realera_fast.trajectories import Window
 
@@ -127,8 +129,13 @@ class AlignmentConfig:
     """Named words whose pictures are checked, and as many words near them (count; ours)."""
 
     def __post_init__(self) -> None:
-        # JSON has lists.
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        check_types(self)
+        if self.target_modules is None:
+            raise TypeError(
+                f"AlignmentConfig.target_modules must name some of {TARGET_MODULES}, got None"
+            )
+        names = valid_texts(self.target_modules, "AlignmentConfig.target_modules")
+        object.__setattr__(self, "target_modules", names)
         for name in (
             *("steps", "batch_size", "r", "trajectories", "refresh_steps", "sampling_steps"),
             *("gradient_accumulation_steps", "sampling_batch_size", "patience", "check_words"),

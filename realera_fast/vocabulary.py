@@ -25,6 +25,7 @@ from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.files import write_atomically
 from realera_fast.names import clean_names, folded
 from realera_fast.pairs import fill
+from realera_fast.settings import check_types
 from realera_fast.text import Text
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class VocabularyConfig:
     encoder's weights (default: yes)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "exclude", clean_names(self.exclude, "VocabularyConfig.exclude"))
         if self.words < 0 or not 0 <= self.preserve_scale < math.inf:
             raise ValueError(

@@ -282,6 +282,33 @@ def test_wrong_usage_is_2(
 
 
 @pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["-c", "cat", "--preserve", "cat"], "--preserve"),
+        (["-c", "cat", "--preserve", "Cat"], "--preserve"),
+        (["-c", "cat", "--preserve", "Cat", "--dry-run"], "--preserve"),
+        (["-c", "cat", "--preserve", "dog<|endoftext|>"], "--preserve"),
+        (["-c", "cat", "--preserve", "d\u200bog"], "--preserve"),
+        (["-c", "cat", "--synonym", "k\u00aditten"], "--synonym"),
+        (["-c", "cat", "--synonym", " "], "--synonym"),
+        (["-c", "cat", "--config", "CONFIG"], "--config"),
+        (["-c", "cat", "-c", "Cat"], "--concept"),
+        (["-c", "cat<|endoftext|>"], "--concept"),
+        (["-c", "cat=Cat"], "--concept"),
+    ],
+)
+def test_wrong_names_are_told_of_the_option_that_holds_them(
+    run: Any, model: str, tmp_path: Path, options: list[str], named: str
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"pairs": {"templates": {"object": ["{} <|endoftext|>"]}}}')
+    options = [str(config) if option == "CONFIG" else option for option in options]
+    code, _, err = run("erase", model, "-o", tmp_path / "out", *options)
+    assert code == 2 and f"Invalid value for '{named}'" in err
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "Expecting"),

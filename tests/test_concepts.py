@@ -43,6 +43,25 @@ def test_round_trip():
 
 
 @pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"target": ""}, ValueError, "a name is empty"),
+        ({"target": "cat", "synonyms": ["kitten", ""]}, ValueError, "a name is empty"),
+        ({"target": 3}, TypeError, "Concept.target must be a string, got int"),
+        ({"target": "\ud83d"}, ValueError, "Concept.target: .*not valid text"),
+        ({"target": "cat", "anchor": 3}, TypeError, "Concept.anchor must be a string"),
+        ({"target": "cat", "anchor": "\ud83d"}, ValueError, "Concept.anchor: .*not valid text"),
+        ({"target": "cat", "kind": ["x"]}, ValueError, "Concept.kind must be one of"),
+        ({"target": "cat", "synonyms": "kitten"}, TypeError, "Concept.synonyms: .*one string"),
+        ({"target": "cat", "synonyms": [None]}, TypeError, "Concept.synonyms must be a string"),
+    ],
+)
+def test_types_and_text_of_a_file_are_checked(fields, error, message):
+    with pytest.raises(error, match=message):
+        Concept.from_dict(fields)
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: Concept(""), ValueError, "target is empty"),

@@ -200,7 +200,7 @@ def test_arguments_may_come_in_any_form_that_has_items(pipe, several):
 def test_numbers_of_settings():
     assert type(EraseConfig(seed=np.int64(3)).seed) is int
     for wrong in (True, 1.5, "1", None, np.float32(1), -1):
-        with pytest.raises(ValueError, match=r"EraseConfig\.seed must be an int"):
+        with pytest.raises((TypeError, ValueError), match=r"EraseConfig\.seed must be"):
             EraseConfig(seed=wrong)
     for number in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="erase_scale must be finite"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import gc
 import json
@@ -10,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import unicodedata
 import weakref
 
 import pytest
@@ -18,13 +20,18 @@ from conftest import check
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline, tiny_unet
+from typer.testing import CliRunner
 
 from realera_fast import erasure as erasures
 from realera_fast import safetensors_file
+from realera_fast.cli import app
+from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.concept_map import ConceptMap
-from realera_fast.concepts import Concept
+from realera_fast.concepts import Concept, parse_concepts
 from realera_fast.denoiser import base_hashes, projections, queries_and_outputs, transaction
 from realera_fast.erasure import BaseModelMismatchError, Erasure, ErasureFileError
+from realera_fast.families import Family, Reading
+from realera_fast.incremental import IncrementalSystem
 from realera_fast.lora import LoraFactors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -516,6 +523,75 @@ def test_a_saved_erasure_comes_back_whole(tmp_path, rank, lora_rank):
     # A loaded copy undoes what the original did.
     loaded.restore_(unet)
     assert same(unet, before)
+
+
+def of_an_earlier_release(unet, *targets) -> Erasure:
+    """What was saved before names were cleaned, with its equations."""
+    generator = torch.Generator().manual_seed(1)
+    system = IncrementalSystem(NormalEquations(32), ridge=0.1)
+    for target in targets:
+        here, there = torch.randn(2, 4, 32, generator=generator)
+        pairs = Pairs(here, there, torch.ones(4))
+        system.add(target, NormalEquations(32).update(pairs))
+    written = {"anchor": "the\u0301", "kind": "object", "synonyms": ["Chat\u200b"]}
+    concepts = [Concept.from_dict({"target": target, **written}) for target in targets]
+    plain = make(unet, lora_rank=0)
+    solved = system.solve().map
+    return dataclasses.replace(plain, concepts=concepts, map=solved, system=system)
+
+
+@pytest.mark.parametrize(
+    "target", ["cafe\u0301", "Cafe\u200b", "a  cat ", "\u1100\u1161", "\x1b[2J"]
+)
+def test_names_in_files_stay_as_earlier_releases_wrote_them(tmp_path, target):
+    unet = tiny_unet()
+    erasure = of_an_earlier_release(unet, "dog", target)
+    path = erasure.save(tmp_path / "old.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["concepts"])[1]["target"] == target
+        assert json.loads(file.metadata()["system"])["concepts"] == ["dog", target]
+    loaded = Erasure.load(path)
+    assert loaded.concepts == erasure.concepts
+    assert [c.words for c in loaded.concepts] == [("dog", "Chat\u200b"), (target, "Chat\u200b")]
+    assert loaded.fingerprint == erasure.fingerprint
+    assert loaded.save(tmp_path / "again").read_bytes() == path.read_bytes()
+    described = erasures.read_description(path)
+    assert [concept["target"] for concept in described["concepts"]] == ["dog", target]
+    told = CliRunner().invoke(app, ["info", str(path)])
+    assert told.exit_code == 0 and "dog" in told.output and "\x1b" not in told.output
+    before = snapshot(unet)
+    loaded.apply_(unet)
+    assert not same(unet, before)
+    loaded.restore_(unet)
+    assert same(unet, before)
+    for named in (target, unicodedata.normalize("NFC", target)):
+        left = loaded.without(named)
+        assert left.system.concepts == ("dog",) == tuple(c.target for c in left.concepts)
+    with pytest.raises(ValueError, match="'catfish' is not erased here"):
+        loaded.without("catfish")
+
+
+def test_names_of_a_file_are_cleaned_before_they_are_erased_again(tmp_path):
+    path = of_an_earlier_release(tiny_unet(), "cafe\u0301").save(tmp_path / "old.safetensors")
+    (concept,) = Erasure.load(path).concepts
+    with pytest.raises(ValueError, match=r"Concept.synonyms: .*U\+200B"):
+        parse_concepts([concept])
+    typed = dataclasses.replace(concept, synonyms=())
+    assert parse_concepts([typed]) == (Concept("caf\u00e9", "th\u00e9"),)
+
+
+def test_what_a_name_of_a_layer_may_be_is_the_same_in_both_directions(tmp_path):
+    erasure = make(tiny_unet(), lora_rank=0)
+    for name, fits in (("text_in", True), ("blocks.0.to_k", True), ("a/b", False), ("é", False)):
+        reading = Family("X", ((Reading(0),),), maps={name: "sequence"})
+        written = {**erasure.provenance, "reading": reading.to_dict()}
+        mapped = dataclasses.replace(erasure, provenance=written)
+        if fits:
+            assert Erasure.load(mapped.save(tmp_path / "a")).provenance == mapped.provenance
+        else:
+            with pytest.raises(ValueError, match="not a module name"):
+                mapped.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 SAVE = """

@@ -24,6 +24,7 @@ ORDER = (
         "precision",
         "progress",
         "names",
+        "settings",
         "files",
         "safetensors_file",
         "processes",

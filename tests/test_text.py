@@ -216,3 +216,16 @@ def test_the_width_is_that_of_the_text_where_a_model_sees_pictures_too():
 
     encoder.config = Whole()
     assert TextModel(encoder, byte_level_tokenizer()).width == 48
+
+
+def test_no_text_is_prepared_twice(monkeypatch):
+    text = TextModel(t5(16, seed=0, dtype=torch.float32), t5_tokenizer())
+    seen: list[str] = []
+    prepared = text._prepared
+    monkeypatch.setattr(
+        text, "_prepared", lambda given: seen.append(given) or prepared(given) + "!"
+    )
+    for ask in (text.token_ids, text.name_key, text.control_token, text.unknown, text.overflow):
+        seen.clear()
+        ask("cat")
+        assert seen == ["cat"], ask
