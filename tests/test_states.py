@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import random
 import re
 import sys
@@ -1084,6 +1085,60 @@ def test_the_noise_is_that_of_the_scheduler(name, options):
     assert {a - b for a, b in zip(steps, steps[1:], strict=False)} == {count // 5}
     if not scheduler.config.get("set_alpha_to_one", True):
         assert own.final_alpha_cumprod == own.alphas_cumprod[0]
+
+
+def zero_terminal() -> list[str]:
+    """Every class of diffusers that can begin with nothing of the picture."""
+    kinds = {name: getattr(diffusers, name) for name in dir(diffusers) if "Scheduler" in name}
+    return [
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, type)
+        and issubclass(kind, diffusers.SchedulerMixin)
+        and "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
+    ]
+
+
+def test_classes_with_zero_terminal_snr_are_found():
+    assert {"DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"} < set(
+        zero_terminal()
+    )
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"rescale_betas_zero_snr": True}, {"beta_schedule": "squaredcos_cap_v2"}], ids=str
+)
+@pytest.mark.parametrize("name", zero_terminal())
+def test_noise_is_not_predicted_where_nothing_of_the_picture_is_left(name, schedule):
+    def made(**options: Any) -> Any:
+        return getattr(diffusers, name)(**schedule, **options)
+
+    try:
+        scheduler = made(prediction_type="epsilon", timestep_spacing="trailing")
+    except NotImplementedError:
+        return  # a schedule that this class does not have
+    for steps in (1, 5, 50):
+        with pytest.raises(ValueError, match=f"^scheduler: {name} begins with nothing") as error:
+            ddim_of(scheduler, steps)
+    # What the message says to pass is taken.
+    assert "'v_prediction'" in str(error.value) and "'leading'" in str(error.value)
+    own = ddim_of(made(prediction_type="v_prediction", timestep_spacing="trailing"), 5)
+    assert own.timesteps[0] == 999
+    for spacing in ("leading", "linspace"):
+        own = ddim_of(made(prediction_type="epsilon", timestep_spacing=spacing), 5)
+        assert own.timesteps[0] < 999
+
+
+def test_leading_steps_are_aligned_where_trailing_ones_begin_with_nothing():
+    pipe = sd1()
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(**options)
+    with pytest.raises(ValueError, match="begins with nothing of the picture"):
+        run(pipe, ALIGNED)
+    pipe.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, timestep_spacing="leading"
+    )
+    assert run(pipe, ALIGNED).lora
 
 
 def odd(alphas: Any) -> Any:
