@@ -554,25 +554,23 @@ def _noise_scheduler(
     Raises:
         ValueError: alignment needs it, and it can't be used.
     """
-    found = alignment.find_scheduler(model) if scheduler is None else scheduler
-    said = [alignment.ASSUMED] if found is None else []
-    found = alignment.assumed_scheduler() if found is None else found
-    options = config.alignment
-    if not alignable:
-        try:
-            ddim_of(found, MEMBER_STEPS)
-        except ValueError as error:
-            logger.warning("%s", error)
-            return None, said
-        return found, said
+    options, said = config.alignment, []
+    counts = {options.sampling_steps, options.check_sampling_steps} if alignable else {MEMBER_STEPS}
     try:
-        for steps in (options.sampling_steps, options.check_sampling_steps):
+        found = alignment.find_scheduler(model) if scheduler is None else scheduler
+        if found is None:
+            found = alignment.assumed_scheduler()
+            said.append(alignment.ASSUMED)
+        for steps in counts:
             ddim_of(found, steps)
     except ValueError as error:
+        if not alignable:
+            logger.warning("%s", error)
+            return None, said
         raise ValueError(
             f"{error}; or set alignment.enabled=False for the closed form alone"
         ) from None
-    if (few := alignment.distilled(found, options)) is not None:
+    if alignable and (few := alignment.distilled(found, options)) is not None:
         logger.warning(few)
         said.append(few)
     return found, said

@@ -1266,9 +1266,50 @@ def test_a_scheduler_beside_the_model_is_of_its_own_class(tmp_path):
     found = find_scheduler(unet)
     assert type(found) is diffusers.LCMScheduler
     assert torch.equal(found.alphas_cumprod, pipe.scheduler.alphas_cumprod)
-    file.write_text('{"_class_name": "OwnScheduler"}')
-    with pytest.raises(ValueError, match="'OwnScheduler'.*pass scheduler=pipe.scheduler"):
-        find_scheduler(unet)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"_class_name": "OwnScheduler"}', r"'OwnScheduler', .* \(it is no scheduler of"),
+        ('{"_class_name": "utils"}', r"'utils', .* \(it is no scheduler of diffusers"),
+        ('{"_class_name": "StableDiffusionPipeline"}', "is no scheduler of diffusers"),
+        ('{"_class_name": "SchedulerMixin"}', "'SchedulerMixin', .* can't be made"),
+        ('{"_class_name": "LMSDiscreteScheduler"}', "needs a package which is not installed"),
+        ('{"_class_name": "DDIMScheduler", "beta_schedule": "own"}', "own is not implemented"),
+        ('{"beta_schedule": "linear"}', "'None', .* is no scheduler of diffusers"),
+        ('["DDIMScheduler"]', "is no scheduler of diffusers"),
+    ],
+)
+def test_a_scheduler_beside_the_model_that_cannot_be_made(
+    text, told, tmp_path, monkeypatch, caplog
+):
+    from diffusers.utils import dummy_torch_and_scipy_objects as without_scipy
+
+    monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", without_scipy.LMSDiscreteScheduler)
+    pipe = sd1()
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+    pipe.unet = type(pipe.unet).from_pretrained(tmp_path / "unet")
+    before = weights(pipe.unet)
+
+    def erased(config: EraseConfig, scheduler: Any = None) -> Erasure:
+        return erase(
+            pipe.unet, pipe.text_encoder, [Concept("cat", kind="explicit")],
+            tokenizer=pipe.tokenizer, scheduler=scheduler, config=config, progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=f"^scheduler: .*{told}") as error:
+        erased(ALIGNED)
+    assert equal(weights(pipe.unet), before)
+    for advice in ("pass scheduler=pipe.scheduler", "alignment.enabled=False"):
+        assert advice in str(error.value)
+    # As told.
+    erasure = erased(CLOSED)
+    assert re.search(told, caplog.text)
+    assert "members of a category" in " ".join(erasure.report["warnings"])
+    erasure.restore_(pipe.unet)
+    assert erased(ALIGNED, pipe.scheduler).lora
 
 
 def test_page_of_schedulers_says_what_the_messages_say():
