@@ -191,7 +191,10 @@ def erase(
     if isinstance(model, nn.Module):
         denoisers.refuse_adapters(model, before_erasing=True)
     maps = None if reading is None else reading.maps
-    layers = denoisers.projections(model, maps)
+    try:
+        layers = denoisers.projections(model, maps)
+    except denoisers.RefusedModelError as error:
+        raise ValueError(f"{error}{error.before_erasing}") from None
     if scheduler is not None:
         config_of(scheduler)
     count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
