@@ -464,7 +464,7 @@ def find_scheduler(unet: Any) -> Any | None:
     """The noise scheduler beside the U-Net's own files, of the class that they name; None if none.
 
     Raises:
-        ValueError: there is one, but of a class that diffusers does not have.
+        ValueError: there is one, but none that diffusers can make.
     """
     import diffusers
 
@@ -479,14 +479,20 @@ def find_scheduler(unet: Any) -> Any | None:
     except (OSError, ValueError) as error:
         logger.debug("no scheduler beside %s: %s", name, error)
         return None
-    # What a file leaves out is the default of its own class, not of another.
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        raise ValueError(
-            f"scheduler: {config.get('_class_name')!r}, named beside the U-Net's files, is no "
-            "class of diffusers; pass scheduler=pipe.scheduler"
-        )
-    return kind.from_config(config)
+    why = "it is no scheduler of diffusers, or one that needs a package which is not installed"
+    kind = str(config.get("_class_name") if isinstance(config, Mapping) else config)
+    try:
+        found = getattr(diffusers, kind, None)
+        if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
+            # What a file leaves out is the default of its own class, not of another.
+            return found.from_config(config)
+    except Exception as error:
+        # The file is anybody's, and so is what a class makes of it.
+        why = str(error)
+    raise ValueError(
+        f"scheduler: {kind!r}, named beside the U-Net's files, can't be made ({why}); pass "
+        "scheduler=pipe.scheduler"
+    )
 
 
 ASSUMED = (

@@ -118,6 +118,15 @@ UNSUPPORTED: Mapping[str, str] = {
 """Why some well-known classes are refused."""
 
 
+class RefusedModelError(ValueError):
+    """A model that can't be edited, and what else may be done about it before `erase` alone."""
+
+    def __init__(self, told: str, before_erasing: str) -> None:
+        super().__init__(told)
+        self.before_erasing = before_erasing
+        """Goes on where the message ends."""
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself where ``torch.compile`` or data parallelism wrapped it; else `model`."""
     while True:
@@ -191,9 +200,10 @@ def streams(model: nn.Module, maps: Maps | None = None) -> dict[str, Stream]:
         # A model that peft wrapped is one of another class until it is unloaded.
         refuse_adapters(model)
         why = f" ({UNSUPPORTED[kind]})" if kind in UNSUPPORTED else ""
-        raise ValueError(
-            f"model: {kind} is not supported{why}; {', '.join(ENTRANCES)} are. If you know how its "
-            "pipeline reads text, pass reading=realera_fast.families.Family(...)"
+        raise RefusedModelError(
+            f"model: {kind} is not supported{why}; {', '.join(ENTRANCES)} are",
+            ". If you know how its pipeline reads text, pass "
+            "reading=realera_fast.families.Family(...)",
         )
     config = getattr(model, "config", None)
     _check_config(config)
@@ -309,12 +319,16 @@ def check_trainable(model: nn.Module) -> None:
             )
 
 
-def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Linear]:
+def projections(
+    model: nn.Module, maps: Maps | None = None, *, as_run: bool = True
+) -> dict[str, nn.Linear]:
     """The text-conditioned linear maps of a denoiser, checked to be editable in place.
 
     Args:
         model: a diffusers U-Net or transformer, or a ControlNet of `COMPANIONS`.
         maps: what the caller knows of a model of another class (`streams`).
+        as_run: whether the model must also run them as they stand. To read or undo an edit, what a
+            processor, hook or replaced ``forward`` adds does not matter.
 
     Returns:
         Module name to ``nn.Linear``, those of the token sequence first, in the order of the module
@@ -341,9 +355,10 @@ def projections(model: nn.Module, maps: Maps | None = None) -> dict[str, nn.Line
         with suppress(AttributeError):
             owner = model.get_submodule(parent)
         if getattr(owner, "is_cross_attention", False) and leaf == "to_k":
-            _check_attention(parent, owner, own)
+            _check_attention(parent, owner, own if as_run else None)
         found[name] = _checked(name, getattr(owner, leaf, None))
-        _check_way(model, name, known=maps is None)
+        if as_run:
+            _check_way(model, name, known=maps is None)
     widths = {layer.in_features: name for name, layer in found.items() if kinds[name] == "sequence"}
     if len(widths) > 1:
         listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
@@ -367,7 +382,7 @@ def queries_and_outputs(model: nn.Module) -> dict[str, nn.Linear]:
             found[f"{name}.to_q"] = _checked(f"{name}.to_q", module.to_q)
             output = module.to_out[0] if module.to_out is not None else None
             found[f"{name}.to_out.0"] = _checked(f"{name}.to_out.0", output)
-    _check_alike(projections(model) | found)
+    _check_alike(projections(model, as_run=False) | found)
     _check_apart(unwrapped(model), found)
     return found
 
@@ -564,11 +579,12 @@ def _check_processor(name: str, processor: Any, width: int, own: set[int]) -> No
         if stock and key.split(".")[0] in _PICTURE_MAPS:
             continue
         if tensor.dim() == 2 and width in tensor.shape and id(tensor) not in own:
-            raise ValueError(
+            raise RefusedModelError(
                 f"model: {name} runs the attention processor {kind.__name__}, which has weights of "
                 f"its own ({key}): text may meet these in place of to_k and to_v, and they would "
-                "not be erased. Set a stock processor (model.set_attn_processor("
-                "AttnProcessor2_0())) and erase, or merge its weights into the model first"
+                "not be erased. Set a stock processor before the call "
+                "(model.set_attn_processor(AttnProcessor2_0()))",
+                ", or merge its weights into the model",
             )
 
 
@@ -607,17 +623,22 @@ def _held(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
         yield from _held(part, f"{name}.{key}" if name else str(key), seen)
 
 
-def _check_attention(name: str, module: nn.Module, own: set[int]) -> None:
+def _check_attention(name: str, module: nn.Module, own: set[int] | None) -> None:
+    """Refuses a layer whose keys and values are not `to_k` and `to_v` of the text.
+
+    Args:
+        own: ids of the model's parameters; None leaves out how the layer is run.
+    """
     # The processor decides: unfusing brings it back, but leaves `fused_projections` set.
     processor = getattr(module, "processor", None)
     fused = processor is None or type(processor).__name__.startswith("Fused")
     if fused and getattr(module, "fused_projections", False):
         raise ValueError(
             f"model: {name} runs fused projections, which ignore its to_k and to_v weights; call "
-            "unfuse_qkv_projections() first, and fuse again after the erasure"
+            "unfuse_qkv_projections() first, and fuse again afterwards"
         )
     key: Any = getattr(module, "to_k", None)
-    if processor is not None and isinstance(key, nn.Linear):
+    if own is not None and processor is not None and isinstance(key, nn.Linear):
         _check_processor(name, processor, key.in_features, own)
     if getattr(module, "add_k_proj", None) is not None:
         raise ValueError(
@@ -668,7 +689,7 @@ def check_width(
     model: nn.Module, stream: Stream, width: int, maps: Maps | None = None
 ) -> None:
     """Raises ValueError unless the maps of a stream take text of that many features."""
-    layers = projections(model, maps)
+    layers = projections(model, maps, as_run=False)
     takes = {n: layers[n].in_features for n, kind in streams(model, maps).items() if kind == stream}
     for name, features in takes.items():
         # Beside the pooled text stand embedded sizes and crops, five or six numbers (SDXL).
@@ -703,7 +724,7 @@ def base_hashes(model: nn.Module, maps: Maps | None = None) -> dict[str, str]:
         Dtype name ("float32" …) to SHA-256, for the stored dtype and each of fewer bytes. The
         same checkpoint loaded in float32 and in bfloat16 agrees on "bfloat16".
     """
-    layers = projections(model, maps)
+    layers = projections(model, maps, as_run=False)
     weights = {name: layer.weight.detach().cpu() for name, layer in layers.items()}
     stored = next(iter(weights.values())).dtype
     return {

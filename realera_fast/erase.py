@@ -191,7 +191,10 @@ def erase(
     if isinstance(model, nn.Module):
         denoisers.refuse_adapters(model, before_erasing=True)
     maps = None if reading is None else reading.maps
-    layers = denoisers.projections(model, maps)
+    try:
+        layers = denoisers.projections(model, maps)
+    except denoisers.RefusedModelError as error:
+        raise ValueError(f"{error}{error.before_erasing}") from None
     if scheduler is not None:
         config_of(scheduler)
     count = len(text_encoders) if isinstance(text_encoders, tuple | list) else 1
@@ -555,25 +558,23 @@ def _noise_scheduler(
     Raises:
         ValueError: alignment needs it, and it can't be used.
     """
-    found = alignment.find_scheduler(model) if scheduler is None else scheduler
-    said = [alignment.ASSUMED] if found is None else []
-    found = alignment.assumed_scheduler() if found is None else found
-    options = config.alignment
-    if not alignable:
-        try:
-            ddim_of(found, MEMBER_STEPS)
-        except ValueError as error:
-            logger.warning("%s", error)
-            return None, said
-        return found, said
+    options, said = config.alignment, []
+    counts = {options.sampling_steps, options.check_sampling_steps} if alignable else {MEMBER_STEPS}
     try:
-        for steps in (options.sampling_steps, options.check_sampling_steps):
+        found = alignment.find_scheduler(model) if scheduler is None else scheduler
+        if found is None:
+            found = alignment.assumed_scheduler()
+            said.append(alignment.ASSUMED)
+        for steps in counts:
             ddim_of(found, steps)
     except ValueError as error:
+        if not alignable:
+            logger.warning("%s", error)
+            return None, said
         raise ValueError(
             f"{error}; or set alignment.enabled=False for the closed form alone"
         ) from None
-    if (few := alignment.distilled(found, options)) is not None:
+    if alignable and (few := alignment.distilled(found, options)) is not None:
         logger.warning(few)
         said.append(few)
     return found, said

@@ -250,6 +250,11 @@ class Erasure:
             BaseModelMismatchError: other weights, or already edited ones.
             ValueError: the model can't be edited (see :func:`realera_fast.denoiser.projections`).
         """
+        projections(model, self._text_maps)
+        return self._apply(model)
+
+    def _apply(self, model: nn.Module) -> nn.Module:
+        """`apply_`, however the model runs its layers."""
         layers = self._layers(model)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         history = _applications(model)
@@ -746,7 +751,7 @@ class Erasure:
                     withdrawn = [*again.provenance["history"], _entry(self, "withdrawn")]
                     provenance = {**again.provenance, "history": withdrawn}
                     again = dataclasses.replace(again, provenance=provenance)
-                    again.apply_(model)
+                    again._apply(model)
                     remaining.append(again)
         except BaseException:
             history[:] = kept
@@ -849,7 +854,7 @@ class Erasure:
     def _layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers of a model that this erasure is about, if it fits them in shape."""
         maps = self._text_maps
-        layers = projections(model, maps)
+        layers = projections(model, maps, as_run=False)
         pooled = "pooled" in streams(model, maps).values()
         if pooled != (self.pooled_map is not None):
             raise BaseModelMismatchError(

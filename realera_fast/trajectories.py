@@ -65,6 +65,8 @@ def config_of(scheduler: Any) -> Mapping[str, Any]:
 
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_NOTHING = 2.0**-24
+"""What some schedulers of diffusers write for a share of zero, so that they can divide by it."""
 
 
 def _is_schedule(alphas: Any) -> bool:
@@ -136,11 +138,12 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
             f"AlignmentConfig: {steps} denoising steps are too many for the {count} time steps of "
             "the scheduler; lower sampling_steps and check_sampling_steps"
         )
-    if kind == "epsilon" and not bool(own.alphas_cumprod[own.timesteps].all()):
+    if kind == "epsilon" and bool((own.alphas_cumprod[own.timesteps] <= _NOTHING).any()):
         raise ValueError(
-            f"scheduler: {name} begins with nothing of the picture (rescale_betas_zero_snr), where "
-            "the noise says nothing; pass the scheduler that the U-Net was trained with, such as "
-            "one with prediction_type='v_prediction'"
+            f"scheduler: {name} begins with nothing of the picture (rescale_betas_zero_snr, or a "
+            "cosine schedule), where the noise says nothing; pass the scheduler that the U-Net was "
+            "trained with, such as one with prediction_type='v_prediction' or "
+            "timestep_spacing='leading'"
         )
     return own
 

@@ -380,10 +380,12 @@ def verify(
     parts = components_of(pipe)
     for warning in cpu_warnings(pipe.components.values()):
         logger.warning(warning)
+    maps = None if erasure.reading is None else erasure.reading.maps
+    # Before anything is undone: what can't be applied again must not be.
+    layers = projections(parts.model, maps)
     with _applied(parts.model, erasure, False):
         before = draw("before:")
-        maps = None if erasure.reading is None else erasure.reading.maps
-        weights = {n: x.weight.detach() for n, x in projections(parts.model, maps).items()}
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
         changes = text_changes(pipe, weights, erasure, [prompt for _, prompt in grouped])
     with _applied(parts.model, erasure, True):
         after = draw("after:")

@@ -6,11 +6,17 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    CustomDiffusionAttnProcessor2_0,
+)
 from test_families import CLOSED, weights
 from tiny_families import denoise, sd1, sdxl
 from tiny_models import tiny_pipeline
 
 from realera_fast import Erasure, cli, erase
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.erasure import (
     BaseModelMismatchError,
     ErasureFileError,
@@ -18,6 +24,7 @@ from realera_fast.erasure import (
     read_description,
 )
 from realera_fast.lora import LoraFactors
+from realera_fast.verification import verify
 
 
 def erased(pipe, *concepts):
@@ -205,3 +212,145 @@ def test_info_prints_the_history(tmp_path, capsys):
     assert cli.run(["info", str(file)]) == 0
     told = capsys.readouterr().out.partition("history, oldest first")[2].split()
     assert told[0::3] == ["erased", "withdrawn"] and told[1::3] == ["cat", "ship"]
+
+
+# What is set up around the weights after an erasure
+
+
+def custom_diffusion(unet):
+    processors = {}
+    torch.manual_seed(0)
+    for name in unet.attn_processors:
+        attn = unet.get_submodule(name.removesuffix(".processor"))
+        sizes = (attn.to_q.in_features, attn.cross_attention_dim)
+        processors[name] = CustomDiffusionAttnProcessor2_0(attn.is_cross_attention, False, *sizes)
+    unet.set_attn_processor(processors)
+    return lambda: unet.set_attn_processor(AttnProcessor2_0())
+
+
+def replaced(place):
+    def install(unet):
+        module = unet.get_submodule(place)
+        own = module.forward
+        module.forward = lambda *args, **kwargs: own(*args, **kwargs)
+        return lambda: delattr(module, "forward")
+
+    return install
+
+
+def hooked(place, register):
+    def install(unet):
+        return getattr(unet.get_submodule(place), register)(lambda *_: None).remove
+
+    return install
+
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+SURROUNDINGS = {
+    "custom diffusion": custom_diffusion,
+    "recorder": hooked(f"{ATTENTION}.to_k", "register_forward_hook"),
+    "pre-hook": hooked(f"{ATTENTION}.to_v", "register_forward_pre_hook"),
+    "hook of the model": hooked("", "register_forward_hook"),
+    "forward of a map": replaced(f"{ATTENTION}.to_v"),
+    "forward of a layer": replaced(ATTENTION),
+    "forward of the model": replaced(""),
+}
+
+
+@pytest.fixture(params=SURROUNDINGS)
+def surround(request):
+    """Sets something up around a U-Net; returns what takes it away again."""
+    return SURROUNDINGS[request.param]
+
+
+def test_an_erasure_is_undone_whatever_is_around_its_weights(surround):
+    pipe = sd1()
+    base = weights(pipe.unet)
+    first, second = erased(pipe, "cat=dog", "ship=tree")
+    edited = second.state_dict(pipe.unet)
+    takedown = surround(pipe.unet)
+    got = second.state_dict(pipe.unet)
+    assert edited.keys() == got.keys() and same(edited, got)
+    (again,) = first.withdraw_(pipe.unet)
+    again.restore_(pipe.unet)
+    takedown()
+    assert same(base, weights(pipe.unet)) and not applied(pipe.unet)
+
+
+def test_adapters_of_queries_are_undone_whatever_is_around_them(surround):
+    pipe = sd1()
+    base = weights(pipe.unet)
+    alignment = AlignmentConfig(
+        steps=1, batch_size=1, trajectories=1, sampling_steps=2, evaluation_steps=0, check_seeds=0,
+        target_modules=("to_k", "to_q", "to_out.0"),
+    )  # fmt: skip
+    config = dataclasses.replace(CLOSED, alignment=alignment)
+    erasure = erase(pipe, ["cat=dog"], config=config, progress=False)
+    assert any(name.endswith("to_q") for name in erasure.lora)
+    takedown = surround(pipe.unet)
+    erasure.restore_(pipe.unet)
+    takedown()
+    assert same(base, weights(pipe.unet))
+
+
+def test_an_erasure_is_applied_once_that_is_taken_away(surround):
+    pipe = sd1()
+    base = weights(pipe.unet)
+    (erasure,) = erased(pipe, "cat=dog")
+    expected = weights(pipe.unet)
+    erasure.restore_(pipe.unet)
+    takedown = surround(pipe.unet)
+    with pytest.raises(ValueError, match="^model: ") as caught:
+        erasure.apply_(pipe.unet)
+    # The erasure is of the base weights: nothing may be merged into these.
+    assert "before the call" in str(caught.value) and "merge" not in str(caught.value)
+    takedown()
+    assert same(base, weights(pipe.unet)) and not applied(pipe.unet)
+    erasure.apply_(pipe.unet)
+    assert same(expected, weights(pipe.unet))
+
+
+def test_verify_undoes_nothing_that_it_could_not_apply_again(surround):
+    pipe = sd1()
+    (erasure,) = erased(pipe, "cat=dog")
+    expected = weights(pipe.unet)
+    takedown = surround(pipe.unet)
+    with pytest.raises(ValueError, match="before the call"):
+        verify(pipe, erasure, ["a cat"], seeds=[0], steps=1)
+    takedown()
+    assert same(expected, weights(pipe.unet)) and applied(pipe.unet) == (erasure,)
+
+
+def test_weights_of_a_processor_may_be_merged_before_erasing():
+    pipe = sd1()
+    custom_diffusion(pipe.unet)
+    with pytest.raises(ValueError, match="before the call .*, or merge its weights into the model"):
+        erased(pipe, "cat=dog")
+    for name, processor in pipe.unet.attn_processors.items():
+        if hasattr(processor, "to_k_custom_diffusion"):
+            attn = pipe.unet.get_submodule(name.removesuffix(".processor"))
+            attn.to_k.load_state_dict(processor.to_k_custom_diffusion.state_dict())
+            attn.to_v.load_state_dict(processor.to_v_custom_diffusion.state_dict())
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    assert erased(pipe, "cat=dog")[0].map.rank
+
+
+def test_a_way_to_read_text_is_asked_for_only_where_it_can_be_given():
+    pipe, other = sd1(), sd1()
+    (erasure,) = erased(pipe, "cat=dog")
+    other.unet = UNet2DModel(
+        8, block_out_channels=(32, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    for verb in (
+        lambda: erasure.apply_(other.unet),
+        lambda: erasure.restore_(other.unet),
+        lambda: erasure.rebase(other.unet),
+        lambda: erasure.state_dict(other.unet),
+        lambda: verify(other, erasure, ["a cat"], seeds=[0], steps=1),
+    ):
+        with pytest.raises(ValueError, match="UNet2DModel is not supported") as caught:
+            verb()
+        assert "reading" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"UNet2DModel is not supported.* are\. .* pass reading="):
+        erased(other, "cat=dog")

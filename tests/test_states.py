@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import random
 import re
 import sys
@@ -1086,6 +1087,60 @@ def test_the_noise_is_that_of_the_scheduler(name, options):
         assert own.final_alpha_cumprod == own.alphas_cumprod[0]
 
 
+def zero_terminal() -> list[str]:
+    """Every class of diffusers that can begin with nothing of the picture."""
+    kinds = {name: getattr(diffusers, name) for name in dir(diffusers) if "Scheduler" in name}
+    return [
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, type)
+        and issubclass(kind, diffusers.SchedulerMixin)
+        and "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
+    ]
+
+
+def test_classes_with_zero_terminal_snr_are_found():
+    assert {"DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"} < set(
+        zero_terminal()
+    )
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"rescale_betas_zero_snr": True}, {"beta_schedule": "squaredcos_cap_v2"}], ids=str
+)
+@pytest.mark.parametrize("name", zero_terminal())
+def test_noise_is_not_predicted_where_nothing_of_the_picture_is_left(name, schedule):
+    def made(**options: Any) -> Any:
+        return getattr(diffusers, name)(**schedule, **options)
+
+    try:
+        scheduler = made(prediction_type="epsilon", timestep_spacing="trailing")
+    except NotImplementedError:
+        return  # a schedule that this class does not have
+    for steps in (1, 5, 50):
+        with pytest.raises(ValueError, match=f"^scheduler: {name} begins with nothing") as error:
+            ddim_of(scheduler, steps)
+    # What the message says to pass is taken.
+    assert "'v_prediction'" in str(error.value) and "'leading'" in str(error.value)
+    own = ddim_of(made(prediction_type="v_prediction", timestep_spacing="trailing"), 5)
+    assert own.timesteps[0] == 999
+    for spacing in ("leading", "linspace"):
+        own = ddim_of(made(prediction_type="epsilon", timestep_spacing=spacing), 5)
+        assert own.timesteps[0] < 999
+
+
+def test_leading_steps_are_aligned_where_trailing_ones_begin_with_nothing():
+    pipe = sd1()
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(**options)
+    with pytest.raises(ValueError, match="begins with nothing of the picture"):
+        run(pipe, ALIGNED)
+    pipe.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, timestep_spacing="leading"
+    )
+    assert run(pipe, ALIGNED).lora
+
+
 def odd(alphas: Any) -> Any:
     """A scheduler of somebody's own."""
     scheduler = diffusers.DDIMScheduler()
@@ -1211,9 +1266,50 @@ def test_a_scheduler_beside_the_model_is_of_its_own_class(tmp_path):
     found = find_scheduler(unet)
     assert type(found) is diffusers.LCMScheduler
     assert torch.equal(found.alphas_cumprod, pipe.scheduler.alphas_cumprod)
-    file.write_text('{"_class_name": "OwnScheduler"}')
-    with pytest.raises(ValueError, match="'OwnScheduler'.*pass scheduler=pipe.scheduler"):
-        find_scheduler(unet)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"_class_name": "OwnScheduler"}', r"'OwnScheduler', .* \(it is no scheduler of"),
+        ('{"_class_name": "utils"}', r"'utils', .* \(it is no scheduler of diffusers"),
+        ('{"_class_name": "StableDiffusionPipeline"}', "is no scheduler of diffusers"),
+        ('{"_class_name": "SchedulerMixin"}', "'SchedulerMixin', .* can't be made"),
+        ('{"_class_name": "LMSDiscreteScheduler"}', "needs a package which is not installed"),
+        ('{"_class_name": "DDIMScheduler", "beta_schedule": "own"}', "own is not implemented"),
+        ('{"beta_schedule": "linear"}', "'None', .* is no scheduler of diffusers"),
+        ('["DDIMScheduler"]', "is no scheduler of diffusers"),
+    ],
+)
+def test_a_scheduler_beside_the_model_that_cannot_be_made(
+    text, told, tmp_path, monkeypatch, caplog
+):
+    from diffusers.utils import dummy_torch_and_scipy_objects as without_scipy
+
+    monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", without_scipy.LMSDiscreteScheduler)
+    pipe = sd1()
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+    pipe.unet = type(pipe.unet).from_pretrained(tmp_path / "unet")
+    before = weights(pipe.unet)
+
+    def erased(config: EraseConfig, scheduler: Any = None) -> Erasure:
+        return erase(
+            pipe.unet, pipe.text_encoder, [Concept("cat", kind="explicit")],
+            tokenizer=pipe.tokenizer, scheduler=scheduler, config=config, progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=f"^scheduler: .*{told}") as error:
+        erased(ALIGNED)
+    assert equal(weights(pipe.unet), before)
+    for advice in ("pass scheduler=pipe.scheduler", "alignment.enabled=False"):
+        assert advice in str(error.value)
+    # As told.
+    erasure = erased(CLOSED)
+    assert re.search(told, caplog.text)
+    assert "members of a category" in " ".join(erasure.report["warnings"])
+    erasure.restore_(pipe.unet)
+    assert erased(ALIGNED, pipe.scheduler).lora
 
 
 def test_page_of_schedulers_says_what_the_messages_say():
