@@ -499,6 +499,13 @@ def test_what_stands_before_a_map_is_looked_at_too(make, place):
         projections(model)
 
 
+def test_a_hook_of_the_whole_model_is_the_users_own_business():
+    # It sees what the model is called with and gives, as a profiler does, and no map.
+    unet = tiny_unet()
+    unet.register_forward_hook(lambda *_: None)
+    assert len(projections(unet)) == 8
+
+
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 @pytest.mark.parametrize("place", [LAYER, f"{LAYER}.to_k"])
 def test_hooks_on_a_map_are_refused(register, place):

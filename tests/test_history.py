@@ -250,7 +250,7 @@ SURROUNDINGS = {
     "custom diffusion": custom_diffusion,
     "recorder": hooked(f"{ATTENTION}.to_k", "register_forward_hook"),
     "pre-hook": hooked(f"{ATTENTION}.to_v", "register_forward_pre_hook"),
-    "hook of the model": hooked("", "register_forward_hook"),
+    "hook of a layer": hooked(ATTENTION, "register_forward_hook"),
     "forward of a map": replaced(f"{ATTENTION}.to_v"),
     "forward of a layer": replaced(ATTENTION),
     "forward of the model": replaced(""),
