@@ -258,7 +258,7 @@ def run(
         "erase_config": config.to_dict(),
     }  # fmt: skip
     drawn: dict[Shot, Image.Image] = {}
-    rows, shown, lines, table = [], [], [], []
+    rows, shown, table = [], [], []
     for number, case in enumerate(found, start=1):
         note = f"{number}/{len(found)}"
         new = [shot for shot in case.shots if shot not in drawn]
@@ -297,7 +297,7 @@ def run(
         (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         write_html(
             out / f"{name}.html", title=f"Protocol: {name}", summary=protocol["about"],
-            scores=lines, rows=shown,
+            rows=shown,
             tables=[Table(title="Scores", header=("erased", *names), rows=tuple(table))],
             provenance=about,
         )  # fmt: skip

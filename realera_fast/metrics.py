@@ -105,24 +105,6 @@ class Scores:
         return {"acc_e": self.acc_e, "acc_s": self.acc_s, "acc_g": self.acc_g, "h_o": self.h_o}
 
 
-def average(scores: Sequence[Scores]) -> dict[str, float | None]:
-    """Means over several erasures, as fractions: keys acc_e, acc_s, acc_g, h_o.
-
-    The last is the mean of every erasure's own H_o, which is what MACE's table of ten objects
-    prints. It is at most the H_o of the mean accuracies, because a harmonic mean is concave: the
-    two must not be compared with each other.
-    """
-    if not scores:
-        raise ValueError("the average of no scores is undefined: pass at least one")
-    general = [score.acc_g for score in scores if score.acc_g is not None]
-    return {
-        "acc_e": sum(score.acc_e for score in scores) / len(scores),
-        "acc_s": sum(score.acc_s for score in scores) / len(scores),
-        "acc_g": sum(general) / len(general) if general else None,
-        "h_o": sum(score.h_o for score in scores) / len(scores),
-    }
-
-
 def _check_fraction(name: str, value: float) -> None:
     if not math.isfinite(value) or not 0 <= value <= 1:
         hint = f"; for percentages divide by 100: {value / 100:g}" if 1 < value <= 100 else ""

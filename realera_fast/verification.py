@@ -1,8 +1,8 @@
 """Pictures before and after an erasure, drawn from the same seeds, and pages that show them.
 
 `generate` draws, `verify` compares any pipeline before and after an `Erasure`, `before_after_grid`
-and `write_html` put the outcome on one picture and on one self-contained page. Nothing here needs
-a judge; where there is one (any classifier with a ``classify`` method), `judge_accuracy` counts.
+puts the outcome on one picture, `page.write_html` on one self-contained page. Nothing here needs a
+judge; where there is one (any classifier with a ``classify`` method), what it saw is shown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from realera_fast.denoiser import base_hashes, projections, streams
 from realera_fast.erasure import Erasure
 from realera_fast.families import component_name, components_of, text_streams
 from realera_fast.files import write_atomically
-from realera_fast.metrics import accuracy
 from realera_fast.names import folded, listed, script, valid_texts
 from realera_fast.precision import cpu_warnings
 from realera_fast.progress import bar
@@ -264,31 +263,6 @@ def generate(
     if hidden:
         logger.warning("the pipeline's safety checker blacked out %d pictures", hidden)
     return pictures
-
-
-def judge_accuracy(
-    judge: Judge,
-    images: Sequence[Image.Image],
-    expected: Sequence[str],
-    *,
-    kind: Literal["thing", "style"] = "thing",
-) -> tuple[float, list[str]]:
-    """How often the judge sees what was asked for.
-
-    Args:
-        judge: The classifier.
-        images: `[n]` pictures.
-        expected: `[n]` names, or one name for all.
-        kind: Whether `expected` names things or styles.
-
-    Returns:
-        The accuracy, a fraction in [0, 1], and `[n]` names that the judge gave.
-    """
-    if isinstance(expected, str):
-        expected = [expected] * len(images)
-    things, styles = judge.classify(images)
-    seen = list(things if kind == "thing" else styles)
-    return accuracy(seen, expected), seen
 
 
 def picture_difference(one: Image.Image, other: Image.Image) -> float:

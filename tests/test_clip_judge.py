@@ -131,3 +131,16 @@ def test_it_is_loaded_offline_and_pinned(clip, tmp_path):
     torch.save(model.state_dict(), tmp_path / "clip" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="offline from safetensors"):
         ClipJudge.from_pretrained(tmp_path / "clip")
+
+
+def test_the_embedded_judge_is_whole_or_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from realera_fast.embedded.judge import FOLDER, Judge
+
+    state = load_file(FOLDER / "judge.safetensors")
+    assert Judge.load().thing_head.weight.any()
+    dropped = next(name for name in state if name.endswith("running_mean"))
+    save_file({n: v for n, v in state.items() if n != dropped}, tmp_path / "part.safetensors")
+    with pytest.raises(RuntimeError, match=dropped.replace(".", r"\.")):
+        Judge.load(tmp_path / "part.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from realera_fast.metrics import Scores, accuracy, average, harmonic_mean
+from realera_fast.metrics import Scores, accuracy, harmonic_mean
 
 # MACE (arXiv 2403.06135), table 4, erasing 100 people: Acc_e, Acc_s and H_c, all in percent.
 PEOPLE = [(67.79, 85.05, 46.72), (0.08, 32.16, 48.66), (18.70, 61.78, 70.21), (4.31, 84.56, 89.78)]
@@ -33,18 +33,6 @@ def test_published_object_means(method: str) -> None:
     # The harmonic mean is concave, so the mean of H_o lies below H_o of the means: by 0.05 for
     # the best method and never by more than 3 points.
     assert mean_h_o < h_o_of_means < mean_h_o + 3
-
-
-def test_average_is_of_each_erasures_own_h_o() -> None:
-    one = Scores(acc_e=0.0, acc_s=0.9, acc_g=0.1)
-    two = Scores(acc_e=0.4, acc_s=0.8, acc_g=None)
-    got = average([one, two])
-    assert got["acc_e"] == pytest.approx(0.2)
-    assert got["acc_s"] == pytest.approx(0.85)
-    assert got["acc_g"] == pytest.approx(0.1)
-    assert got["h_o"] == pytest.approx((one.h_o + two.h_o) / 2)
-    with pytest.raises(ValueError, match="no scores"):
-        average([])
 
 
 def test_percentages() -> None:

@@ -26,7 +26,6 @@ from realera_fast.verification import (
     before_after_grid,
     generate,
     group_of,
-    judge_accuracy,
     picture_difference,
     picture_warnings,
     verify,
@@ -163,13 +162,6 @@ class ColorJudge:
         means = [image.resize((1, 1)).getpixel((0, 0)) for image in images]
         things = ["red" if r > g else "green" for r, g, _ in means]  # type: ignore[misc]
         return things, ["dark" if sum(m) < 255 else "light" for m in means]  # type: ignore[arg-type]
-
-
-def test_judge_accuracy() -> None:
-    images = [solid("red"), solid("lime"), solid("darkred")]
-    assert judge_accuracy(ColorJudge(), images, "red") == (2 / 3, ["red", "green", "red"])
-    accuracy, seen = judge_accuracy(ColorJudge(), images, ["light", "light", "dark"], kind="style")
-    assert (accuracy, seen) == (1.0, ["light", "light", "dark"])
 
 
 def test_picture_difference() -> None:
@@ -421,7 +413,13 @@ def test_tiles_fit_the_pictures(size: int, tile: int) -> None:
 
 
 def test_long_and_empty_prompts_fit() -> None:
-    before_after_grid([row(prompt="word " * 200), row(prompt=""), row(prompt="x" * 300)])
+    short, cut = row(prompt="word " * 8), row(prompt="word " * 200)
+    rows = [cut, row(prompt=""), row(prompt="x" * 300)]
+    # Three lines at most, the last one cut: no page is wider or higher for a longer prompt.
+    assert before_after_grid([cut]).height == before_after_grid([short]).height
+    page = before_after_grid(rows)
+    lines = max(before_after_grid([each]).width for each in rows)
+    assert page.width == lines < 900
 
 
 def test_grid_of_nothing() -> None:

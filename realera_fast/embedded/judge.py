@@ -54,7 +54,10 @@ class Judge(nn.Module):
         """The trained judge: the one shipped with the library, or the file at ``path``."""
         judge = cls()
         state = load_file(FOLDER / "judge.safetensors" if path is None else path)
-        judge.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
+        values = {name: value.float() for name, value in state.items()}
+        # The number of training batches that BatchNorm counts is not shipped.
+        counters = {n: v for n, v in judge.state_dict().items() if n.endswith("batches_tracked")}
+        judge.load_state_dict(counters | values)
         return judge.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
