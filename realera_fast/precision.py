@@ -62,6 +62,6 @@ def cpu_warnings(modules: Iterable[Any], *, autocast: bool = False) -> tuple[str
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in slow)
     return (
         f"{names} on a CPU that does not multiply it natively: large matrix products take 16 to "
-        "47 times as long as in float32, or more; use float32 (pipe.to(torch.float32), --dtype fp32, "
-        'AlignmentConfig.mixed_precision="no") or a GPU',
+        "47 times as long as in float32, or more; use float32 (pipe.to(torch.float32), --dtype "
+        'fp32, AlignmentConfig.mixed_precision="no") or a GPU',
     )
