@@ -609,8 +609,9 @@ def _held(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
         parts |= {"self": value.__self__, "func": value.__func__}
     elif isinstance(value, FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        with suppress(ValueError):  # a cell that nothing was put into yet
-            parts |= {variable: cell.cell_contents for variable, cell in cells}
+        for variable, cell in cells:
+            with suppress(ValueError):  # nothing was put into it yet
+                parts[variable] = cell.cell_contents
         parts |= {"defaults": value.__defaults__, "keywords": value.__kwdefaults__}
     elif not isinstance(value, nn.Module):
         parts |= getattr(value, "__dict__", {})

@@ -394,7 +394,7 @@ def wrapped_in(layer):
     """A processor that hides a layer in each of the places where Python keeps things."""
 
     def closure(attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        return layer(hidden_states)
+        return layer(hidden_states) if layer else absent
 
     class Slotted:
         __slots__ = ("inner",)
@@ -403,6 +403,8 @@ def wrapped_in(layer):
 
     slotted = Slotted()
     slotted.inner = {"maps": [SimpleNamespace(of_text=layer)]}
+    if layer is None:
+        absent = None  # so that the closure has a cell with nothing in it, which comes first
     return {
         "closure": closure, "slots": slotted, "attribute": SimpleNamespace(m=layer),
         "partial": partial(lambda own, *_, **__: own, layer), "bound": layer.__call__,
