@@ -40,7 +40,7 @@ test:
 	  wait $$aot || status=$$?; cat out/aot.log; exit $$status; })
 
 lint:
-	@$(call with_environment,"$$python" -m ruff check . && "$$python" -m mypy)
+	@$(call with_environment,"$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy)
 
 clean:
 	rm -rf build out *.egg-info realera_fast/_C.abi3.so .pytest_cache .ruff_cache .mypy_cache

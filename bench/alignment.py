@@ -137,26 +137,37 @@ class Problem:
         self.preserve = normal(4, TOKENS, self.width)
         self.empty = normal(1, TOKENS, self.width)
         self.scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            set_alpha_to_one=False, steps_offset=1,
-        )  # fmt: skip
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        )
         self.scheduler.set_timesteps(config.sampling_steps)
 
     def trainer(self, compiled: bool = False) -> Trainer:
         unet = copy.deepcopy(self.unet).requires_grad_(False)
         lora = LoraParameters(
-            projections(unet), {}, r=self.config.r, lora_alpha=self.config.lora_alpha, seed=0,
+            projections(unet),
+            {},
+            r=self.config.r,
+            lora_alpha=self.config.lora_alpha,
+            seed=0,
             device=self.device,
-        )  # fmt: skip
+        )
         path = TextPath(unet, self.map, lora, compiled=compiled)
         return Trainer(path, self.config, None, seed=0, processes=Processes())
 
     def loop(self, compiled: bool = False) -> PlainLoop:
         return PlainLoop(
-            copy.deepcopy(self.unet), self.map, r=self.config.r,
-            lora_alpha=self.config.lora_alpha, learning_rate=self.config.learning_rate,
+            copy.deepcopy(self.unet),
+            self.map,
+            r=self.config.r,
+            lora_alpha=self.config.lora_alpha,
+            learning_rate=self.config.learning_rate,
             compiled=compiled,
-        )  # fmt: skip
+        )
 
     def window(self) -> Window:
         """The rows of a step, their teacher's predictions made up."""
@@ -165,10 +176,13 @@ class Problem:
             part = slice(start, start + size)
             groups.append(
                 Points(
-                    self.latents[part], self.timesteps[part], self.student[part].float(),
-                    torch.arange(size, device=self.device), 0.1 * self.latents[part],
+                    self.latents[part],
+                    self.timesteps[part],
+                    self.student[part].float(),
+                    torch.arange(size, device=self.device),
+                    0.1 * self.latents[part],
                 )
-            )  # fmt: skip
+            )
             start += size
         return Window(*groups)
 
@@ -191,15 +205,26 @@ class Problem:
     def library_train(self) -> Callable[[], Any]:
         trainer, config = self.trainer(), self.config
         denoiser = Denoiser(
-            trainer.path, self.scheduler, self.empty, steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale, latent_size=None,
+            trainer.path,
+            self.scheduler,
+            self.empty,
+            steps=config.sampling_steps,
+            guidance_scale=config.guidance_scale,
+            latent_size=None,
             batch_size=config.sampling_batch_size,
-        )  # fmt: skip
+        )
         filler = WindowFiller(
-            denoiser, self.words, self.preserve, trajectories=TRAJECTORIES, min_timestep=0.0,
-            negative_guidance=0.0, beyond_region=BEYOND, latents={}, seed=0,
+            denoiser,
+            self.words,
+            self.preserve,
+            trajectories=TRAJECTORIES,
+            min_timestep=0.0,
+            negative_guidance=0.0,
+            beyond_region=BEYOND,
+            latents={},
+            seed=0,
             processes=Processes(),
-        )  # fmt: skip
+        )
 
         def run() -> None:
             with trainer.path.installed(), bar(total=1, desc="", progress=False) as progress:
@@ -308,10 +333,13 @@ class Problem:
                 taken = points.take(torch.arange(len(points)))
                 count = len(points)
                 batch = type(batch)(
-                    taken.latents, taken.timesteps, taken.states, taken.teacher,
+                    taken.latents,
+                    taken.timesteps,
+                    taken.states,
+                    taken.teacher,
                     torch.full((count,), scale / count, device=self.device),
                     torch.zeros(3, count, device=self.device),
-                )  # fmt: skip
+                )
                 loss += float(loss_of(trainer.path, batch)[0])
         return abs(loss - plain) / abs(plain)
 
@@ -416,15 +444,25 @@ def measure(point: Point, device: torch.device, least: int, seconds: float) -> l
         steps = STEPS if point.operation == "train" and "new" not in name else 1
         p20, p50, p80 = (1e3 * t / steps for t in percentiles(times))
         compiled = "compiled" in name
-        found.append({
-            "case": "alignment", "operation": point.operation, "model": point.model,
-            "dtype": str(point.dtype).removeprefix("torch."), "rows": problem.rows,
-            "candidate": name, "repetitions": len(times),
-            "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-            "compile_s": first[name] - p50 / 1e3 if compiled else None,
-            "error": error if name == "library" else None, "peak_bytes": peak.get(name),
-            "flops": flops, "matmul_flops_per_s": rate,
-        })  # fmt: skip
+        found.append(
+            {
+                "case": "alignment",
+                "operation": point.operation,
+                "model": point.model,
+                "dtype": str(point.dtype).removeprefix("torch."),
+                "rows": problem.rows,
+                "candidate": name,
+                "repetitions": len(times),
+                "p20_ms": p20,
+                "p50_ms": p50,
+                "p80_ms": p80,
+                "compile_s": first[name] - p50 / 1e3 if compiled else None,
+                "error": error if name == "library" else None,
+                "peak_bytes": peak.get(name),
+                "flops": flops,
+                "matmul_flops_per_s": rate,
+            }
+        )
     return found
 
 

@@ -221,8 +221,9 @@ def random_weights(point: Point, device: torch.device) -> list[Tensor]:
     heights, width = point.heights, point.shape.width
     base = 0.02 * torch.randn(max(heights), width, generator=generator)
     # Drawing a gigabyte of random numbers takes longer than many of the points.
-    return [(base[:h] * (1 + i / len(heights))).to(device, point.dtype)
-            for i, h in enumerate(heights)]  # fmt: skip
+    return [
+        (base[:h] * (1 + i / len(heights))).to(device, point.dtype) for i, h in enumerate(heights)
+    ]
 
 
 def exact(weight: Tensor, rows: Rows, ridge: float) -> tuple[Tensor, float]:
@@ -339,9 +340,13 @@ class Effort:
 
 
 def baseline(
-    name: str, point: Point, rows: Rows | list[Rows], weights: list[Tensor], effort: Effort,
+    name: str,
+    point: Point,
+    rows: Rows | list[Rows],
+    weights: list[Tensor],
+    effort: Effort,
     clock: Clock,
-) -> tuple[Candidate | None, float]:  # fmt: skip
+) -> tuple[Candidate | None, float]:
     """A baseline on as many matrices as there is time for; and the seconds that one run takes."""
 
     def made(matrices: int, count: int | None = None) -> Candidate:
@@ -387,8 +392,9 @@ def measure(
     truth, change = exact(weights[0], first, point.ridge)
 
     candidates: dict[str, Candidate] = {
-        "library": library(point, rows, device), "composition": composition(point, rows)
-    }  # fmt: skip
+        "library": library(point, rows, device),
+        "composition": composition(point, rows),
+    }
     notes, repetitions, about = [], {}, {}
     for name in BASELINES:
         found, once = baseline(name, point, rows, weights, effort, clock)
@@ -438,25 +444,31 @@ def measure(
             if stage != "total" and not candidate.staged:
                 continue
             p20, p50, p80 = percentiles([times[i] for times in taken[name]])
-            measured.append({
-                "case": "closed_form",
-                "shape": point.shape.name,
-                "concepts": point.concepts,
-                "rows": point.rows,
-                "preserved": point.shape.preserved,
-                "candidate": name,
-                "dtype": str(point.dtype).removeprefix("torch."),
-                "stage": stage,
-                "repetitions": len(taken[name]),
-                "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-                "floor_ms": floor[stage],
-                "matrices_measured": candidate.matrices,
-                "matrices": len(point.shape.heights),
-                **about[name],
-                "bytes": 2 * sum(w.nbytes for w in weights[:candidate.matrices]),
-                "float32_gflops": rates.float32 / 1e9, "float64_gflops": rates.float64 / 1e9,
-                "in_place_gbs": rates.in_place / 1e9, "copy_gbs": rates.copy / 1e9,
-            })  # fmt: skip
+            measured.append(
+                {
+                    "case": "closed_form",
+                    "shape": point.shape.name,
+                    "concepts": point.concepts,
+                    "rows": point.rows,
+                    "preserved": point.shape.preserved,
+                    "candidate": name,
+                    "dtype": str(point.dtype).removeprefix("torch."),
+                    "stage": stage,
+                    "repetitions": len(taken[name]),
+                    "p20_ms": p20,
+                    "p50_ms": p50,
+                    "p80_ms": p80,
+                    "floor_ms": floor[stage],
+                    "matrices_measured": candidate.matrices,
+                    "matrices": len(point.shape.heights),
+                    **about[name],
+                    "bytes": 2 * sum(w.nbytes for w in weights[: candidate.matrices]),
+                    "float32_gflops": rates.float32 / 1e9,
+                    "float64_gflops": rates.float64 / 1e9,
+                    "in_place_gbs": rates.in_place / 1e9,
+                    "copy_gbs": rates.copy / 1e9,
+                }
+            )
     return measured, notes
 
 

@@ -61,27 +61,41 @@ class Point:
 
 def sd3() -> nn.Module:
     return SD3Transformer2DModel(
-        sample_size=16, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=32,
-        num_attention_heads=4, joint_attention_dim=WIDTH, caption_projection_dim=128,
-        pooled_projection_dim=POOLED, pos_embed_max_size=16,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=POOLED,
+        pos_embed_max_size=16,
+    )
 
 
 def flux() -> nn.Module:
     return FluxTransformer2DModel(
-        in_channels=16, num_layers=4, num_single_layers=4, attention_head_dim=32,
-        num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=POOLED,
+        in_channels=16,
+        num_layers=4,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=POOLED,
         axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+    )
 
 
 def predict(model: Any, z: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
     """The model's prediction for `[b, c, h, w]` latents."""
     if isinstance(model, SD3Transformer2DModel):
         found: Tensor = model(
-            hidden_states=z, timestep=1000 * t, encoder_hidden_states=text,
+            hidden_states=z,
+            timestep=1000 * t,
+            encoder_hidden_states=text,
             pooled_projections=pooled,
-        ).sample  # fmt: skip
+        ).sample
         return found
     rows = nn.functional.pixel_unshuffle(z, 2).flatten(2).mT
     side = z.shape[-1] // 2
@@ -89,9 +103,13 @@ def predict(model: Any, z: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> T
     places[..., 1] += torch.arange(side)[:, None]
     places[..., 2] += torch.arange(side)[None, :]
     output: Tensor = model(
-        hidden_states=rows, timestep=t, encoder_hidden_states=text, pooled_projections=pooled,
-        img_ids=places.view(-1, 3), txt_ids=torch.zeros(TOKENS, 3),
-    ).sample  # fmt: skip
+        hidden_states=rows,
+        timestep=t,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        img_ids=places.view(-1, 3),
+        txt_ids=torch.zeros(TOKENS, 3),
+    ).sample
     return output
 
 
@@ -242,13 +260,17 @@ def measure(point: Point) -> list[dict[str, Any]]:
             float((predicted(edited, word) - before).norm() / apart)
             for word, before in zip(judged, others, strict=True)
         ]
-        rows.append({
-            **dataclasses.asdict(point), "edit": name, "erased": round(float(erased), 4),
-            "kept": round(sum(kept) / len(kept), 4),
-            "tokens": round(
-                float((predicted(edited, CONCEPT, ANCHOR) - anchor).norm() / by_tokens), 4
-            ),
-        })  # fmt: skip
+        rows.append(
+            {
+                **dataclasses.asdict(point),
+                "edit": name,
+                "erased": round(float(erased), 4),
+                "kept": round(sum(kept) / len(kept), 4),
+                "tokens": round(
+                    float((predicted(edited, CONCEPT, ANCHOR) - anchor).norm() / by_tokens), 4
+                ),
+            }
+        )
     return rows
 
 

@@ -113,10 +113,15 @@ class Bench:
         torch.manual_seed(0)
         with torch.device(device):
             self.unet: Any = UNet2DConditionModel(cross_attention_dim=768).eval()
-            self.encoder = CLIPTextModel(CLIPTextConfig(
-                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                num_attention_heads=12,
-            )).eval()  # fmt: skip
+            self.encoder = CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=49408,
+                    hidden_size=768,
+                    intermediate_size=3072,
+                    num_hidden_layers=12,
+                    num_attention_heads=12,
+                )
+            ).eval()
         self.tokenizer = embedded.load_pipeline().tokenizer
         self.tokenizer.model_max_length = 77
         self.memory = Memory(device)
@@ -128,16 +133,24 @@ class Bench:
             vocabulary=VocabularyConfig(words=point.words, cache=False),
             alignment=dataclasses.replace(EraseConfig().alignment, enabled=False),
         )
-        names = [f"{a} {b}" for a in self.tokenizer.get_vocab() for b in ("of", "in")
-                 if a.endswith("</w>") and a[:-4].isalpha()]  # fmt: skip
+        names = [
+            f"{a} {b}"
+            for a in self.tokenizer.get_vocab()
+            for b in ("of", "in")
+            if a.endswith("</w>") and a[:-4].isalpha()
+        ]
         concepts = [f"{n.replace('</w>', '')}=photo" for n in names if "photo" not in n]
         self.memory.peak()
         with stages(self.memory) as heard:
             started = time.perf_counter()
             erasure = erase(
-                unet, encoder, concepts[: point.concepts], tokenizer=self.tokenizer, config=config,
+                unet,
+                encoder,
+                concepts[: point.concepts],
+                tokenizer=self.tokenizer,
+                config=config,
                 progress=False,
-            )  # fmt: skip
+            )
             whole = time.perf_counter() - started
         last = self.memory.peak()
         seconds: Mapping[str, float] = erasure.report["seconds"]
@@ -162,9 +175,12 @@ class Bench:
 
     def _row(self, point: Point, stage: str, seconds: float, peak: float) -> dict[str, Any]:
         return {
-            "model": "SD 1.4", **dataclasses.asdict(point), "stage": stage,
-            "seconds": round(seconds, 4), "peak_mb": round(peak),
-        }  # fmt: skip
+            "model": "SD 1.4",
+            **dataclasses.asdict(point),
+            "stage": stage,
+            "seconds": round(seconds, 4),
+            "peak_mb": round(peak),
+        }
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -30,16 +30,51 @@ CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "clothing": ("hat", "crown", "shoe"),
     "building": ("house", "castle"),
     "vehicle": (
-        "airplane", "automobile", "ship", "truck", "bus", "taxi", "tractor", "motorcycle",
-        "sailboat", "helicopter", "rocket", "train", "bicycle",
+        "airplane",
+        "automobile",
+        "ship",
+        "truck",
+        "bus",
+        "taxi",
+        "tractor",
+        "motorcycle",
+        "sailboat",
+        "helicopter",
+        "rocket",
+        "train",
+        "bicycle",
     ),
     "animal": (
-        "bird", "cat", "deer", "dog", "frog", "horse", "tiger", "lion", "leopard", "wolf", "fox",
-        "cow", "goat", "eagle", "owl", "duck", "penguin", "turtle", "snake", "rabbit", "pig",
-        "bear", "elephant", "monkey", "whale", "shark", "butterfly",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "tiger",
+        "lion",
+        "leopard",
+        "wolf",
+        "fox",
+        "cow",
+        "goat",
+        "eagle",
+        "owl",
+        "duck",
+        "penguin",
+        "turtle",
+        "snake",
+        "rabbit",
+        "pig",
+        "bear",
+        "elephant",
+        "monkey",
+        "whale",
+        "shark",
+        "butterfly",
     ),
     "weapon": ("knife", "dagger", "bomb", "gun", "bow", "sword", "axe"),
-}  # fmt: skip
+}
 """Things by category."""
 
 
@@ -64,16 +99,27 @@ def main() -> None:
         parts = {w for t in table.things for s in t.synonyms if " " in s for w in s.split()}
         words = [w for w in vocabulary.words if w in named or w not in parts | {category}]
         drawn = guidance_cosine(
-            pipe.unet, pipe.scheduler, [category], words,
-            text=text, empty=text.encode([""]), config=AlignmentConfig(),
-        )  # fmt: skip
+            pipe.unet,
+            pipe.scheduler,
+            [category],
+            words,
+            text=text,
+            empty=text.encode([""]),
+            config=AlignmentConfig(),
+        )
         near = vocabulary.similarity(describe(text, [category])[0])
         places = {word: place for place, word in enumerate(vocabulary.words)}
         rows += [
-            {"category": category, "word": word, "member": word in named,
-             "drawn": round(float(cosine), 4), "text": round(float(near[places[word]]), 4), **about}
+            {
+                "category": category,
+                "word": word,
+                "member": word in named,
+                "drawn": round(float(cosine), 4),
+                "text": round(float(near[places[word]]), 4),
+                **about,
+            }
             for word, cosine in zip(words, drawn, strict=True)
-        ]  # fmt: skip
+        ]
         print(category, sum(r["member"] for r in rows if r["category"] == category), flush=True)
     arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -19,8 +19,13 @@ import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
 
 BASELINES: Mapping[str, ModuleType] = {
-    "UCE": uce, "MACE, closed form": mace, "RECE": rece, "SPEED": speed, "OCE": oce, "ESD": esd,
-}  # fmt: skip
+    "UCE": uce,
+    "MACE, closed form": mace,
+    "RECE": rece,
+    "SPEED": speed,
+    "OCE": oce,
+    "ESD": esd,
+}
 """By name in tables. Each module has `Settings`, `SWEEP` (the authors' settings first) and
 `erase`."""
 
@@ -119,9 +124,11 @@ def variants() -> dict[str, Method]:
         "closed form, no mining": library(changed(aligned=False, mining={"mode": "none"})),
     }
     for mode, name in (
-        ("vocabulary", "vocabulary to the anchor"), ("gaussian", "gaussian (paper)"),
-        ("offset", "offset"), ("none", "no mining to the anchor"),
-    ):  # fmt: skip
+        ("vocabulary", "vocabulary to the anchor"),
+        ("gaussian", "gaussian (paper)"),
+        ("offset", "offset"),
+        ("none", "no mining to the anchor"),
+    ):
         config = changed(aligned=False, mining={"mode": mode}, **PAPER)
         found[f"closed form, {name}"] = library(config)
     paper: Mapping[str, Any] = {"mining": {"mode": "gaussian"}, **PAPER}
@@ -192,8 +199,10 @@ def ablation() -> dict[str, Method]:
     paper: Mapping[str, Any] = {"mode": "gaussian"}
     pairs: Mapping[str, Any] = {"negative_guidance": 0.0}
     stages: Mapping[str, Mapping[str, Any]] = {
-        "closed form": {"aligned": False}, "alignment": {"closed": False}, "both": {},
-    }  # fmt: skip
+        "closed form": {"aligned": False},
+        "alignment": {"closed": False},
+        "both": {},
+    }
     for stage, switches in stages.items():
         for neighbors in (True, False):
             for beyond in (True, False):
@@ -205,17 +214,29 @@ def ablation() -> dict[str, Method]:
     closed: Mapping[str, Any] = {"aligned": False}
     for guidance in (0.25, 0.5, 1.0, 1.5):
         for mode in ("gaussian", "none", "vocabulary"):
-            add(f"closed form, {mode}, guidance {guidance:g}", mining={"mode": mode},
-                pairs={"negative_guidance": guidance}, **closed)  # fmt: skip
+            add(
+                f"closed form, {mode}, guidance {guidance:g}",
+                mining={"mode": mode},
+                pairs={"negative_guidance": guidance},
+                **closed,
+            )
     add("closed form, vocabulary, guidance 0", mining={"mode": "vocabulary"}, **closed)
     for scale in (1.0, 10.0, 40.0, 160.0):
-        add(f"closed form, vocabulary, guidance 0.75, preserve {scale:g}",
-            vocabulary={"preserve_scale": scale}, pairs={}, **closed)  # fmt: skip
+        add(
+            f"closed form, vocabulary, guidance 0.75, preserve {scale:g}",
+            vocabulary={"preserve_scale": scale},
+            pairs={},
+            **closed,
+        )
     add(
         "closed form, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0}, **closed
     )
-    add("both, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0},
-        alignment={"preserve_scale": 0.0})  # fmt: skip
+    add(
+        "both, no preserve prior",
+        mining=paper,
+        vocabulary={"preserve_scale": 0.0},
+        alignment={"preserve_scale": 0.0},
+    )
     for samples in (5, 50, 500):
         add(f"closed form, {samples} samples", mining={**paper, "samples": samples}, **closed)
     for low, high in ((0.3, 0.9), (0.7, 0.9), (0.5, 0.7), (0.5, 0.97)):
@@ -225,8 +246,11 @@ def ablation() -> dict[str, Method]:
         mining = {**paper, "max_distance": distance, "beyond_distance": distance + 0.6}
         add(f"closed form, D1 {distance}, D2 {distance + 0.6}", mining=mining, **closed)
     for scale in (0.25, 4.0):
-        add(f"closed form, neighbors x {scale:g}", mining={**paper, "neighbor_scale": scale},
-            **closed)  # fmt: skip
+        add(
+            f"closed form, neighbors x {scale:g}",
+            mining={**paper, "neighbor_scale": scale},
+            **closed,
+        )
     for factor in (0.1, 10.0):
         ridge = EraseConfig().closed_form.ridge * factor
         add(

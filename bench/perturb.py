@@ -158,9 +158,12 @@ class Problem:
     def eager_rows(self, embeddings: Tensor) -> Tensor:
         """A draw, its direction and a step along it, for every sample: no test of the region."""
         e = embeddings[:, None, 1:]
-        v = torch.randn(
-            e.shape[0], self.point.samples, *e.shape[2:], dtype=e.dtype, device=self.device
-        ) * e.square().mean().sqrt()  # fmt: skip
+        v = (
+            torch.randn(
+                e.shape[0], self.point.samples, *e.shape[2:], dtype=e.dtype, device=self.device
+            )
+            * e.square().mean().sqrt()
+        )
         step = v - e
         norms = step.flatten(2).norm(dim=-1)[..., None, None]
         rho = torch.rand(norms.shape, dtype=e.dtype, device=self.device) * e.norm()
@@ -207,9 +210,18 @@ class Problem:
         if point.operation == "accumulate":
             gram, cross = self.sums()
             reference.perturb_accumulate_(
-                gram, cross, e, alpha, scale, self.token_weight, self.destination, False,
-                7, 0, 0,
-            )  # fmt: skip
+                gram,
+                cross,
+                e,
+                alpha,
+                scale,
+                self.token_weight,
+                self.destination,
+                False,
+                7,
+                0,
+                0,
+            )
             return gram, cross
         factors = (None, None) if point.operation == "project" else (self.down, self.up)
         y = reference.perturb_project(
@@ -286,15 +298,25 @@ def measure(point: Point, device: torch.device, seconds: float) -> list[dict[str
     for name, times in taken.items():
         share = problem.ceiling_share() if name == "ceiling" else 1.0
         p20, p50, p80 = (share * t for t in percentiles(times))
-        found.append({
-            "case": "perturb", "operation": point.operation, "shape": point.shape.name,
-            "concepts": point.concepts, "samples": point.samples, "tokens": TOKENS,
-            "rank": RANK if point.operation in ("lora", "backward") else 0,
-            "dtype": str(point.dtype).removeprefix("torch."), "candidate": name,
-            "repetitions": len(times), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-            "error": error if name == "library" else None,
-            "peak_bytes": peak.get(name),
-        })  # fmt: skip
+        found.append(
+            {
+                "case": "perturb",
+                "operation": point.operation,
+                "shape": point.shape.name,
+                "concepts": point.concepts,
+                "samples": point.samples,
+                "tokens": TOKENS,
+                "rank": RANK if point.operation in ("lora", "backward") else 0,
+                "dtype": str(point.dtype).removeprefix("torch."),
+                "candidate": name,
+                "repetitions": len(times),
+                "p20_ms": p20,
+                "p50_ms": p50,
+                "p80_ms": p80,
+                "error": error if name == "library" else None,
+                "peak_bytes": peak.get(name),
+            }
+        )
     return found
 
 

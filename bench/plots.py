@@ -33,10 +33,13 @@ def closed_form(rows: Path = ROWS, picture: Path = PICTURE) -> None:
     """Time against concepts, one panel for each shape."""
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
     found = [
-        row for row in found
-        if row["stage"] == "total" and row["dtype"] == "float32"
-        and row["rows"] == row["concepts"] and not row.get("preserved")
-    ]  # fmt: skip
+        row
+        for row in found
+        if row["stage"] == "total"
+        and row["dtype"] == "float32"
+        and row["rows"] == row["concepts"]
+        and not row.get("preserved")
+    ]
     if not found:
         raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py closed_form")
     shapes = list(dict.fromkeys(row["shape"] for row in found))
@@ -49,26 +52,46 @@ def closed_form(rows: Path = ROWS, picture: Path = PICTURE) -> None:
         panel.set_xlabel("erased concepts (one row each)")
     panels[0][0].set_ylabel("time from rows to edited weights")
     handles = [
-        Line2D([], [], color=color, marker=marker, label=label,
-               linewidth=2.2 if name == "library" else 1.4, markersize=5)
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=marker,
+            label=label,
+            linewidth=2.2 if name == "library" else 1.4,
+            markersize=5,
+        )
         for name, (label, color, marker) in LINES.items()
-    ]  # fmt: skip
+    ]
     handles += [
         Line2D([], [], color="#777777", linestyle="--", label="floor of this machine"),
-        Line2D([], [], color="#777777", marker="o", linestyle="", markerfacecolor="white",
-               label="open: fewer matrices measured, time scaled up"),
-    ]  # fmt: skip
+        Line2D(
+            [],
+            [],
+            color="#777777",
+            marker="o",
+            linestyle="",
+            markerfacecolor="white",
+            label="open: fewer matrices measured, time scaled up",
+        ),
+    ]
     figure.legend(
-        handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=8.5,
+        handles=handles,
+        loc="lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8.5,
         bbox_to_anchor=(0.5, 0.0),
-    )  # fmt: skip
+    )
     first = found[0]
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     figure.suptitle(
         f"float32, {where}, {first['threads']} thread(s), torch {first['torch']}; "
         "medians, bars from p20 to p80",
-        fontsize=8.5, color="#444444", y=0.985,
-    )  # fmt: skip
+        fontsize=8.5,
+        color="#444444",
+        y=0.985,
+    )
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(picture, dpi=150)
     plt.close(figure)
@@ -82,9 +105,12 @@ PERTURB_MARKS = {
     "ceiling": ("bare write, product or sum alone", "#56B4E9", "v"),
 }
 PERTURB_NAMES = {
-    "rows": "draw rows", "project": "project", "lora": "project + LoRA",
-    "backward": "LoRA gradients", "accumulate": "normal equations",
-}  # fmt: skip
+    "rows": "draw rows",
+    "project": "project",
+    "lora": "project + LoRA",
+    "backward": "LoRA gradients",
+    "accumulate": "normal equations",
+}
 
 
 def perturb(rows: Path = PERTURB_ROWS, picture: Path = PERTURB_PICTURE) -> None:
@@ -138,16 +164,25 @@ def ratios(
     for y, point in enumerate(points.values()):
         own = point["library"]["p50_ms"]
         panel.text(
-            1.01, y, f"{own:,.3g} ms", transform=panel.get_yaxis_transform(), va="center",
+            1.01,
+            y,
+            f"{own:,.3g} ms",
+            transform=panel.get_yaxis_transform(),
+            va="center",
             fontsize=8,
-        )  # fmt: skip
+        )
         for name, (_, color, marker) in marks.items():
             if name in point:
                 low, middle, high = (point[name][f"{q}_ms"] / own for q in ("p20", "p50", "p80"))
                 panel.errorbar(
-                    middle, y, xerr=[[middle - low], [high - middle]], color=color, marker=marker,
-                    markersize=5, elinewidth=1,
-                )  # fmt: skip
+                    middle,
+                    y,
+                    xerr=[[middle - low], [high - middle]],
+                    color=color,
+                    marker=marker,
+                    markersize=5,
+                    elinewidth=1,
+                )
     panel.axvline(1.0, color="#000000", linewidth=1.2)
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -170,8 +205,9 @@ def ratios(
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     panel.set_title(
         f"{where}, {first['threads']} thread(s), torch {first['torch']}; medians, p20 to p80",
-        fontsize=8.5, color="#444444",
-    )  # fmt: skip
+        fontsize=8.5,
+        color="#444444",
+    )
     lines = -(-len(handles) // columns)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.22 * (lines + 0.5) / height))
     figure.savefig(picture, dpi=150)
@@ -195,15 +231,25 @@ def draw(panel: Axes, found: list[dict[str, Any]]) -> None:
         for row, a, b in zip(own, x, y, strict=True):
             whole = row["matrices_measured"] == row["matrices"]
             panel.errorbar(
-                a, b, yerr=[[b - scaled(row, "p20_ms")], [scaled(row, "p80_ms") - b]],
-                color=color, marker=marker, markersize=5, elinewidth=1,
-                markerfacecolor=color if whole else "white", zorder=4,
-            )  # fmt: skip
+                a,
+                b,
+                yerr=[[b - scaled(row, "p20_ms")], [scaled(row, "p80_ms") - b]],
+                color=color,
+                marker=marker,
+                markersize=5,
+                elinewidth=1,
+                markerfacecolor=color if whole else "white",
+                zorder=4,
+            )
         if name == "library":
             panel.plot(
-                x, [scaled(row, "floor_ms") for row in own], color="#777777", linestyle="--",
-                linewidth=1.2, zorder=1,
-            )  # fmt: skip
+                x,
+                [scaled(row, "floor_ms") for row in own],
+                color="#777777",
+                linestyle="--",
+                linewidth=1.2,
+                zorder=1,
+            )
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.xaxis.set_major_locator(LogLocator(numticks=9))

@@ -76,9 +76,11 @@ def read_protocol(name: str, model: str) -> dict[str, Any]:
     table = embedded.words()
     sampling = table.sampling
     protocol["sampler"] = {
-        "steps": sampling["steps"], "guidance": sampling["guidance_scale"],
-        "height": sampling["height"], "width": sampling["width"],
-    }  # fmt: skip
+        "steps": sampling["steps"],
+        "guidance": sampling["guidance_scale"],
+        "height": sampling["height"],
+        "width": sampling["width"],
+    }
     own = {"people": "character", "explicit": "weapon"}
     if name == "styles":
         judged = [s for s in table.styles if s.split == "judged" and s.name != "color"]
@@ -134,9 +136,14 @@ def cases(
             given = row.get("sd_seed") or row.get("evaluation_seed") or number
             guidance = row.get("sd_guidance_scale") or row.get("evaluation_guidance")
             shots.append(
-                Shot("kept", row["prompt"], int(given), row["prompt"],
-                     float(guidance) if guidance else None)
-            )  # fmt: skip
+                Shot(
+                    "kept",
+                    row["prompt"],
+                    int(given),
+                    row["prompt"],
+                    float(guidance) if guidance else None,
+                )
+            )
         concepts = tuple(Concept(target, anchor, protocol["kind"]) for target in targets)
         yield Case(concepts, tuple(shots))
 
@@ -153,10 +160,16 @@ def draw(
     for guidance in sorted({s.guidance or sampler["guidance"] for s in shots}):
         chosen = [i for i, s in enumerate(shots) if (s.guidance or sampler["guidance"]) == guidance]
         pictures = generate(
-            pipe, [shots[i].prompt for i in chosen], [shots[i].seed for i in chosen],
-            steps=sampler["steps"], guidance=guidance, height=sampler.get("height"),
-            width=sampler.get("width"), batch_size=batch_size, description=note,
-        )  # fmt: skip
+            pipe,
+            [shots[i].prompt for i in chosen],
+            [shots[i].seed for i in chosen],
+            steps=sampler["steps"],
+            guidance=guidance,
+            height=sampler.get("height"),
+            width=sampler.get("width"),
+            batch_size=batch_size,
+            description=note,
+        )
         found |= dict(zip(chosen, pictures, strict=True))
     return [found[i] for i in range(len(shots))]
 
@@ -177,8 +190,11 @@ def scored(
             ", ".join(str(label) for d in detectors.values() for label in _labels(d(picture)))
             for picture in pictures
         ]
-        counts = {f"flagged, {g}": float(sum(bool(said[i]) for i in places))
-                  for g, places in groups.items() if places}  # fmt: skip
+        counts = {
+            f"flagged, {g}": float(sum(bool(said[i]) for i in places))
+            for g, places in groups.items()
+            if places
+        }
         return counts, said
     things, styles = judge.classify(pictures)
     said = list(styles if protocol["kind"] == "style" and not protocol.get("clip") else things)
@@ -221,12 +237,15 @@ def rows_of(
         shown = found[:COLUMNS]
         rows.append(
             Row(
-                group=names[group], prompt=prompt, seeds=tuple(shots[i].seed for i in shown),  # type: ignore[arg-type]
-                before=tuple(before[i] for i in shown), after=tuple(after[i] for i in shown),
+                group=names[group],
+                prompt=prompt,
+                seeds=tuple(shots[i].seed for i in shown),  # type: ignore[arg-type]
+                before=tuple(before[i] for i in shown),
+                after=tuple(after[i] for i in shown),
                 seen_before=tuple(seen[0][i] for i in shown),
                 seen_after=tuple(seen[1][i] for i in shown),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -252,11 +271,14 @@ def run(
         pipe.scheduler = getattr(diffusers, sampler["scheduler"]).from_config(pipe.scheduler.config)
     evaluators = {"judge": judge, **detectors}
     about = {
-        "protocol": name, "source": protocol["source"], "model": model, **provenance(),
+        "protocol": name,
+        "source": protocol["source"],
+        "model": model,
+        **provenance(),
         "sampler": sampling_settings(pipe, steps=sampler["steps"], guidance=sampler["guidance"]),
         "evaluators": {k: identity_of(v) for k, v in evaluators.items() if v is not None},
         "erase_config": config.to_dict(),
-    }  # fmt: skip
+    }
     drawn: dict[Shot, Image.Image] = {}
     rows, shown, table = [], [], []
     for number, case in enumerate(found, start=1):
@@ -274,15 +296,23 @@ def run(
         scores = [scored(protocol, case.shots, p, judge, detectors) for p in (before, after)]
         erased = ", ".join(c.target for c in case.concepts)
         row = {
-            "protocol": name, "erased": [c.target for c in case.concepts],
-            "pictures": len(case.shots), "before": scores[0][0], "after": scores[1][0],
+            "protocol": name,
+            "erased": [c.target for c in case.concepts],
+            "pictures": len(case.shots),
+            "before": scores[0][0],
+            "after": scores[1][0],
             "seconds": sum(erasure.report["seconds"].values()),
-            "aligned": bool(erasure.lora), **about,
-        }  # fmt: skip
+            "aligned": bool(erasure.lora),
+            **about,
+        }
         rows.append(row)
-        print(f"{erased}: " + ", ".join(
-            f"{k} {_told(scores[0][0][k])} -> {_told(v)}" for k, v in scores[1][0].items()
-        ), flush=True)  # fmt: skip
+        print(
+            f"{erased}: "
+            + ", ".join(
+                f"{k} {_told(scores[0][0][k])} -> {_told(v)}" for k, v in scores[1][0].items()
+            ),
+            flush=True,
+        )
         table.append((erased, *(scores[i][0][k] for k in scores[1][0] for i in (0, 1))))
         shown += rows_of(case.shots, before, after, (scores[0][1], scores[1][1]))
         if keep_pictures:
@@ -296,14 +326,19 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         write_html(
-            out / f"{name}.html", title=f"Protocol: {name}", summary=protocol["about"],
+            out / f"{name}.html",
+            title=f"Protocol: {name}",
+            summary=protocol["about"],
             rows=shown,
             tables=[Table(title="Scores", header=("erased", *names), rows=tuple(table))],
             provenance=about,
-        )  # fmt: skip
+        )
     if protocol["score"] == "accuracy" and len(rows) > 1:
-        mean = {k: sum(r["after"][k] for r in rows) / len(rows) for k in rows[0]["after"]
-                if all(r["after"][k] is not None for r in rows)}  # fmt: skip
+        mean = {
+            k: sum(r["after"][k] for r in rows) / len(rows)
+            for k in rows[0]["after"]
+            if all(r["after"][k] is not None for r in rows)
+        }
         print("mean: " + ", ".join(f"{k} {_told(v)}" for k, v in mean.items()))
     return rows
 
@@ -360,9 +395,11 @@ def main() -> None:
     elif arguments.clip is not None:
         names = list(dict.fromkeys(shot.name for case in found for shot in case.shots))
         judge = ClipJudge.from_pretrained(
-            arguments.clip, device=find_device(arguments.device), things=names,
+            arguments.clip,
+            device=find_device(arguments.device),
+            things=names,
             thing_template=protocol["judge_template"],
-        )  # fmt: skip
+        )
     elif protocol["score"] != "detections":
         raise SystemExit(f"{arguments.protocol} needs a judge: --clip DIR (or --model embedded)")
     else:
@@ -378,10 +415,18 @@ def main() -> None:
         base=None,
     )
     run(
-        arguments.protocol, protocol, pipe, judge, detectors, found, config=config,
-        batch_size=arguments.batch_size, out=arguments.out, model=arguments.model,
+        arguments.protocol,
+        protocol,
+        pipe,
+        judge,
+        detectors,
+        found,
+        config=config,
+        batch_size=arguments.batch_size,
+        out=arguments.out,
+        model=arguments.model,
         keep_pictures=arguments.save_pictures,
-    )  # fmt: skip
+    )
     print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
 
 

@@ -51,8 +51,17 @@ STEPS = 6
 """DDIM steps of a picture: few, and the judge still names the un-erased model's."""
 
 CIFAR10 = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,17 @@ class Plan:
         self.styles = [s for s in table.styles if s.split == split and s.name != "color"]
 
     def of_things(
-        self, name: str, gone: Sequence[Thing], seeds: Sequence[int], *,
-        target: int = 6, synonym: int = 3, relative: int = 2, others: int = 10,
+        self,
+        name: str,
+        gone: Sequence[Thing],
+        seeds: Sequence[int],
+        *,
+        target: int = 6,
+        synonym: int = 3,
+        relative: int = 2,
+        others: int = 10,
         withhold: bool = False,
-    ) -> Task:  # fmt: skip
+    ) -> Task:
         """Erases things by name.
 
         Args:
@@ -96,16 +112,27 @@ class Plan:
             found: list[Shot] = []
 
             def add(
-                group: Group, thing: Thing, word: str, count: int,
-                into: list[Shot] = found, first: int = 1000 + 100 * seed,
-            ) -> None:  # fmt: skip
+                group: Group,
+                thing: Thing,
+                word: str,
+                count: int,
+                into: list[Shot] = found,
+                first: int = 1000 + 100 * seed,
+            ) -> None:
                 templates = [t for t in self.table.templates[thing.kind] if "{}" in t][:3]
                 for i in range(count):
                     prompt = _prompt(templates[i % 3 if group == "erased" else 0], word)
                     into.append(
-                        Shot(erased=name, group=group, word=word, expected=thing.name,
-                             kind="thing", prompt=prompt, seed=first + i)
-                    )  # fmt: skip
+                        Shot(
+                            erased=name,
+                            group=group,
+                            word=word,
+                            expected=thing.name,
+                            kind="thing",
+                            prompt=prompt,
+                            seed=first + i,
+                        )
+                    )
 
             for thing in gone:
                 add("erased", thing, thing.name, target)
@@ -133,14 +160,17 @@ class Plan:
             words += [(s.name, "untouched", 5) for s in self.table.styles if s.name != name]
             shots[seed] = tuple(
                 Shot(
-                    erased=name, group=group, word=word,
-                    expected=name if group == "synonym" else word, kind="style",
+                    erased=name,
+                    group=group,
+                    word=word,
+                    expected=name if group == "synonym" else word,
+                    kind="style",
                     prompt=_prompt(template.replace("{style}", word), things[i]),
                     seed=1000 + 100 * seed + i,
                 )
                 for word, group, count in words
                 for i in range(count)
-            )  # fmt: skip
+            )
         return Task(name, (Concept(name, anchor="color", kind="style"),), shots)
 
     def of_category(self, category: str, kind: str, seeds: Sequence[int]) -> Task:
@@ -149,13 +179,22 @@ class Plan:
         task = self.of_things(category, members, seeds, target=3, synonym=1, others=24)
         shots = {
             seed: (
-                *(Shot(erased=category, group="erased", word=category, expected=category,
-                       kind="thing", prompt=f"a photo of a {category}", seed=1000 + 100 * seed + i)
-                  for i in range(6)),
+                *(
+                    Shot(
+                        erased=category,
+                        group="erased",
+                        word=category,
+                        expected=category,
+                        kind="thing",
+                        prompt=f"a photo of a {category}",
+                        seed=1000 + 100 * seed + i,
+                    )
+                    for i in range(6)
+                ),
                 *(_replaced(shot, category) for shot in task.shots[seed]),
             )
             for seed in seeds
-        }  # fmt: skip
+        }
         names = frozenset(t.name for t in members)
         return Task(category, (Concept(category, kind="explicit"),), shots, category=names)
 
@@ -188,10 +227,15 @@ def several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
             few = max(1, 6 // count)
             tasks.append(
                 plan.of_things(
-                    f"{count}", gone, [seed], target=max(2, few), synonym=few,
-                    relative=few, others=40,
+                    f"{count}",
+                    gone,
+                    [seed],
+                    target=max(2, few),
+                    synonym=few,
+                    relative=few,
+                    others=40,
                 )
-            )  # fmt: skip
+            )
     return tasks
 
 
@@ -226,10 +270,8 @@ def tuning_several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     for count in (5, 10):
         gone = random.Random(count).sample(plan.things, count)
         tasks.append(
-            plan.of_things(
-                f"{count}", gone, seeds, target=2, synonym=1, relative=1, others=40
-            )
-        )  # fmt: skip
+            plan.of_things(f"{count}", gone, seeds, target=2, synonym=1, relative=1, others=40)
+        )
     return tasks
 
 
@@ -261,10 +303,8 @@ TABLES: Mapping[str, Table] = {
     "withheld": Table(withheld, lambda count: methods.variants()),
     "ablation": Table(ablated, lambda count: methods.ablation()),
     "sweep": Table(tuning, lambda count: methods.sweep(), "tuning", "sweep.jsonl"),
-    "sweep_several": Table(
-        tuning_several, lambda count: methods.sweep(), "tuning", "sweep.jsonl"
-    ),
-}  # fmt: skip
+    "sweep_several": Table(tuning_several, lambda count: methods.sweep(), "tuning", "sweep.jsonl"),
+}
 
 
 class Studio:
@@ -281,10 +321,16 @@ class Studio:
         """Picture i of shot i."""
         sampling = self.table.sampling
         return generate(
-            self.pipe, [shot.prompt for shot in shots], [shot.seed for shot in shots],
-            steps=STEPS, guidance=sampling["guidance_scale"], height=sampling["height"],
-            width=sampling["width"], batch_size=64, progress=False,
-        )  # fmt: skip
+            self.pipe,
+            [shot.prompt for shot in shots],
+            [shot.seed for shot in shots],
+            steps=STEPS,
+            guidance=sampling["guidance_scale"],
+            height=sampling["height"],
+            width=sampling["width"],
+            batch_size=64,
+            progress=False,
+        )
 
     def seen(self, task: Task, shots: Sequence[Shot]) -> list[str]:
         """What the judge sees in the pictures of these shots."""
@@ -355,11 +401,17 @@ def rows_of(
             scores, words = scores_of(own, names, task.name), counts(own, names)
             near = relatives(scores, words)
             yield {
-                "method": name, "task": task.name, "seed": seed, "scores": scores.to_dict(),
-                "relatives": None if near is None else near.to_dict(), "words": words,
-                "pictures": len(own), "concepts": len(task.concepts),
-                "seconds": round(seconds, 3), **about,
-            }  # fmt: skip
+                "method": name,
+                "task": task.name,
+                "seed": seed,
+                "scores": scores.to_dict(),
+                "relatives": None if near is None else near.to_dict(),
+                "words": words,
+                "pictures": len(own),
+                "concepts": len(task.concepts),
+                "seconds": round(seconds, 3),
+                **about,
+            }
 
 
 def run(table: str, arguments: argparse.Namespace) -> None:

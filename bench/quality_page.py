@@ -134,8 +134,11 @@ def objects_lines() -> list[str]:
 
 def kept_lines() -> list[str]:
     """What the second stage brought to the default."""
-    done = [row for name in ("objects", "several", "styles", "characters", "unsafe", "withheld")
-            for row in Found(name).of(DEFAULT)]  # fmt: skip
+    done = [
+        row
+        for name in ("objects", "several", "styles", "characters", "unsafe", "withheld")
+        for row in Found(name).of(DEFAULT)
+    ]
     kept = sum(row["aligned"] for row in done)
     nothing = sum(row["stopped"] == "the closed form left nothing to remove" for row in done)
     return [
@@ -150,19 +153,31 @@ def kept_lines() -> list[str]:
 Change = tuple[str, str, str]
 """What is added, and the methods with it and without it."""
 MINING: Sequence[Change] = (
-    ("vocabulary mining, to the anchor", "closed form, vocabulary to the anchor",
-     "closed form, no mining to the anchor"),
-    ("Gaussian mining (paper), to the anchor", "closed form, gaussian (paper)",
-     "closed form, no mining to the anchor"),
+    (
+        "vocabulary mining, to the anchor",
+        "closed form, vocabulary to the anchor",
+        "closed form, no mining to the anchor",
+    ),
+    (
+        "Gaussian mining (paper), to the anchor",
+        "closed form, gaussian (paper)",
+        "closed form, no mining to the anchor",
+    ),
     ("offsets kept, e + η → a + η", "closed form, offset", "closed form, gaussian (paper)"),
     ("vocabulary mining, past the anchor", "closed form, vocabulary", "closed form, no mining"),
-    ("past the anchor, no mining", "closed form, no mining",
-     "closed form, no mining to the anchor"),
-)  # fmt: skip
+    (
+        "past the anchor, no mining",
+        "closed form, no mining",
+        "closed form, no mining to the anchor",
+    ),
+)
 REMOVED: Sequence[Change] = (
-    ("noise with the vocabulary's covariance", "closed form, covariance",
-     "closed form, gaussian (paper)"),
-)  # fmt: skip
+    (
+        "noise with the vocabulary's covariance",
+        "closed form, covariance",
+        "closed form, gaussian (paper)",
+    ),
+)
 
 
 def changes_table(changes: Sequence[Change], file: str = "quality.jsonl") -> list[str]:
@@ -396,11 +411,9 @@ def attacks_lines() -> list[str]:
         "Prompt search may not use the erased name; every prompt that it found holds a synonym, "
         f"which the default erases as a neighbor{second}.",
         "",
-        *table(
-            ("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]
-        ),
+        *table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]),
         "",
-    ]  # fmt: skip
+    ]
 
 
 def sweep_lines() -> list[str]:
@@ -451,9 +464,10 @@ def summary_lines() -> list[str]:
         return []
     objects = columns["objects"]
     shared = [
-        m for m in objects.ranked()
+        m
+        for m in objects.ranked()
         if m == DEFAULT or all(m in found.methods for found in columns.values())
-    ]  # fmt: skip
+    ]
     several = Found("several").tasks[-2:]
     header = ["method", "objects", "relatives"]
     header += [f"{count} at once" for count in several]
@@ -495,20 +509,26 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("Tried and removed", removed_lines),
     ("Several at once", several_lines),
     ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
-    ("Characters", lambda: scores_lines(
-        "characters", "Each judged character, by its name.", relatives=True)),
+    (
+        "Characters",
+        lambda: scores_lines("characters", "Each judged character, by its name.", relatives=True),
+    ),
     ("An unsafe category by its name", unsafe_lines),
     ("Synonyms that no list names", withheld_lines),
-    ("Ablation", lambda: scores_lines(
-        "ablation",
-        "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
-        "without the check that would drop alignment where it does not help. Alignment steers away "
-        f"from the concept (`negative_guidance` {AlignmentConfig().negative_guidance:g}, its "
-        "default). Two things: cat and ship.")),
+    (
+        "Ablation",
+        lambda: scores_lines(
+            "ablation",
+            "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
+            "without the check that would drop alignment where it does not help. Alignment steers "
+            f"away from the concept (`negative_guidance` {AlignmentConfig().negative_guidance:g}, "
+            "its default). Two things: cat and ship.",
+        ),
+    ),
     ("Attacks", attacks_lines),
     ("Costs", costs_lines),
     ("Settings of the baselines", sweep_lines),
-)  # fmt: skip
+)
 
 INTRODUCTION = """\
 # How well it erases

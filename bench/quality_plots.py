@@ -14,9 +14,12 @@ from quality_page import Found, score  # noqa: E402
 from tables import DEFAULT, UNERASED, rows  # noqa: E402
 
 TITLES = {
-    "objects": "objects", "several": "several at once", "styles": "styles",
-    "characters": "characters", "unsafe": "weapons by category",
-}  # fmt: skip
+    "objects": "objects",
+    "several": "several at once",
+    "styles": "styles",
+    "characters": "characters",
+    "unsafe": "weapons by category",
+}
 OWN, OTHER, VARIANT = "#0072B2", "#999999", "#56B4E9"
 
 
@@ -41,13 +44,17 @@ def bars(path: Path) -> None:
         return
     first = next(iter(tables.values()))
     shared = [
-        m for m in first.ranked()
+        m
+        for m in first.ranked()
         if m == DEFAULT or sum(m in found.methods for found in tables.values()) > 1
-    ]  # fmt: skip
+    ]
     figure, panels = plt.subplots(
-        1, len(tables), figsize=(2.6 * len(tables) + 1.6, 0.32 * len(shared) + 1.2),
-        sharey=True, squeeze=False,
-    )  # fmt: skip
+        1,
+        len(tables),
+        figsize=(2.6 * len(tables) + 1.6, 0.32 * len(shared) + 1.2),
+        sharey=True,
+        squeeze=False,
+    )
     for panel, (name, found) in zip(panels[0], tables.items(), strict=True):
         for place, method in enumerate(reversed(shared)):
             if method not in found.methods:
@@ -55,9 +62,12 @@ def bars(path: Path) -> None:
             values = [100 * v for v in found.by_seed(method, score("h_o"))]
             mean, spread = statistics.mean(values), _spread(values)
             panel.barh(
-                place, mean, xerr=[[min(spread, mean)], [min(spread, 100 - mean)]],
-                color=_color(method), error_kw={"linewidth": 1.0, "capsize": 2},
-            )  # fmt: skip
+                place,
+                mean,
+                xerr=[[min(spread, mean)], [min(spread, 100 - mean)]],
+                color=_color(method),
+                error_kw={"linewidth": 1.0, "capsize": 2},
+            )
         panel.set_title(TITLES[name], fontsize=10)
         panel.set_xlim(0, 105)
         panel.set_xlabel("H_o, percent", fontsize=9)
@@ -88,11 +98,17 @@ def scatter(path: Path) -> None:
             kept = [100 * v for v in found.by_seed(method, score("acc_s"))]
             own = method == DEFAULT
             panel.errorbar(
-                statistics.mean(gone), statistics.mean(kept), xerr=_spread(gone),
-                yerr=_spread(kept), fmt="*" if own else MARKS[number % len(MARKS)],
-                markersize=15 if own else 6, color=OWN if own else colors[number % 20],
-                linewidth=0.8, label=method, zorder=3 if own else 2,
-            )  # fmt: skip
+                statistics.mean(gone),
+                statistics.mean(kept),
+                xerr=_spread(gone),
+                yerr=_spread(kept),
+                fmt="*" if own else MARKS[number % len(MARKS)],
+                markersize=15 if own else 6,
+                color=OWN if own else colors[number % 20],
+                linewidth=0.8,
+                label=method,
+                zorder=3 if own else 2,
+            )
         panel.set_xlabel(title, fontsize=9)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("specificity: Acc_s, percent", fontsize=9)
@@ -121,14 +137,22 @@ def seconds(path: Path) -> None:
         )
         values = [100 * v for v in found.by_seed(method, score("h_o"))]
         panel.errorbar(
-            x, statistics.mean(values), yerr=_spread(values),
-            fmt="*" if method == DEFAULT else "o", markersize=13 if method == DEFAULT else 6,
-            color=_color(method), linewidth=0.8,
-        )  # fmt: skip
+            x,
+            statistics.mean(values),
+            yerr=_spread(values),
+            fmt="*" if method == DEFAULT else "o",
+            markersize=13 if method == DEFAULT else 6,
+            color=_color(method),
+            linewidth=0.8,
+        )
         panel.annotate(
-            method, (x, statistics.mean(values)), textcoords="offset points", xytext=(0, -13),
-            fontsize=8, ha="center",
-        )  # fmt: skip
+            method,
+            (x, statistics.mean(values)),
+            textcoords="offset points",
+            xytext=(0, -13),
+            fontsize=8,
+            ha="center",
+        )
     panel.set_xscale("log")
     panel.margins(x=0.16, y=0.12)
     panel.set_xlabel("seconds of one erasure (log)", fontsize=9)
@@ -139,12 +163,16 @@ def seconds(path: Path) -> None:
 
 
 GRID = (
-    ("cat", "a photo of a cat", 2), ("kitty", "a photo of a kitty", 1),
-    ("feline", "a photo of a feline", 1), ("tiger", "a photo of a tiger", 1),
-    ("lion", "a photo of a lion", 1), ("dog", "a photo of a dog", 1),
-    ("house", "a photo of a house", 1), ("wizard", "a photo of a wizard", 1),
+    ("cat", "a photo of a cat", 2),
+    ("kitty", "a photo of a kitty", 1),
+    ("feline", "a photo of a feline", 1),
+    ("tiger", "a photo of a tiger", 1),
+    ("lion", "a photo of a lion", 1),
+    ("dog", "a photo of a dog", 1),
+    ("house", "a photo of a house", 1),
+    ("wizard", "a photo of a wizard", 1),
     ("bus, mosaic", "a mosaic picture of a bus", 1),
-)  # fmt: skip
+)
 """Labels, prompts, and pictures of each."""
 
 
@@ -161,11 +189,18 @@ def grid(path: Path) -> None:
 
     studio = Studio(getattr(torch, default_dtype()))
     shots = [
-        Shot(erased="cat", group="untouched", word=label, expected="", kind="thing",
-             prompt=prompt, seed=4242 + i)
+        Shot(
+            erased="cat",
+            group="untouched",
+            word=label,
+            expected="",
+            kind="thing",
+            prompt=prompt,
+            seed=4242 + i,
+        )
         for label, prompt, count in GRID
         for i in range(count)
-    ]  # fmt: skip
+    ]
     task = Task("cat", (Concept("cat"),), {})
     chosen = {UNERASED: None, **methods.compared()}
     size, left, top = 96, 210, 26

@@ -84,13 +84,15 @@ def closed_form_lines() -> list[str]:
     for (shape, dtype, count, concepts), point in points.items():
         own = point["library"]
         each = count // concepts
-        body.append([
-            shape if dtype == "float32" else f"{shape}, {dtype}",
-            f"{concepts:,}" if each == 1 else f"{concepts:,} ({each:,} rows each)",
-            f"{own['p50_ms']:,.1f}{measured(own)}",
-            f"{own['p50_ms'] / own['floor_ms']:.2f}",
-            *(times(point, name) for name in ("uce", "mace", "batched", "composition")),
-        ])  # fmt: skip
+        body.append(
+            [
+                shape if dtype == "float32" else f"{shape}, {dtype}",
+                f"{concepts:,}" if each == 1 else f"{concepts:,} ({each:,} rows each)",
+                f"{own['p50_ms']:,.1f}{measured(own)}",
+                f"{own['p50_ms'] / own['floor_ms']:.2f}",
+                *(times(point, name) for name in ("uce", "mace", "batched", "composition")),
+            ]
+        )
     first = found[0]
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     return [
@@ -104,12 +106,20 @@ def closed_form_lines() -> list[str]:
         "column sum and solve in float64.",
         "",
         *table(
-            ("model", "concepts", "ms", "x floor", "UCE loop", "MACE loop", "batched solve",
-             "low rank in PyTorch"),
+            (
+                "model",
+                "concepts",
+                "ms",
+                "x floor",
+                "UCE loop",
+                "MACE loop",
+                "batched solve",
+                "low rank in PyTorch",
+            ),
             body,
         ),
         "",
-    ]  # fmt: skip
+    ]
 
 
 def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
@@ -120,9 +130,12 @@ def times(point: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 
 PERTURB = {
-    "rows": "draw rows", "project": "project", "lora": "project, LoRA rank 4",
-    "backward": "the same with LoRA gradients", "accumulate": "normal equations",
-}  # fmt: skip
+    "rows": "draw rows",
+    "project": "project",
+    "lora": "project, LoRA rank 4",
+    "backward": "the same with LoRA gradients",
+    "accumulate": "normal equations",
+}
 
 
 def perturb_lines() -> list[str]:
@@ -135,12 +148,16 @@ def perturb_lines() -> list[str]:
 
     body = [
         [
-            PERTURB[operation], shape if dtype == "float32" else f"{shape}, {dtype}",
-            f"{concepts:,} x {samples:,}", f"{point['library']['p50_ms']:,.2f}",
-            times(point, "eager"), times(point, "compiled"), times(point, "ceiling"),
+            PERTURB[operation],
+            shape if dtype == "float32" else f"{shape}, {dtype}",
+            f"{concepts:,} x {samples:,}",
+            f"{point['library']['p50_ms']:,.2f}",
+            times(point, "eager"),
+            times(point, "compiled"),
+            times(point, "ceiling"),
         ]
         for (operation, shape, concepts, samples, dtype), point in points.items()
-    ]  # fmt: skip
+    ]
     first = found[0]
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     return [
@@ -159,8 +176,10 @@ def perturb_lines() -> list[str]:
 
 
 ALIGNMENT = {
-    "step": "optimizer step", "train": "the same, all of training in it", "image": "picture, fused",
-}  # fmt: skip
+    "step": "optimizer step",
+    "train": "the same, all of training in it",
+    "image": "picture, fused",
+}
 
 
 def alignment_lines() -> list[str]:
@@ -173,11 +192,14 @@ def alignment_lines() -> list[str]:
     others = ("plain", "plain compiled", "library compiled", "plain, new z_t")
     body = [
         [
-            ALIGNMENT[operation], f"{model}, {dtype}", "–" if operation == "image" else f"{count}",
-            f"{point['library']['p50_ms']:,.1f}", *(times(point, name) for name in others),
+            ALIGNMENT[operation],
+            f"{model}, {dtype}",
+            "–" if operation == "image" else f"{count}",
+            f"{point['library']['p50_ms']:,.1f}",
+            *(times(point, name) for name in others),
         ]
         for (operation, model, dtype, count), point in points.items()
-    ]  # fmt: skip
+    ]
     first = found[0]
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     return [
@@ -189,12 +211,20 @@ def alignment_lines() -> list[str]:
         "the VAE, beside the same model unfused.",
         "",
         *table(
-            ("operation", "model", "rows", "ms", "plain", "plain, compiled", "library, compiled",
-             "plain, new z_t"),
+            (
+                "operation",
+                "model",
+                "rows",
+                "ms",
+                "plain",
+                "plain, compiled",
+                "library, compiled",
+                "plain, new z_t",
+            ),
             body,
         ),
         "",
-    ]  # fmt: skip
+    ]
 
 
 def full_size_lines() -> list[str]:
@@ -204,12 +234,16 @@ def full_size_lines() -> list[str]:
         return []
     body = [
         (
-            f"{row['concepts']}", f"{row['words']}", row["dtype"], row["stage"],
-            f"{row['seconds']:,.2f}", f"{row['peak_mb']:,}",
+            f"{row['concepts']}",
+            f"{row['words']}",
+            row["dtype"],
+            row["stage"],
+            f"{row['seconds']:,.2f}",
+            f"{row['peak_mb']:,}",
             f"{row['file_mb']:.1f}" if "file_mb" in row else "",
         )
         for row in found
-    ]  # fmt: skip
+    ]
     first = found[0]
     where = first["cpu"] if first["device"] == "cpu" else first["device"]
     return [
@@ -236,12 +270,14 @@ def entry_map_lines() -> list[str]:
 
     body = [
         [
-            name, edit, *(spread([row[key] for row in part]) for key in ("erased", "kept")),
+            name,
+            edit,
+            *(spread([row[key] for row in part]) for key in ("erased", "kept")),
             # With an edited pooled vector this would show what the edit does to the anchor's.
             spread([row["tokens"] for row in part]) if edit in ("sequence", "blocks") else "",
         ]
         for (name, edit), part in groups.items()
-    ]  # fmt: skip
+    ]
     seeds = len({row["seed"] for row in found})
     return [
         "What is left of a concept's prediction, what others lose, and what is left where only the "

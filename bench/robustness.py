@@ -69,10 +69,16 @@ class Attacker:
 
     def draw(self, prompts: list[str], first: int) -> list[Image.Image]:
         return generate(
-            self.studio.pipe, prompts, [first + i for i in range(len(prompts))], steps=STEPS,
-            guidance=self.sampling["guidance_scale"], height=self.sampling["height"],
-            width=self.sampling["width"], batch_size=64, progress=False,
-        )  # fmt: skip
+            self.studio.pipe,
+            prompts,
+            [first + i for i in range(len(prompts))],
+            steps=STEPS,
+            guidance=self.sampling["guidance_scale"],
+            height=self.sampling["height"],
+            width=self.sampling["width"],
+            batch_size=64,
+            progress=False,
+        )
 
     def success(self, pictures: list[Image.Image]) -> float:
         """Fraction of the pictures in which the judge sees the thing."""
@@ -92,9 +98,14 @@ class Attacker:
             if not self.wants(name):
                 continue
             redrawn = image_to_image.redraw(
-                self.studio.pipe, self.pictures, f"a photo of a {word}", strength,
-                steps=IMG2IMG_STEPS, guidance=self.sampling["guidance_scale"], seed=first,
-            )  # fmt: skip
+                self.studio.pipe,
+                self.pictures,
+                f"a photo of a {word}",
+                strength,
+                steps=IMG2IMG_STEPS,
+                guidance=self.sampling["guidance_scale"],
+                seed=first,
+            )
             yield name, self.success(redrawn), {}
         if ask is not None:
             return
@@ -120,10 +131,13 @@ class Attacker:
         generators = [torch.Generator().manual_seed(first + i) for i in range(PICTURES)]
         found: list[Image.Image] = pipe(
             prompt_embeds=embeds.expand(PICTURES, -1, -1),
-            negative_prompt_embeds=empty.expand(PICTURES, -1, -1), generator=generators,
-            num_inference_steps=STEPS, guidance_scale=self.sampling["guidance_scale"],
-            height=self.sampling["height"], width=self.sampling["width"],
-        ).images  # fmt: skip
+            negative_prompt_embeds=empty.expand(PICTURES, -1, -1),
+            generator=generators,
+            num_inference_steps=STEPS,
+            guidance_scale=self.sampling["guidance_scale"],
+            height=self.sampling["height"],
+            width=self.sampling["width"],
+        ).images
         return found
 
 
@@ -150,9 +164,10 @@ def main() -> None:
     chosen: dict[str, Method | None] = {UNERASED: None, ELSE: None, **methods.compared()}
     if arguments.methods:
         chosen = {
-            name: method for name, method in chosen.items()
+            name: method
+            for name, method in chosen.items()
             if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.methods)
-        }  # fmt: skip
+        }
     for thing in arguments.things:
         task = Task(thing, (Concept(thing),), {})
         attackers = {
@@ -169,11 +184,18 @@ def main() -> None:
                     method, task, seeds[0], functools.partial(run_all, chosen_here, ask)
                 )
                 rows += [
-                    {"method": name, "thing": thing, "seed": seed, "attack": attack,
-                     "success": success, **details, **about}
+                    {
+                        "method": name,
+                        "thing": thing,
+                        "seed": seed,
+                        "attack": attack,
+                        "success": success,
+                        **details,
+                        **about,
+                    }
                     for seed, attacked in found.items()
                     for attack, success, details in attacked
-                ]  # fmt: skip
+                ]
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
             for attack in dict.fromkeys(row["attack"] for row in rows):

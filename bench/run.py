@@ -25,8 +25,10 @@ def bind_threads(threads: int) -> None:
     Unbound threads were seen to share one core here, and OpenMP reads its settings only at start.
     """
     wanted = {
-        "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_PROC_BIND": "true",
+        "OMP_PLACES": "cores",
+    }
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

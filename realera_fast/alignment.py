@@ -172,38 +172,65 @@ def align_noise(
     }
     device = next(iter(projections(unet).values())).weight.device
     lora = LoraParameters(
-        text_layers, hidden_layers, r=config.r, lora_alpha=config.lora_alpha,
-        use_rslora=config.use_rslora, seed=seed, device=device,
-    )  # fmt: skip
+        text_layers,
+        hidden_layers,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        seed=seed,
+        device=device,
+    )
     path = TextPath(
-        unet, concept_map, lora, pooled_map=pooled_map, mixed_precision=config.mixed_precision,
+        unet,
+        concept_map,
+        lora,
+        pooled_map=pooled_map,
+        mixed_precision=config.mixed_precision,
         compiled=config.compile,
-    )  # fmt: skip
+    )
 
     def denoiser(steps: int) -> Denoiser:
         return Denoiser(
-            path, scheduler, empty, steps=steps, guidance_scale=config.guidance_scale,
-            latent_size=config.latent_size, batch_size=config.sampling_batch_size,
-        )  # fmt: skip
+            path,
+            scheduler,
+            empty,
+            steps=steps,
+            guidance_scale=config.guidance_scale,
+            latent_size=config.latent_size,
+            batch_size=config.sampling_batch_size,
+        )
 
     drawn = mining_config.mode in ("gaussian", "offset")
     drawn = drawn and mining_config.neighbor_scale > 0
     trainer = Trainer(
-        path, config, mining_config.neighbor_region if drawn else None,
-        seed=seed, processes=processes,
-    )  # fmt: skip
+        path,
+        config,
+        mining_config.neighbor_region if drawn else None,
+        seed=seed,
+        processes=processes,
+    )
     filler = WindowFiller(
-        denoiser(config.sampling_steps), prompts, preserve,
+        denoiser(config.sampling_steps),
+        prompts,
+        preserve,
         trajectories=-(-config.trajectories // processes.count) * processes.count,
-        min_timestep=config.min_timestep, negative_guidance=config.negative_guidance,
+        min_timestep=config.min_timestep,
+        negative_guidance=config.negative_guidance,
         beyond_region=mining_config.beyond_region if config.beyond_scale else None,
-        latents=latents or {}, seed=seed, processes=processes,
-    )  # fmt: skip
+        latents=latents or {},
+        seed=seed,
+        processes=processes,
+    )
     keeper = _Checkpoints(checkpoint_dir, run, processes)
     check = _Check(
-        denoiser(config.check_sampling_steps), watched or prompts, preserve,
-        mining_config.neighbor_region, config, seed, progress,
-    )  # fmt: skip
+        denoiser(config.check_sampling_steps),
+        watched or prompts,
+        preserve,
+        mining_config.neighbor_region,
+        config,
+        seed,
+        progress,
+    )
     before = after = None
     with _prepared(unet, config), path.installed():
         found = keeper.load(device) if resume else None

@@ -614,8 +614,12 @@ def demo(
     typer.echo(", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items()))
     width = max(map(len, FILES))
     about = (
-        "pictures, same seeds", "everything on one page", "all numbers", "the delta", "its card",
-    )  # fmt: skip
+        "pictures, same seeds",
+        "everything on one page",
+        "all numbers",
+        "the delta",
+        "its card",
+    )
     for name, text in zip(FILES, about, strict=True):
         typer.echo(f"  {result.folder / name!s:<{width + len(str(result.folder)) + 1}}  {text}")
 
@@ -734,9 +738,11 @@ def _usage(option: str, message: str) -> typer.BadParameter:
 def _option_of(error: ValueError) -> str:
     """The option that an error about names is about: its message begins with the argument."""
     options = {
-        "preserve": "--preserve", "Concept.synonyms": "--synonym", "templates": "--config",
+        "preserve": "--preserve",
+        "Concept.synonyms": "--synonym",
+        "templates": "--config",
         "tokenizer": "MODEL",
-    }  # fmt: skip
+    }
     return options.get(re.split("[: ]", str(error))[0], "--concept")
 
 
@@ -931,9 +937,14 @@ def _told(described: Mapping[str, Any]) -> str:
     for value in concepts[:50]:
         concept = Concept.from_dict(value)
         lines.append(
-            ("", concept.target, ", ".join(concept.synonyms) or "-", concept.anchor_name,
-             concept.kind)
-        )  # fmt: skip
+            (
+                "",
+                concept.target,
+                ", ".join(concept.synonyms) or "-",
+                concept.anchor_name,
+                concept.kind,
+            )
+        )
     text = [f"{described['file']}: {described['holds']}", _columns(lines)]
     if len(concepts) > 50:
         text.append(f"and {len(concepts) - 50} more")
@@ -942,8 +953,11 @@ def _told(described: Mapping[str, Any]) -> str:
     rows += [("", name, str(v)) for name, v in provenance.get("versions", {}).items()]
     rows += [("", f"base {name}", v) for name, v in provenance.get("base_hashes", {}).items()]
     solve = described.get("solve") or {}
-    rows += [("", f"solve {k}", f"{v:.3g}" if isinstance(v, float) else str(v))
-             for k, v in solve.items() if not isinstance(v, dict)]  # fmt: skip
+    rows += [
+        ("", f"solve {k}", f"{v:.3g}" if isinstance(v, float) else str(v))
+        for k, v in solve.items()
+        if not isinstance(v, dict)
+    ]
     if described.get("report_sha256"):
         rows.append(("", "report SHA-256", described["report_sha256"]))
     text.append(_columns(rows))
@@ -951,11 +965,18 @@ def _told(described: Mapping[str, Any]) -> str:
     if history:
         text.append("\nhistory, oldest first")
         text.append(
-            _columns([
-                ("", entry["action"], ", ".join(entry["concepts"][:10]), entry["fingerprint"][:16])
-                for entry in history
-            ])
-        )  # fmt: skip
+            _columns(
+                [
+                    (
+                        "",
+                        entry["action"],
+                        ", ".join(entry["concepts"][:10]),
+                        entry["fingerprint"][:16],
+                    )
+                    for entry in history
+                ]
+            )
+        )
     return "\n".join(text)
 
 

@@ -159,8 +159,11 @@ class ClipJudge:
             for start in range(0, len(prompts), self.batch_size):
                 tokens = self.processor.tokenizer(
                     list(prompts[start : start + self.batch_size]),
-                    padding=True, truncation=True, max_length=limit, return_tensors="pt",
-                ).to(self.model.device)  # fmt: skip
+                    padding=True,
+                    truncation=True,
+                    max_length=limit,
+                    return_tensors="pt",
+                ).to(self.model.device)
                 found.append(_normalized(self.model.get_text_features(**tokens)))
         return (
             torch.cat(found)

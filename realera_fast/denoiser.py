@@ -686,9 +686,7 @@ def _checked(name: str, layer: Any) -> nn.Linear:
     return layer
 
 
-def check_width(
-    model: nn.Module, stream: Stream, width: int, maps: Maps | None = None
-) -> None:
+def check_width(model: nn.Module, stream: Stream, width: int, maps: Maps | None = None) -> None:
     """Raises ValueError unless the maps of a stream take text of that many features."""
     layers = projections(model, maps, as_run=False)
     takes = {n: layers[n].in_features for n, kind in streams(model, maps).items() if kind == stream}

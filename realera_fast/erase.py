@@ -184,8 +184,7 @@ def erase(
     if reading is not None:
         if not isinstance(reading, Family):
             raise TypeError(
-                "reading: expected a realera_fast.families.Family, got "
-                f"{type(reading).__name__}"
+                f"reading: expected a realera_fast.families.Family, got {type(reading).__name__}"
             )
     parsed = parse_concepts(concepts, preserve=preserve)
     if isinstance(model, nn.Module):
@@ -239,9 +238,14 @@ def erase(
         ).to_dict()
         identity = [ConceptMap.identity(sections[0].width) for sections in texts.values()]
         result = Erasure(
-            identity[0], {}, (), config.to_dict(), provenance, empty_report,
+            identity[0],
+            {},
+            (),
+            config.to_dict(),
+            provenance,
+            empty_report,
             pooled_map=identity[1] if len(identity) > 1 else None,
-        )  # fmt: skip
+        )
         result.apply_(model)
         return result
 
@@ -279,9 +283,15 @@ def erase(
     with clock.stage("mining"):
         # In every mode: words of the neighborhood are not preserved, whoever moves them.
         around = neighbor_words(
-            text, vocabulary, parsed, config.mining, keep=kept_words, key=key,
-            members=members, progress=progress,
-        )  # fmt: skip
+            text,
+            vocabulary,
+            parsed,
+            config.mining,
+            keep=kept_words,
+            key=key,
+            members=members,
+            progress=progress,
+        )
         near = around.near
         gone = [w for c in parsed for w in (*c.words, *near[c.target], *around.surplus[c.target])]
         mined: dict[str, tuple[str, ...]] = {c.target: () for c in parsed}
@@ -290,10 +300,16 @@ def erase(
     run = ""
     if folder is not None:
         run = _run(
-            texts, noise, provenance, [concept.to_dict() for concept in parsed], kept_words,
-            config.to_dict(), denoisers.weights_hash(latents or {}, torch.float32), near,
+            texts,
+            noise,
+            provenance,
+            [concept.to_dict() for concept in parsed],
+            kept_words,
+            config.to_dict(),
+            denoisers.weights_hash(latents or {}, torch.float32),
+            near,
             around.surplus,
-        )  # fmt: skip
+        )
     solved: dict[str, tuple[Solution, IncrementalSystem | None]] = {}
     for stream, sections in texts.items():
         with clock.stage("equations"):
@@ -355,15 +371,29 @@ def erase(
         hidden = {name: module for name, module in guarded.items() if name not in layers}
         before |= {name: module.weight.detach().clone() for name, module in hidden.items()}
         draft = Erasure(
-            concept_map, aligned.lora, parsed, config.to_dict(), provenance, {},
+            concept_map,
+            aligned.lora,
+            parsed,
+            config.to_dict(),
+            provenance,
+            {},
             pooled_map=pooled_map,
-        )  # fmt: skip
+        )
         edited = draft.edited_weights(before)
         with clock.stage("report"):
             found = _report(
-                before, edited, prompts, kept_words, stayers, text, solution, aligned, mined,
-                denoisers.streams(model, maps), progress,
-            )  # fmt: skip
+                before,
+                edited,
+                prompts,
+                kept_words,
+                stayers,
+                text,
+                solution,
+                aligned,
+                mined,
+                denoisers.streams(model, maps),
+                progress,
+            )
             found["relatives"] = around.relatives
             found["reading"] = family.explained()
             if pooled is not None:
@@ -458,9 +488,7 @@ def check_tokens(
     check_names(concepts, preserve, key=key)
 
 
-def _unknown(
-    concepts: Sequence[Concept], texts: Mapping[Any, Sequence[Text]]
-) -> Iterator[str]:
+def _unknown(concepts: Sequence[Concept], texts: Mapping[Any, Sequence[Text]]) -> Iterator[str]:
     """Warns of names that are nothing of their own to a text encoder."""
     every = [text for sections in texts.values() for text in sections]
     words = [word for c in concepts for word in c.words]
@@ -617,12 +645,13 @@ def _run(
         more: beside model, text encoders and scheduler; plain JSON values.
     """
     parts = [
-        provenance["base_hashes"], provenance["versions"],
+        provenance["base_hashes"],
+        provenance["versions"],
         [text.fingerprint() for sections in texts.values() for text in sections],
         # Private entries come in an order of chance.
         {k: v for k, v in dict(getattr(scheduler, "config", {})).items() if k[0] != "_"},
         *more,
-    ]  # fmt: skip
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

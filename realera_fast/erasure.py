@@ -701,8 +701,9 @@ class Erasure:
             if lora:
                 logger.warning(
                     "the alignment factors were trained for a %s: left out for the %s",
-                    self.provenance["model_class"], kind,
-                )  # fmt: skip
+                    self.provenance["model_class"],
+                    kind,
+                )
             lora = {}
         elif lora:
             logger.warning("the alignment factors were trained on other weights: kept as they are")
@@ -796,12 +797,14 @@ class Erasure:
             {
                 **self.provenance,
                 "history": [
-                    *self.provenance.get("history", []), _entry(self), _entry(later),
+                    *self.provenance.get("history", []),
+                    _entry(self),
+                    _entry(later),
                 ],
             },
             {"parts": [self.report, later.report]},
             pooled_map=pooled,
-        )  # fmt: skip
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -255,9 +255,7 @@ def _sana_instruction() -> str:
 
 
 def _clip(encoder: int, output: Output = "last", *, multi_vector: bool = True) -> Reading:
-    return Reading(
-        encoder, output, multi_vector=multi_vector, model_types=("clip_text_model",)
-    )
+    return Reading(encoder, output, multi_vector=multi_vector, model_types=("clip_text_model",))
 
 
 def _masked(*model_types: str, **options: Any) -> Reading:
@@ -415,9 +413,7 @@ def text_streams(
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
         width = projections(model, family.maps)[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
-    sections = [
-        _joined(readings, encoders, found, width) for readings in family.present(encoders)
-    ]
+    sections = [_joined(readings, encoders, found, width) for readings in family.present(encoders)]
     if not sections:
         raise ValueError(f"text_encoders: {family.name} needs at least one, got none")
     result["sequence"] = tuple(sections)

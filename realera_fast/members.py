@@ -96,14 +96,21 @@ def guidance_cosine(
     structure = denoiser.Structure(denoiser.unwrapped(unet))
     lora = LoraParameters({}, {}, r=1, lora_alpha=1.0, seed=0)
     path = TextPath(
-        unet, ConceptMap.identity(empty.shape[-1]), lora,
+        unet,
+        ConceptMap.identity(empty.shape[-1]),
+        lora,
         pooled_map=None if pooled_width is None else ConceptMap.identity(pooled_width),
         mixed_precision=config.mixed_precision,
-    )  # fmt: skip
+    )
     sampler = Denoiser(
-        path, scheduler, empty, steps=STEPS, guidance_scale=config.guidance_scale,
-        latent_size=config.latent_size, batch_size=config.sampling_batch_size,
-    )  # fmt: skip
+        path,
+        scheduler,
+        empty,
+        steps=STEPS,
+        guidance_scale=config.guidance_scale,
+        latent_size=config.latent_size,
+        batch_size=config.sampling_batch_size,
+    )
     asked = text.encode([fill(_PROMPT, name) for name in names])
     size = max(1, config.sampling_batch_size // len(_STARTS))
     try:
@@ -120,8 +127,9 @@ def guidance_cosine(
     if bool(bad.any()):
         logger.warning(
             "members of %r: predictions for %d words are not finite, these go by their text",
-            names[0], int(bad.sum()),
-        )  # fmt: skip
+            names[0],
+            int(bad.sum()),
+        )
     return found.masked_fill(bad, -torch.inf)
 
 
@@ -191,9 +199,11 @@ class MemberSearch:
         left = [word for word in words if word not in known]
         size = self._together * self._processes.count
         with progress_bars.bar(
-            total=len(words), initial=len(words) - len(left), desc="members",
+            total=len(words),
+            initial=len(words) - len(left),
+            desc="members",
             progress=self._progress,
-        ) as bar:  # fmt: skip
+        ) as bar:
             for start in range(0, len(left), size):
                 part = left[start : start + size]
                 found = torch.zeros(len(part), dtype=torch.float32, device="cpu")

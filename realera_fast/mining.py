@@ -188,9 +188,13 @@ class Samples:
     def rows(self) -> Tensor:
         """`[c, s, t, d]` the points themselves, in the embeddings' type."""
         return ops.perturb_rows(
-            self.embeddings, self.alpha, self.scale, self.seed,
-            offset=self.offset, concept_offset=self.concept_offset,
-        )  # fmt: skip
+            self.embeddings,
+            self.alpha,
+            self.scale,
+            self.seed,
+            offset=self.offset,
+            concept_offset=self.concept_offset,
+        )
 
     def project(
         self,
@@ -203,10 +207,18 @@ class Samples:
     ) -> Tensor:
         """`[c, s, t, m]`: `ops.project` of the points, which are not stored."""
         return ops.perturb_project(
-            self.embeddings, self.alpha, self.scale, weight, self.seed, down=down, up=up,
-            heights=heights, scaling=scaling, offset=self.offset,
+            self.embeddings,
+            self.alpha,
+            self.scale,
+            weight,
+            self.seed,
+            down=down,
+            up=up,
+            heights=heights,
+            scaling=scaling,
+            offset=self.offset,
             concept_offset=self.concept_offset,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -258,9 +270,15 @@ def sample(
             small prompts and narrow regions), or an embedding is zero or not finite.
     """
     alpha, beta, scale = ops.perturb(
-        embeddings, samples, region.min_cosine, region.max_cosine, region.max_distance, seed,
-        offset=offset, concept_offset=concept_offset,
-    )  # fmt: skip
+        embeddings,
+        samples,
+        region.min_cosine,
+        region.max_cosine,
+        region.max_distance,
+        seed,
+        offset=offset,
+        concept_offset=concept_offset,
+    )
     bad = beta.isnan()
     if bool(bad.any()):
         concept = int(bad.any(1).nonzero()[0])
@@ -438,15 +456,24 @@ def _add_samples(
         target = destination - source if relative else destination
         for start in range(0, config.samples, step):
             points = sample(
-                source, region, samples=min(step, config.samples - start), seed=seed,
+                source,
+                region,
+                samples=min(step, config.samples - start),
+                seed=seed,
                 offset=start + (0 if anchored else _BEYOND_OFFSET),
-            )  # fmt: skip
+            )
             ops.perturb_accumulate_(
-                gram, cross, source, points.alpha, points.scale,
-                weight * (scale / config.samples), seed,
-                destination=target if anchored else None, relative=relative,
+                gram,
+                cross,
+                source,
+                points.alpha,
+                points.scale,
+                weight * (scale / config.samples),
+                seed,
+                destination=target if anchored else None,
+                relative=relative,
                 offset=points.offset,
-            )  # fmt: skip
+            )
         drawn += source.shape[0] * config.samples
     equations.update_moments(gram, cross)
     return drawn

@@ -74,16 +74,24 @@ def _perturb_rows_meta(embeddings: Tensor, alpha: Tensor, *_: object) -> Tensor:
 
 
 def _perturb_project_meta(
-    embeddings: Tensor, alpha: Tensor, scale: Tensor, weight: Tensor,
+    embeddings: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    weight: Tensor,
     *_: object,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return embeddings.new_empty((*alpha.shape, embeddings.shape[1], len(weight)))
 
 
 def _perturb_project_backward_meta(
-    grad: Tensor, embeddings: Tensor, alpha: Tensor, scale: Tensor,
-    down: Tensor, up: Tensor, *_: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    embeddings: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
     exact = perturbation.exact_dtype(embeddings.dtype)
     return down.new_empty(down.shape, dtype=exact), up.new_empty(up.shape, dtype=exact)
 
@@ -156,9 +164,11 @@ torch.library.register_autograd(
     "realera_fast::project", _project_gradients, setup_context=_save_projection, lib=_library
 )
 torch.library.register_autograd(
-    "realera_fast::perturb_project", _perturbed_gradients, setup_context=_save_perturbed,
+    "realera_fast::perturb_project",
+    _perturbed_gradients,
+    setup_context=_save_perturbed,
     lib=_library,
-)  # fmt: skip
+)
 
 if _NATIVE.exists():
     torch.ops.load_library(_NATIVE)
@@ -400,9 +410,15 @@ def perturb(
         raise ValueError(f"max_distance: expected a positive number, got {max_distance}")
     with torch.no_grad():
         return torch.ops.realera_fast.perturb(
-            embeddings, samples, min_cosine, max_cosine, max_distance,
-            seed, offset, concept_offset,
-        )  # fmt: skip
+            embeddings,
+            samples,
+            min_cosine,
+            max_cosine,
+            max_distance,
+            seed,
+            offset,
+            concept_offset,
+        )
 
 
 def perturb_rows(
@@ -460,9 +476,18 @@ def perturb_project(
     heights = _check_projection("embeddings", embeddings, weight, down, up, heights)
     embeddings, alpha, scale, weight = _constants(embeddings, alpha, scale, weight)
     return torch.ops.realera_fast.perturb_project(
-        embeddings, alpha, scale, weight, down, up, heights, scaling,
-        seed, offset, concept_offset,
-    )  # fmt: skip
+        embeddings,
+        alpha,
+        scale,
+        weight,
+        down,
+        up,
+        heights,
+        scaling,
+        seed,
+        offset,
+        concept_offset,
+    )
 
 
 def perturb_accumulate_(
@@ -510,9 +535,18 @@ def perturb_accumulate_(
         _check_devices(embeddings=embeddings, destination=destination)
     with torch.no_grad():
         torch.ops.realera_fast.perturb_accumulate_(
-            gram, cross, embeddings, alpha, scale, weight, destination, relative,
-            seed, offset, concept_offset,
-        )  # fmt: skip
+            gram,
+            cross,
+            embeddings,
+            alpha,
+            scale,
+            weight,
+            destination,
+            relative,
+            seed,
+            offset,
+            concept_offset,
+        )
     _changed(gram, cross)
 
 
@@ -592,8 +626,9 @@ def _check_embeddings(
         )
     philox.check_seed(seed)
     for name, first, count in (
-        ("offset", offset, samples), ("concept_offset", concept_offset, concepts),
-    ):  # fmt: skip
+        ("offset", offset, samples),
+        ("concept_offset", concept_offset, concepts),
+    ):
         if first < 0 or count < 0 or first + count > 1 << 32:
             raise ValueError(
                 f"{name}: counters are in [0, 2^32], got {first} and {count} more from there"
@@ -646,8 +681,9 @@ def _check_projection(
     if down is not None and up is not None:
         rank = down.shape[1] if down.dim() == 3 else "r"
         for factor_name, factor, expected in (
-            ("down", down, [len(rows), rank, width]), ("up", up, [len(weight), rank]),
-        ):  # fmt: skip
+            ("down", down, [len(rows), rank, width]),
+            ("up", up, [len(weight), rank]),
+        ):
             if list(factor.shape) != expected or factor.dtype not in (x.dtype, torch.float32):
                 raise ValueError(
                     f"{factor_name}: expected {x.dtype} or float32 "

@@ -343,10 +343,15 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         if len(self._memo) > _ANCHORS:
             self._memo.clear()
         return align(
-            self._text, word, concept.destination, self._config.of(concept.kind),
-            context=self._context, neutral=self._neutral, negative_guidance=guidance,
+            self._text,
+            word,
+            concept.destination,
+            self._config.of(concept.kind),
+            context=self._context,
+            neutral=self._neutral,
+            negative_guidance=guidance,
             memo=self._memo,
-        )  # fmt: skip
+        )
 
     def concept(self, number: int) -> Concept:
         """Whose word an item is of."""

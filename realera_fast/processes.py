@@ -53,9 +53,7 @@ class Processes:
 
     def agreed(self, value: bool, device: torch.device) -> bool:
         """The main process's answer, for all."""
-        answer = torch.tensor(
-            [float(value and self.is_main)], dtype=torch.float32, device=device
-        )
+        answer = torch.tensor([float(value and self.is_main)], dtype=torch.float32, device=device)
         self.sum_([answer])
         return bool(answer)
 

@@ -25,6 +25,10 @@ def bar(
 ) -> tqdm:
     """A bar of `total` steps, `initial` of them done; a disabled one counts without drawing."""
     return tqdm(
-        total=total, initial=initial, desc=desc, unit=unit, disable=not enabled(progress),
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        disable=not enabled(progress),
         leave=False,
-    )  # fmt: skip
+    )

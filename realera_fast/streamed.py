@@ -57,9 +57,13 @@ def perturb_project(
     y = embeddings.new_empty((concepts, samples, tokens, len(weight)))
     for c, s in _blocks(embeddings, samples, embeddings.element_size()):
         rows = torch.ops.realera_fast.perturb_rows(
-            embeddings[c], alpha[c, s], scale[c, s],
-            seed, offset + s.start, concept_offset + c.start,
-        )  # fmt: skip
+            embeddings[c],
+            alpha[c, s],
+            scale[c, s],
+            seed,
+            offset + s.start,
+            concept_offset + c.start,
+        )
         torch.ops.realera_fast.project_into(
             y[c, s].flatten(0, 2), rows.flatten(0, 2), weight, down, up, heights, scaling
         )
@@ -85,9 +89,13 @@ def perturb_project_backward(
     grad_up = torch.zeros(up.shape, dtype=exact, device=up.device)
     for c, s in _blocks(embeddings, alpha.shape[1], embeddings.element_size()):
         rows = torch.ops.realera_fast.perturb_rows(
-            embeddings[c], alpha[c, s], scale[c, s],
-            seed, offset + s.start, concept_offset + c.start,
-        )  # fmt: skip
+            embeddings[c],
+            alpha[c, s],
+            scale[c, s],
+            seed,
+            offset + s.start,
+            concept_offset + c.start,
+        )
         part = torch.ops.realera_fast.project_backward(
             grad[c, s].flatten(0, 2), rows.flatten(0, 2), down, up, heights, scaling
         )
@@ -118,9 +126,13 @@ def perturb_accumulate_(
     own = torch.zeros_like(gram)
     for c, s in _blocks(embeddings, alpha.shape[1], exact.itemsize):
         rows = torch.ops.realera_fast.perturb_rows(
-            embeddings[c].to(exact), alpha[c, s], scale[c, s],
-            seed, offset + s.start, concept_offset + c.start,
-        )  # fmt: skip
+            embeddings[c].to(exact),
+            alpha[c, s],
+            scale[c, s],
+            seed,
+            offset + s.start,
+            concept_offset + c.start,
+        )
         w = weight[c, None].expand(rows.shape[:3])
         x, w_rows = rows.flatten(0, 2), w.flatten()
         if x.device.type == "cpu" and not bool((weight[c] != 0).all()):

@@ -189,9 +189,11 @@ class TextPath:
             self._attention(latents),
         ):
             noise = forward(
-                latents.to(dtype), timesteps, encoder_hidden_states=prompts.states,
+                latents.to(dtype),
+                timesteps,
+                encoder_hidden_states=prompts.states,
                 added_cond_kwargs=self._added(latents, prompts),
-            ).sample  # fmt: skip
+            ).sample
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
     def _added(self, latents: Tensor, prompts: Conditioning) -> dict[str, Tensor] | None:

@@ -289,9 +289,12 @@ class Trainer:
             states = rows.states
             if number == 0 and self.region is not None and stop > start:
                 states = mining.sample(
-                    states, self.region, samples=1, seed=seed,
+                    states,
+                    self.region,
+                    samples=1,
+                    seed=seed,
                     concept_offset=start,
-                ).rows()[:, 0]  # fmt: skip
+                ).rows()[:, 0]
             chosen.append((rows, states))
             weights.append(
                 torch.full((stop - start,), scale / count, dtype=torch.float32, device="cpu")

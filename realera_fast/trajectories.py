@@ -370,8 +370,12 @@ def word_numbers(window: int, count: int, named: int, words: int) -> list[int]:
     others = words - named
     second = [named + (window * (count - half) + i) % others for i in range(count - half)]
     # Interleaved, so that a process's share has both.
-    return [number for pair in zip(first, [*second, None], strict=False) for number in pair
-            if number is not None]  # fmt: skip
+    return [
+        number
+        for pair in zip(first, [*second, None], strict=False)
+        for number in pair
+        if number is not None
+    ]
 
 
 def _prompts_of(word: AlignedPrompts, held_back: bool) -> list[int]:
@@ -437,8 +441,10 @@ class WindowFiller:
             logger.warning(
                 "alignment: %d steps see %d of %d named words; raise AlignmentConfig.steps or "
                 ".trajectories",
-                steps, steps * turn, self.named,
-            )  # fmt: skip
+                steps,
+                steps * turn,
+                self.named,
+            )
         return min(steps, max(needed, -(-steps // refresh_steps)))
 
     def fill(self, window: int, model: Model, bar: Any, *, held_back: bool = False) -> Window:
@@ -512,9 +518,12 @@ class WindowFiller:
         if self.beyond_region is None:
             return target, None
         away = mining.sample(
-            states[prompt], self.beyond_region, samples=1,
-            seed=philox.fold_seed(seed, BEYOND_STREAM), concept_offset=places.start * points,
-        ).rows()[:, 0]  # fmt: skip
+            states[prompt],
+            self.beyond_region,
+            samples=1,
+            seed=philox.fold_seed(seed, BEYOND_STREAM),
+            concept_offset=places.start * points,
+        ).rows()[:, 0]
         beyond = Points(
             z, t, away, torch.arange(len(z), device=device), self.denoiser.teacher(z, t, away)
         )
@@ -551,6 +560,9 @@ class WindowFiller:
         gather, rank = self.processes.gather, self.processes.rank
         moved = points.prompt + rank * len(points.states)
         return Points(
-            gather(points.latents), gather(points.timesteps), gather(points.states),
-            gather(moved), gather(points.teacher),
-        )  # fmt: skip
+            gather(points.latents),
+            gather(points.timesteps),
+            gather(points.states),
+            gather(moved),
+            gather(points.teacher),
+        )

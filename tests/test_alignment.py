@@ -156,15 +156,28 @@ def test_scores_of_a_model_that_is_as_it_was():
     text = TextModel(pipe.text_encoder, pipe.tokenizer)
     templates = ["a photo of a {}", "a {}"]
     config = dataclasses.replace(
-        CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0, batch_size=2, trajectories=2,
-        sampling_steps=2, check_seeds=1, check_sampling_steps=5,
-    )  # fmt: skip
+        CONFIG,
+        steps=1,
+        learning_rate=1e-6,
+        evaluation_steps=0,
+        batch_size=2,
+        trajectories=2,
+        sampling_steps=2,
+        check_seeds=1,
+        check_sampling_steps=5,
+    )
     result = align_noise(
-        pipe.unet, pipe.scheduler, ConceptMap.identity(text.width),
+        pipe.unet,
+        pipe.scheduler,
+        ConceptMap.identity(text.width),
         prompts=Words(align(text, word, "house", templates) for word in ("rabbit", "bunny")),
-        preserve=text.encode(["a ship", "a tree"]), empty=text.encode([""]), config=config,
-        mining_config=MiningConfig(mode="none"), seed=0, progress=False,
-    )  # fmt: skip
+        preserve=text.encode(["a ship", "a tree"]),
+        empty=text.encode([""]),
+        config=config,
+        mining_config=MiningConfig(mode="none"),
+        seed=0,
+        progress=False,
+    )
     # No closed form: the edited model is the original, so nothing is erased and nothing harmed.
     assert result.closed_form.target == pytest.approx(1.0)
     assert result.closed_form.neighbor == pytest.approx(1.0)
@@ -182,15 +195,28 @@ def test_scores_of_a_model_that_draws_the_anchor():
     u, s, vh = torch.linalg.svd(left.T, full_matrices=False)
     moving = ConceptMap(u[:, :76].float(), (s[:76, None] * vh[:76]).float())
     config = dataclasses.replace(
-        CONFIG, steps=1, learning_rate=1e-6, evaluation_steps=0, batch_size=2, trajectories=2,
-        sampling_steps=2, check_seeds=1, check_sampling_steps=5,
-    )  # fmt: skip
+        CONFIG,
+        steps=1,
+        learning_rate=1e-6,
+        evaluation_steps=0,
+        batch_size=2,
+        trajectories=2,
+        sampling_steps=2,
+        check_seeds=1,
+        check_sampling_steps=5,
+    )
     result = align_noise(
-        pipe.unet, pipe.scheduler, moving,
+        pipe.unet,
+        pipe.scheduler,
+        moving,
         prompts=Words([align(text, "rabbit", "house", ["a photo of a {}"])]),
-        preserve=text.encode(["a ship", "a tree"]), empty=text.encode([""]), config=config,
-        mining_config=MiningConfig(mode="none"), seed=0, progress=False,
-    )  # fmt: skip
+        preserve=text.encode(["a ship", "a tree"]),
+        empty=text.encode([""]),
+        config=config,
+        mining_config=MiningConfig(mode="none"),
+        seed=0,
+        progress=False,
+    )
     assert result.closed_form.target < 0.1
 
 
@@ -278,10 +304,17 @@ def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
     monkeypatch.setattr(alignment._Check, "score", lambda self, model: some)
     pipe, _ = parts
     align_noise(
-        pipe.unet, pipe.scheduler, ConceptMap.identity(text.width), prompts=Many(),
-        preserve=text.encode(["a ship"]), empty=text.encode([""]), config=CONFIG,
-        mining_config=MiningConfig(mode="none"), seed=0, progress=False,
-    )  # fmt: skip
+        pipe.unet,
+        pipe.scheduler,
+        ConceptMap.identity(text.width),
+        prompts=Many(),
+        preserve=text.encode(["a ship"]),
+        empty=text.encode([""]),
+        config=CONFIG,
+        mining_config=MiningConfig(mode="none"),
+        seed=0,
+        progress=False,
+    )
     assert len(set(held)) == 1
     assert len(asked) <= CONFIG.trajectories * (CONFIG.steps + 1) + 2 * CONFIG.check_words
 

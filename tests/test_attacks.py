@@ -23,9 +23,16 @@ def pipe():
 @pytest.fixture(scope="module")
 def rabbits(pipe):
     return generate(
-        pipe, ["a photo of a rabbit"] * 4, range(4), steps=4, guidance=4.0, height=64, width=64,
-        batch_size=4, progress=False,
-    )  # fmt: skip
+        pipe,
+        ["a photo of a rabbit"] * 4,
+        range(4),
+        steps=4,
+        guidance=4.0,
+        height=64,
+        width=64,
+        batch_size=4,
+        progress=False,
+    )
 
 
 def test_search_comes_nearer_to_the_concept_without_its_name(pipe):

@@ -106,10 +106,14 @@ class Custom:
         (lambda u: u.fuse_qkv_projections(), "unfuse_qkv_projections"),
         (lambda u: setattr(first(u), "norm_q", torch.nn.Identity()), "has a norm_q"),
         (lambda u: setattr(first(u), "residual_connection", True), "residual connection"),
-        (lambda u: [setattr(a, "is_cross_attention", False)
-                    for a in attention.layers(u).values()], "no cross-attention"),
+        (
+            lambda u: [
+                setattr(a, "is_cross_attention", False) for a in attention.layers(u).values()
+            ],
+            "no cross-attention",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_stood_in_for_is_refused(spoil, message):
     unet = tiny_unet()
     spoil(unet)

@@ -175,8 +175,11 @@ def test_the_studio_puts_the_model_back():
     plan = quality.Plan(studio.table, "tuning")
     task = plan.of_things("house", [plan.table.thing("house")], [0], others=2, target=2)
     before = {name: value.clone() for name, value in studio.pipe.unet.state_dict().items()}
-    chosen = {None: None, "own": methods.variants()["closed form, vocabulary"],
-              "uce": methods.baselines()["UCE"]}  # fmt: skip
+    chosen = {
+        None: None,
+        "own": methods.variants()["closed form, vocabulary"],
+        "uce": methods.baselines()["UCE"],
+    }
     rows = {
         name: next(iter(quality.rows_of(studio, name, method, task, [0])))
         for name, method in chosen.items()

@@ -39,11 +39,24 @@ def test_the_page_of_quality_holds_what_the_rows_say(bench):
 def quality_row(method, seed, task="cat", near=0.5, **scores):
     values = {"acc_e": 0.0, "acc_s": 0.9, "acc_g": 0.2, "h_o": 0.8} | scores
     return {
-        "table": "objects", "method": method, "task": task, "seed": seed, "scores": values,
-        "relatives": values | {"acc_s": near}, "words": {}, "pictures": 4, "concepts": 1,
-        "seconds": 2.0, "device": "cpu", "threads": 1, "torch": "2", "commit": "abc",
-        "dtype": "float32", "aligned": seed == 1, "stopped": "all steps done",
-    }  # fmt: skip
+        "table": "objects",
+        "method": method,
+        "task": task,
+        "seed": seed,
+        "scores": values,
+        "relatives": values | {"acc_s": near},
+        "words": {},
+        "pictures": 4,
+        "concepts": 1,
+        "seconds": 2.0,
+        "device": "cpu",
+        "threads": 1,
+        "torch": "2",
+        "commit": "abc",
+        "dtype": "float32",
+        "aligned": seed == 1,
+        "stopped": "all steps done",
+    }
 
 
 def test_a_changed_row_of_quality_would_show(bench, report, tmp_path):
@@ -90,11 +103,24 @@ def test_methods_differ_from_each_other(kind, bench):
 
 def closed_form_row(candidate, milliseconds, matrices=32, **change):
     return {
-        "shape": "SD 1.4", "concepts": 10, "rows": 10, "candidate": candidate, "stage": "total",
-        "dtype": "float32", "p50_ms": milliseconds, "floor_ms": 4.0, "matrices": 32,
-        "matrices_measured": matrices, "threads": 1, "device": "cpu", "cpu": "Xeon", "torch": "2",
-        "commit": "abc", "dirty": False, "date": "today",
-    } | change  # fmt: skip
+        "shape": "SD 1.4",
+        "concepts": 10,
+        "rows": 10,
+        "candidate": candidate,
+        "stage": "total",
+        "dtype": "float32",
+        "p50_ms": milliseconds,
+        "floor_ms": 4.0,
+        "matrices": 32,
+        "matrices_measured": matrices,
+        "threads": 1,
+        "device": "cpu",
+        "cpu": "Xeon",
+        "torch": "2",
+        "commit": "abc",
+        "dirty": False,
+        "date": "today",
+    } | change
 
 
 def test_closed_form_table(report, tmp_path):
@@ -128,10 +154,12 @@ def closed_form_module(monkeypatch):
 def target_rows(library=5.0, composition=8.0, floor=4.0, error=1e-7, residual=1.0, **change):
     own = {"error": error, "residual_ratio": residual, "floor_ms": floor} | change
     return [
-        *(closed_form_row("library", library, stage=s, **own)
-          for s in ("solve", "update", "total")),
+        *(
+            closed_form_row("library", library, stage=s, **own)
+            for s in ("solve", "update", "total")
+        ),
         closed_form_row("composition", composition, **{**own, "error": 1e-7}),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,11 +219,12 @@ def test_measuring_a_small_point(monkeypatch):
 def test_plot(bench, tmp_path):
     pytest.importorskip("matplotlib")
     found = [
-        closed_form_row(name, time * n, matrices, concepts=n, rows=n, p20_ms=time * n,
-                        p80_ms=time * n)
+        closed_form_row(
+            name, time * n, matrices, concepts=n, rows=n, p20_ms=time * n, p80_ms=time * n
+        )
         for n in (1, 10)
         for name, time, matrices in (("library", 6.0, 32), ("uce", 30.0, 2))
-    ]  # fmt: skip
+    ]
     path = tmp_path / "closed_form.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     bench("plots").closed_form(path, tmp_path / "plot.png")
@@ -204,11 +233,24 @@ def test_plot(bench, tmp_path):
 
 def perturb_row(candidate, milliseconds, operation="rows", **change):
     return {
-        "operation": operation, "shape": "SD 1.4", "concepts": 1, "samples": 16, "dtype": "float32",
-        "candidate": candidate, "p20_ms": milliseconds, "p50_ms": milliseconds,
-        "p80_ms": milliseconds, "error": 0.0, "cpu": "x", "threads": 2, "torch": "2",
-        "device": "cpu", "commit": "abc", "dirty": False, "date": "today",
-    } | change  # fmt: skip
+        "operation": operation,
+        "shape": "SD 1.4",
+        "concepts": 1,
+        "samples": 16,
+        "dtype": "float32",
+        "candidate": candidate,
+        "p20_ms": milliseconds,
+        "p50_ms": milliseconds,
+        "p80_ms": milliseconds,
+        "error": 0.0,
+        "cpu": "x",
+        "threads": 2,
+        "torch": "2",
+        "device": "cpu",
+        "commit": "abc",
+        "dirty": False,
+        "date": "today",
+    } | change
 
 
 def perturb_case(monkeypatch):
@@ -274,12 +316,27 @@ def test_table_of_neighbors(report, tmp_path):
 
 def alignment_row(candidate, milliseconds, operation="step", **change):
     return {
-        "operation": operation, "model": "embedded", "dtype": "float32", "rows": 20,
-        "candidate": candidate, "p20_ms": milliseconds, "p50_ms": milliseconds,
-        "p80_ms": milliseconds, "error": 0.0, "peak_bytes": None, "flops": 1, "compile_s": None,
-        "matmul_flops_per_s": 1.0, "cpu": "x", "threads": 2, "torch": "2", "device": "cpu",
-        "commit": "abc", "dirty": False, "date": "today",
-    } | change  # fmt: skip
+        "operation": operation,
+        "model": "embedded",
+        "dtype": "float32",
+        "rows": 20,
+        "candidate": candidate,
+        "p20_ms": milliseconds,
+        "p50_ms": milliseconds,
+        "p80_ms": milliseconds,
+        "error": 0.0,
+        "peak_bytes": None,
+        "flops": 1,
+        "compile_s": None,
+        "matmul_flops_per_s": 1.0,
+        "cpu": "x",
+        "threads": 2,
+        "torch": "2",
+        "device": "cpu",
+        "commit": "abc",
+        "dirty": False,
+        "date": "today",
+    } | change
 
 
 def alignment_case(monkeypatch):
@@ -292,19 +349,28 @@ def alignment_case(monkeypatch):
     [
         ({}, {"p50_ms": 1.51}, []),
         ({}, {"p50_ms": 1.49}, ["1.49x the plain loop, wanted 1.5"]),
-        ({"operation": "image", "error": 1e-3}, {"operation": "image", "p50_ms": 1.0},
-         ["differs by 0.001"]),
-        ({"model": "SD 1.4", "peak_bytes": 70, "flops": 44, "matmul_flops_per_s": 1e5},
-         {"model": "SD 1.4", "peak_bytes": 100, "p50_ms": 1.9},
-         ["1.90x the plain loop, wanted 2.0", "44% of the matrix peak", "70% of the memory"]),
-        ({"model": "SD 1.4", "peak_bytes": 60, "flops": 46, "matmul_flops_per_s": 1e5},
-         {"model": "SD 1.4", "peak_bytes": 100, "p50_ms": 2.1}, []),
+        (
+            {"operation": "image", "error": 1e-3},
+            {"operation": "image", "p50_ms": 1.0},
+            ["differs by 0.001"],
+        ),
+        (
+            {"model": "SD 1.4", "peak_bytes": 70, "flops": 44, "matmul_flops_per_s": 1e5},
+            {"model": "SD 1.4", "peak_bytes": 100, "p50_ms": 1.9},
+            ["1.90x the plain loop, wanted 2.0", "44% of the matrix peak", "70% of the memory"],
+        ),
+        (
+            {"model": "SD 1.4", "peak_bytes": 60, "flops": 46, "matmul_flops_per_s": 1e5},
+            {"model": "SD 1.4", "peak_bytes": 100, "p50_ms": 2.1},
+            [],
+        ),
     ],
-)  # fmt: skip
+)
 def test_targets_of_alignment(own, plain, missed, monkeypatch):
     case = alignment_case(monkeypatch)
-    found = case.missed([alignment_row("library", 1.0, **own),
-                         alignment_row("plain", 9.0, **plain)])  # fmt: skip
+    found = case.missed(
+        [alignment_row("library", 1.0, **own), alignment_row("plain", 9.0, **plain)]
+    )
     assert len(found) == len(missed)
     assert all(part in text for text, part in zip(found, missed, strict=True))
 
@@ -331,8 +397,11 @@ def test_candidates_of_alignment_solve_the_same_problem(operation, monkeypatch):
 
 
 def test_table_and_plot_of_alignment(bench, report, tmp_path):
-    rows = [alignment_row("library", 2.0), alignment_row("plain", 5.0),
-            alignment_row("library compiled", 1.0)]  # fmt: skip
+    rows = [
+        alignment_row("library", 2.0),
+        alignment_row("plain", 5.0),
+        alignment_row("library compiled", 1.0),
+    ]
     path = tmp_path / "alignment.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     line = "| optimizer step | embedded, float32 | 20 | 2.0 | 2.50x | – | 0.50x | – |"

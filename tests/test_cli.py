@@ -151,8 +151,12 @@ def test_erase_writes_what_was_asked(model: str, erased: Path) -> None:
 def test_a_checkpoint_is_kept_and_taken_up(run: Any, model: str, tmp_path: Path) -> None:
     settings = tmp_path / "settings.json"
     alignment = {
-        "steps": 2, "batch_size": 1, "trajectories": 1, "sampling_steps": 2, "check_seeds": 0,
-    }  # fmt: skip
+        "steps": 2,
+        "batch_size": 1,
+        "trajectories": 1,
+        "sampling_steps": 2,
+        "check_seeds": 0,
+    }
     settings.write_text(json.dumps({"alignment": alignment}))
     folder = tmp_path / "kept"
     common = ["erase", model, "-c", "cat=dog", "--save", "delta", "--config", settings]

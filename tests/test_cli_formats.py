@@ -50,13 +50,30 @@ def models(tmp_path_factory):
 
 def test_a_transformer_is_erased_saved_and_verified(run, models, tmp_path):
     out = tmp_path / "out"
-    code, _, err = run("erase", models / "flux", "-c", "cat=dog", "-o", out,
-                       "--save", "pipeline,delta,lora,kohya,weights")  # fmt: skip
+    code, _, err = run(
+        "erase",
+        models / "flux",
+        "-c",
+        "cat=dog",
+        "-o",
+        out,
+        "--save",
+        "pipeline,delta,lora,kohya,weights",
+    )
     assert code == 0, err
     assert {p.name for p in out.iterdir()} == {
-        "complete.json", "erasure.md", "erasure.safetensors", "kohya.md", "kohya.safetensors",
-        "lora", "pipeline", "report.html", "report.json", "weights.md", "weights.safetensors",
-    }  # fmt: skip
+        "complete.json",
+        "erasure.md",
+        "erasure.safetensors",
+        "kohya.md",
+        "kohya.safetensors",
+        "lora",
+        "pipeline",
+        "report.html",
+        "report.json",
+        "weights.md",
+        "weights.safetensors",
+    }
     from diffusers import FluxPipeline
 
     loaded = aligned(FluxPipeline.from_pretrained(out / "pipeline"))
@@ -64,9 +81,22 @@ def test_a_transformer_is_erased_saved_and_verified(run, models, tmp_path):
     base = flux()
     base.transformer.load_state_dict(load_file(out / "weights.safetensors"), strict=False)
     assert torch.equal(denoise(loaded), denoise(base))
-    code, text, err = run("verify", models / "flux", out / "erasure.safetensors", "-o",
-                          tmp_path / "check", "--steps", 2, "--height", 16, "--width", 16,
-                          "--seeds", "0", "-q")  # fmt: skip
+    code, text, err = run(
+        "verify",
+        models / "flux",
+        out / "erasure.safetensors",
+        "-o",
+        tmp_path / "check",
+        "--steps",
+        2,
+        "--height",
+        16,
+        "--width",
+        16,
+        "--seeds",
+        "0",
+        "-q",
+    )
     assert code == 0, err
     lines = [line.split() for line in text.splitlines()]
     assert lines[1][4:] == ["erased", "cat"] and {"relative", "untouched"} <= {
@@ -75,19 +105,41 @@ def test_a_transformer_is_erased_saved_and_verified(run, models, tmp_path):
 
 
 def test_a_family_without_adapters_fails_before_anything_is_written(run, models, tmp_path):
-    code, _, err = run("erase", models / "pixart", "-c", "cat=dog", "-o", tmp_path / "out",
-                       "--save", "delta,lora")  # fmt: skip
+    code, _, err = run(
+        "erase", models / "pixart", "-c", "cat=dog", "-o", tmp_path / "out", "--save", "delta,lora"
+    )
     assert code == 1 and "diffusers loads no adapters for it" in err
     assert not (tmp_path / "out").exists()
-    assert run("erase", models / "pixart", "-c", "cat=dog", "-o", tmp_path / "out",
-               "--save", "delta,weights")[0] == 0  # fmt: skip
+    assert (
+        run(
+            "erase",
+            models / "pixart",
+            "-c",
+            "cat=dog",
+            "-o",
+            tmp_path / "out",
+            "--save",
+            "delta,weights",
+        )[0]
+        == 0
+    )
 
 
 def test_a_list_of_concepts(run, models, tmp_path):
     file = tmp_path / "list.csv"
     file.write_text("target,anchor,kind\ncat,dog,\nvan gogh,,style\n")
-    code, text, err = run("erase", models / "sd1", "--concepts", file, "--save", "delta",
-                          "-o", tmp_path / "out", "--checkpoint", tmp_path / "run")  # fmt: skip
+    code, text, err = run(
+        "erase",
+        models / "sd1",
+        "--concepts",
+        file,
+        "--save",
+        "delta",
+        "-o",
+        tmp_path / "out",
+        "--checkpoint",
+        tmp_path / "run",
+    )
     assert code == 0, err
     assert [line.split()[0] for line in text.splitlines()[1:3]] == ["cat", "van"]
     kinds = [c.kind for c in Erasure.load(tmp_path / "out" / "erasure.safetensors").concepts]
@@ -103,8 +155,19 @@ def test_a_list_of_concepts(run, models, tmp_path):
 
 def test_info_tells_what_a_file_holds(run, models, tmp_path):
     out = tmp_path / "out"
-    assert run("erase", models / "sd1", "-c", "cat=dog", "--save", "pipeline,delta,lora,kohya",
-               "-o", out)[0] == 0  # fmt: skip
+    assert (
+        run(
+            "erase",
+            models / "sd1",
+            "-c",
+            "cat=dog",
+            "--save",
+            "pipeline,delta,lora,kohya",
+            "-o",
+            out,
+        )[0]
+        == 0
+    )
     told = {}
     for file, holds in (
         ("erasure.safetensors", "the factors of an erasure"),
@@ -158,10 +221,13 @@ def vae_to_ldm(vae) -> dict[str, torch.Tensor]:
         (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{last - int(m[1])}.block.{m[2]}"),
         (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample"),
         (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-        (r"mid_block\.attentions\.0", "mid.attn_1"), (r"conv_shortcut", "nin_shortcut"),
-        (r"conv_norm_out", "norm_out"), (r"group_norm", "norm"), (r"to_out\.0", "proj_out"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"conv_norm_out", "norm_out"),
+        (r"group_norm", "norm"),
+        (r"to_out\.0", "proj_out"),
         (r"attn_1\.to_([qkv])", r"attn_1.\1"),
-    )  # fmt: skip
+    )
     found = {}
     for key, tensor in vae.state_dict().items():
         for pattern, new in rules:
@@ -183,8 +249,18 @@ def test_a_single_file_checkpoint_is_erased(run, models, tmp_path):
     file = tmp_path / "base.safetensors"
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, file)
     out = tmp_path / "out"
-    code, _, err = run("erase", file, "--base", models / "sd1", "-c", "cat=dog", "-o", out,
-                       "--save", "delta,single-file")  # fmt: skip
+    code, _, err = run(
+        "erase",
+        file,
+        "--base",
+        models / "sd1",
+        "-c",
+        "cat=dog",
+        "-o",
+        out,
+        "--save",
+        "delta,single-file",
+    )
     assert code == 0, err
     edited = StableDiffusionPipeline.from_single_file(
         str(out / "model.safetensors"), config=str(models / "sd1"), local_files_only=True
@@ -217,13 +293,34 @@ def test_verify_with_clip_and_detectors(run, models, tmp_path):
     model, processor = tiny_clip()
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
-    assert run("erase", models / "sd1", "-c", "cat=dog", "--save", "delta",
-               "-o", tmp_path / "out")[0] == 0  # fmt: skip
+    assert (
+        run("erase", models / "sd1", "-c", "cat=dog", "--save", "delta", "-o", tmp_path / "out")[0]
+        == 0
+    )
     delta = tmp_path / "out" / "erasure.safetensors"
     out = tmp_path / "check"
-    code, _, err = run("verify", models / "sd1", delta, "-o", out, "--clip", tmp_path / "clip",
-                       "--detector", "test_cli_formats:brightness", "--steps", 2, "--seeds", "0",
-                       "--height", 16, "--width", 16, "-p", "<b>cat</b>", "-q")  # fmt: skip
+    code, _, err = run(
+        "verify",
+        models / "sd1",
+        delta,
+        "-o",
+        out,
+        "--clip",
+        tmp_path / "clip",
+        "--detector",
+        "test_cli_formats:brightness",
+        "--steps",
+        2,
+        "--seeds",
+        "0",
+        "--height",
+        16,
+        "--width",
+        16,
+        "-p",
+        "<b>cat</b>",
+        "-q",
+    )
     assert code == 0, err
     found = json.loads((out / "report.json").read_text())
     (row,) = found["prompts"]

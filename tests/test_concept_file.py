@@ -139,17 +139,20 @@ def test_files_that_are_none(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "yaml", "txt", "jsonl"])
 def test_ten_thousand_entries(tmp_path, suffix):
-    entries = [{"target": f"thing {i}", "anchor": "dog", "synonyms": [f"item {i}"]}
-               for i in range(10_000)]  # fmt: skip
+    entries = [
+        {"target": f"thing {i}", "anchor": "dog", "synonyms": [f"item {i}"]} for i in range(10_000)
+    ]
     path = tmp_path / f"a.{suffix}"
-    path.write_text({
-        "csv": "target,anchor,synonyms\n"
-        + "".join(f"{e['target']},dog,{e['synonyms'][0]}\n" for e in entries),
-        "json": json.dumps(entries),
-        "jsonl": "".join(json.dumps(e) + "\n" for e in entries),
-        "yaml": "".join(f"- {json.dumps(e)}\n" for e in entries),
-        "txt": "".join(f"{e['target']}=dog\n" for e in entries),
-    }[suffix])  # fmt: skip
+    path.write_text(
+        {
+            "csv": "target,anchor,synonyms\n"
+            + "".join(f"{e['target']},dog,{e['synonyms'][0]}\n" for e in entries),
+            "json": json.dumps(entries),
+            "jsonl": "".join(json.dumps(e) + "\n" for e in entries),
+            "yaml": "".join(f"- {json.dumps(e)}\n" for e in entries),
+            "txt": "".join(f"{e['target']}=dog\n" for e in entries),
+        }[suffix]
+    )
     started = time.process_time()
     found = read_concepts(path)
     assert len(found) == 10_000 and found[-1].target == "thing 9999"

@@ -179,9 +179,13 @@ def test_edited_weights_are_the_map_of_the_text(case):
     before = [weights(model) for model in models]
     original = run(case, PROMPTS[0])
     erasure = erase(
-        parts.model, parts.text_encoders, ["cat=dog"], tokenizer=parts.tokenizers, config=CLOSED,
+        parts.model,
+        parts.text_encoders,
+        ["cat=dog"],
+        tokenizer=parts.tokenizers,
+        config=CLOSED,
         progress=False,
-    )  # fmt: skip
+    )
     try:
         for model in models[1:]:
             erasure.rebase(model).apply_(model)
@@ -344,8 +348,14 @@ def test_other_parts_that_may_be_shown_text_are_refused_without_advice(part):
 
 def test_a_rebased_erasure_leaves_the_factors_of_the_denoiser_out(tmp_path, caplog):
     pipe, _ = BESIDE["sd_controlnet"]()
-    erasure = erase(pipe.unet, pipe.text_encoder, ["cat=dog"], tokenizer=pipe.tokenizer,
-                    config=CLOSED, progress=False)  # fmt: skip
+    erasure = erase(
+        pipe.unet,
+        pipe.text_encoder,
+        ["cat=dog"],
+        tokenizer=pipe.tokenizer,
+        config=CLOSED,
+        progress=False,
+    )
     own = erasure.rebase(pipe.controlnet)
     assert own.provenance["model_class"] == "ControlNetModel"
     loaded = Erasure.load(own.save(tmp_path / "net.safetensors"))
@@ -406,10 +416,13 @@ def wrapped_in(layer):
     if layer is None:
         absent = None  # so that the closure has a cell with nothing in it, which comes first
     return {
-        "closure": closure, "slots": slotted, "attribute": SimpleNamespace(m=layer),
-        "partial": partial(lambda own, *_, **__: own, layer), "bound": layer.__call__,
+        "closure": closure,
+        "slots": slotted,
+        "attribute": SimpleNamespace(m=layer),
+        "partial": partial(lambda own, *_, **__: own, layer),
+        "bound": layer.__call__,
         "tensor": SimpleNamespace(delta=layer.weight.detach()),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("place", ["closure", "slots", "attribute", "partial", "bound", "tensor"])
@@ -485,10 +498,12 @@ def test_a_forward_that_accelerate_hides_is_found():
 
 @pytest.mark.parametrize(
     ("make", "place"),
-    [(lambda: FAMILIES["pixart_alpha"]().transformer, "caption_projection"),
-     (lambda: flux().transformer, "time_text_embed")],
+    [
+        (lambda: FAMILIES["pixart_alpha"]().transformer, "caption_projection"),
+        (lambda: flux().transformer, "time_text_embed"),
+    ],
     ids=["pixart", "flux"],
-)  # fmt: skip
+)
 def test_what_stands_before_a_map_is_looked_at_too(make, place):
     model = make()
     handle = model.get_submodule(place).register_forward_pre_hook(lambda _m, x: x)
@@ -570,8 +585,9 @@ def test_sd3_does_not_expand_them():
     pipe = sd3()
     assert not hasattr(pipe, "maybe_convert_prompt")
     for tokenizer, encoder in (
-        (pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2),
-    ):  # fmt: skip
+        (pipe.tokenizer, pipe.text_encoder),
+        (pipe.tokenizer_2, pipe.text_encoder_2),
+    ):
         tokenizer.add_tokens(["<bun>", "<bun>_1"])
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     parts = components_of(pipe)
@@ -604,8 +620,15 @@ def test_the_caller_may_say_how_a_model_reads_text(tmp_path):
     refused = r"Strange \(its forward is of test_entrances\) is not .* pass reading="
     with pytest.raises(ValueError, match=refused):
         erase(model, encoder, ["cat=dog"], tokenizer=tokenizer, progress=False)
-    erasure = erase(model, encoder, ["cat=dog"], tokenizer=tokenizer, reading=STRANGE,
-                    config=CLOSED, progress=False)  # fmt: skip
+    erasure = erase(
+        model,
+        encoder,
+        ["cat=dog"],
+        tokenizer=tokenizer,
+        reading=STRANGE,
+        config=CLOSED,
+        progress=False,
+    )
     # With the rows that it really has.
     read = Family("Strange", ((Reading(0, max_tokens=77),),), maps={"text_in": "sequence"})
     assert erasure.reading == read
@@ -633,8 +656,9 @@ def test_a_reading_may_shorten_the_prompts():
     assert any("64 rows; padding is in sight" in text for text in erasure.report["reading"])
     assert erasure.provenance["reading"]["sections"][0][0]["max_tokens"] == 64
     model = pipe.transformer
-    texts = text_streams(model, (pipe.text_encoder, pipe.text_encoder_2),
-                         (pipe.tokenizer, pipe.tokenizer_2), short)  # fmt: skip
+    texts = text_streams(
+        model, (pipe.text_encoder, pipe.text_encoder_2), (pipe.tokenizer, pipe.tokenizer_2), short
+    )
     assert texts["sequence"][0].encode(["cat"]).shape[1] == 64
 
 
@@ -645,23 +669,35 @@ def test_a_reading_may_shorten_the_prompts():
         (lambda: Family("x", ()), ValueError, "sections is empty"),
         (lambda: Family("x", (Reading(0),)), ValueError, "sections: expected tuples of Reading"),
         (lambda: Family("x", ((0,),)), ValueError, "sections: expected a Reading, got int"),
-        (lambda: Family("x", ((Reading(0),),), Reading(0, "pooled")), ValueError,
-         "pooled: expected tuples of Reading"),
+        (
+            lambda: Family("x", ((Reading(0),),), Reading(0, "pooled")),
+            ValueError,
+            "pooled: expected tuples of Reading",
+        ),
         (lambda: Family(3, ((Reading(0),),)), ValueError, "name is a string"),
         (lambda: Family("x", ((Reading(0),),), maps=["text_in"]), ValueError, "maps: expected"),
         (lambda: Family("x", ((Reading(0),),), maps={"no": "sequence"}), ValueError, "map 'no'"),
         (lambda: Family("x", ((Reading(0),),), maps={"text_in": ""}), ValueError, "expected of"),
-        (lambda: Family("x", ((Reading(0),),), maps={"text_in": "pooled"}), ValueError,
-         "maps names none of the token sequence"),
-        (lambda: Family("x", ((Reading(0, "pooled"),),)), ValueError,
-         "output='pooled' is for the pooled vector"),
+        (
+            lambda: Family("x", ((Reading(0),),), maps={"text_in": "pooled"}),
+            ValueError,
+            "maps names none of the token sequence",
+        ),
+        (
+            lambda: Family("x", ((Reading(0, "pooled"),),)),
+            ValueError,
+            "output='pooled' is for the pooled vector",
+        ),
         (lambda: Family("x", ((Reading(0, "third"),),)), ValueError, "not how an encoder is read"),
         (lambda: Family("x", ((Reading(0, max_tokens=0),),)), ValueError, "how an encoder is read"),
-        (lambda: Family("x", ((Reading(0),),), aligned=True, maps={"text_in": "sequence"}),
-         ValueError, "aligned=True is for the families of this library"),
+        (
+            lambda: Family("x", ((Reading(0),),), aligned=True, maps={"text_in": "sequence"}),
+            ValueError,
+            "aligned=True is for the families of this library",
+        ),
         (lambda: Family("x", ((Reading(0),),)), ValueError, "is not supported"),
     ],
-)  # fmt: skip
+)
 def test_bad_readings_are_refused(reading, error, message):
     with pytest.raises(error, match=message):
         erase(

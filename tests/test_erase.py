@@ -265,9 +265,19 @@ def test_config_round_trip_and_unknown_fields():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": lambda p: UNet2DModel(8, block_out_channels=(32, 32), layers_per_block=1,
-          down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)},
-         ValueError, "UNet2DModel is not supported"),
+        (
+            {
+                "model": lambda p: UNet2DModel(
+                    8,
+                    block_out_channels=(32, 32),
+                    layers_per_block=1,
+                    down_block_types=("DownBlock2D",) * 2,
+                    up_block_types=("UpBlock2D",) * 2,
+                )
+            },
+            ValueError,
+            "UNet2DModel is not supported",
+        ),
         ({"model": lambda p: tiny_unet(width=48)}, ValueError, "width 32"),
         ({"text_encoders": lambda p: tiny_text_encoder(width=48)}, ValueError, "width 48"),
         ({"concepts": lambda p: ["cat", "cat"]}, ValueError, "named twice"),
@@ -289,10 +299,20 @@ def test_config_round_trip_and_unknown_fields():
         ({"concepts": lambda p: ["cat=Dog", "dog"]}, ValueError, "anchor 'Dog' .*itself erased"),
         ({"concepts": lambda p: ["a <|endoftext|>cat"]}, ValueError, "holds '<|endoftext|>'"),
         ({"concepts": lambda p: ["cat=<|startoftext|>"]}, ValueError, "concepts: .*control token"),
-        ({"config": lambda p: dataclasses.replace(CLOSED, pairs=PairsConfig(
-            templates={"object": ["<|endoftext|> {}"]}))}, ValueError, "templates: .*control tok"),
-        ({"latents": lambda p: [("cat", torch.zeros(1, 4, 8, 8))], "config": lambda p: CONFIG},
-         TypeError, "latents: expected a mapping .*got list"),
+        (
+            {
+                "config": lambda p: dataclasses.replace(
+                    CLOSED, pairs=PairsConfig(templates={"object": ["<|endoftext|> {}"]})
+                )
+            },
+            ValueError,
+            "templates: .*control tok",
+        ),
+        (
+            {"latents": lambda p: [("cat", torch.zeros(1, 4, 8, 8))], "config": lambda p: CONFIG},
+            TypeError,
+            "latents: expected a mapping .*got list",
+        ),
         ({"config": lambda p: {"seed": 1}}, TypeError, "EraseConfig"),
         ({"tokenizer": lambda p: 3}, TypeError, "tokenizer"),
         ({"concepts": lambda p: 5}, TypeError, "concepts: expected strings"),
@@ -301,7 +321,7 @@ def test_config_round_trip_and_unknown_fields():
         ({"concepts": lambda p: [Concept("cat", synonyms=("tree " * 90,))]}, ValueError, "cut"),
         ({"concepts": lambda p: ["cat=" + "tree " * 90]}, ValueError, "would be cut"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named_and_changes_nothing(pipe, change, error, message):
     arguments = {
         "model": pipe.unet,
@@ -489,9 +509,13 @@ def test_the_size_of_latents_can_be_named(pipe):
 def test_a_wrapped_unet_is_aligned(pipe):
     fast = dataclasses.replace(FAST, gradient_checkpointing=True)
     realera_fast.erase(
-        torch.nn.DataParallel(pipe.unet), pipe.text_encoder, ["cat"], tokenizer=pipe.tokenizer,
-        config=dataclasses.replace(CONFIG, alignment=fast), progress=False,
-    )  # fmt: skip
+        torch.nn.DataParallel(pipe.unet),
+        pipe.text_encoder,
+        ["cat"],
+        tokenizer=pipe.tokenizer,
+        config=dataclasses.replace(CONFIG, alignment=fast),
+        progress=False,
+    )
     assert not pipe.unet.is_gradient_checkpointing
 
 

@@ -302,8 +302,12 @@ def test_apply_refuses_an_overflow_in_float16():
     erasure = make(unet, rank=1)
     huge = Erasure(
         ConceptMap(erasure.map.left * 1e4, erasure.map.right * 1e4),
-        {}, (CAT,), {}, erasure.provenance, {},
-    )  # fmt: skip
+        {},
+        (CAT,),
+        {},
+        erasure.provenance,
+        {},
+    )
     before = snapshot(unet)
     with pytest.raises(ValueError, match=r"attn2\.to_k\.weight overflows torch\.float16"):
         huge.apply_(unet)
@@ -495,9 +499,13 @@ def test_factors_of_another_shape_are_refused():
     name = next(iter(queries_and_outputs(unet)))
     factors = LoraFactors(torch.zeros(2, 99), erasure.lora[name].up)
     wrong = Erasure(
-        erasure.map, {**erasure.lora, name: factors}, (CAT,), erasure.config, erasure.provenance,
+        erasure.map,
+        {**erasure.lora, name: factors},
+        (CAT,),
+        erasure.config,
+        erasure.provenance,
         erasure.report,
-    )  # fmt: skip
+    )
     with pytest.raises(BaseModelMismatchError, match="99"):
         wrong.apply_(unet)
 
@@ -885,7 +893,7 @@ ODD = (
     lambda t, m: m.update(provenance="{}"),
     lambda t, m: m.update(provenance='{"base_hashes": {"float32": "abc"}}'),
     lambda t, m: m.update(provenance='{"base_hashes": {"int8": "' + "a" * 64 + '"}}'),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("number", range(len(ODD)))
@@ -982,8 +990,12 @@ def test_the_adapter_stays_within_float16_for_badly_scaled_factors(tmp_path):
     erasure = make(unet, lora_rank=0)
     scaled = Erasure(
         ConceptMap(erasure.map.left * 2.0**-30, erasure.map.right * 2.0**30),
-        {}, (CAT,), {}, erasure.provenance, {},
-    )  # fmt: skip
+        {},
+        (CAT,),
+        {},
+        erasure.provenance,
+        {},
+    )
     tensors = load_file(scaled.save_lora(tmp_path, unet))
     plain = load_file(erasure.save_lora(tmp_path, unet))
     assert all(torch.equal(t, tensors[n]) for n, t in plain.items())

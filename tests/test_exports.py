@@ -48,13 +48,15 @@ def random_erasure(model, seed: int = 0) -> Erasure:
 
     return Erasure(
         ConceptMap(noise(width, 2), noise(2, width)),
-        {n: LoraFactors(noise(2, width), noise(layer.out_features, 2))
-         for n, layer in list(layers.items())[:3]},
+        {
+            n: LoraFactors(noise(2, width), noise(layer.out_features, 2))
+            for n, layer in list(layers.items())[:3]
+        },
         (Concept("cat", "dog"),),
         {},
         {"base_hashes": base_hashes(model), "model_class": type(model).__name__, "seed": seed},
         {"solve": {"residual_ratio": 0.5}},
-    )  # fmt: skip
+    )
 
 
 # Adapters
@@ -109,8 +111,10 @@ def test_kohya_names_are_those_of_its_scripts(tmp_path):
         "lora_unet_output_blocks_1_1_transformer_blocks_0_attn2_to_k",
     } <= parts
     assert {key.split(".", 1)[1] for key in keys} == {
-        "lora_down.weight", "lora_up.weight", "alpha",
-    }  # fmt: skip
+        "lora_down.weight",
+        "lora_up.weight",
+        "alpha",
+    }
     found = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     for part in parts:
         assert float(found[f"{part}.alpha"]) == found[f"{part}.lora_down.weight"].shape[0]
@@ -135,10 +139,13 @@ def test_adapters_are_weighted_together_and_swapped_in_place(tmp_path):
     deltas = []
     for file in files:
         tensors = load_file(file)
-        deltas.append({
-            key[5:-14]: tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
-            for key in tensors if "lora_A" in key
-        })  # fmt: skip
+        deltas.append(
+            {
+                key[5:-14]: tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+                for key in tensors
+                if "lora_A" in key
+            }
+        )
     for number, file in enumerate(files):
         base.load_lora_weights(file.parent, weight_name=file.name, adapter_name=f"a{number}")
     base.set_adapters(["a0", "a1"], adapter_weights=[1.0, 0.5])
@@ -234,13 +241,20 @@ def to_ldm(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     per_block = unet.config.layers_per_block + 1
     last = len(unet.config.block_out_channels) - 1
     resnet = {
-        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-    }  # fmt: skip
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
     plain = {
-        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
-    }  # fmt: skip
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
     found = {}
     for key, tensor in unet.state_dict().items():
         name, _, leaf = key.rpartition(".")
@@ -261,9 +275,11 @@ def to_ldm(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
                 inner = 2 if f"up_blocks.{i}.attentions.0.norm.weight" in unet.state_dict() else 1
                 new = f"output_blocks.{i * per_block + per_block - 1}.{inner}.conv"
             else:
-                start = f"input_blocks.{1 + i * per_block + j}" if side == "down" else (
-                    f"output_blocks.{i * per_block + j}"
-                )  # fmt: skip
+                start = (
+                    f"input_blocks.{1 + i * per_block + j}"
+                    if side == "down"
+                    else (f"output_blocks.{i * per_block + j}")
+                )
                 new = f"{start}.{int(kind == 'attentions')}.{resnet.get(rest, rest)}"
         found[f"model.diffusion_model.{new}.{leaf}"] = tensor
     assert last and len(found) == len(unet.state_dict())
@@ -343,8 +359,9 @@ def test_a_weight_that_two_layers_share_is_no_guess(tmp_path):
 
 def test_a_patched_file_differs_where_it_was_told_to(tmp_path):
     source = tmp_path / "a.safetensors"
-    tensors = {f"t{i}": torch.randn(3, i, generator=torch.Generator().manual_seed(i))
-               for i in range(5)}  # fmt: skip
+    tensors = {
+        f"t{i}": torch.randn(3, i, generator=torch.Generator().manual_seed(i)) for i in range(5)
+    }
     tensors["half"] = torch.ones(2, dtype=torch.bfloat16)
     tensors["bytes"] = torch.arange(5, dtype=torch.uint8)
     save_file(tensors, source, {"a": "1"})
@@ -365,14 +382,16 @@ def test_a_patched_file_differs_where_it_was_told_to(tmp_path):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\x01", b"\xff" * 64,
+        b"",
+        b"\x01",
+        b"\xff" * 64,
         (2).to_bytes(8, "little") + b"[]",
         (52).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
         (12).to_bytes(8, "little") + b'{"a": [1,2]}',
         (26).to_bytes(8, "little") + b'{"__metadata__": {"a": 1}}',
         (9).to_bytes(8, "little") + b'{"a":{}}}',
     ],
-)  # fmt: skip
+)
 def test_hostile_headers_are_refused(tmp_path, data):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
@@ -416,9 +435,13 @@ def test_a_card_is_plain_text_whatever_a_concept_is_called(tmp_path):
 
     erasure = random_erasure(tiny_unet())
     hostile = Erasure(
-        erasure.map, {}, (Concept("<script>alert(1)</script> | [x](y)", "`dog`\n# h"),), {},
-        erasure.provenance, {"warnings": ["![i](http://x)"]},
-    )  # fmt: skip
+        erasure.map,
+        {},
+        (Concept("<script>alert(1)</script> | [x](y)", "`dog`\n# h"),),
+        {},
+        erasure.provenance,
+        {"warnings": ["![i](http://x)"]},
+    )
     path = tmp_path / "a.safetensors"
     path.touch()
     text = write_card(path, hostile, use="weights", component="unet").read_text()

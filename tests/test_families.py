@@ -38,9 +38,20 @@ CLOSED = EraseConfig(
 )
 PROMPTS = ["a photo of a cat", "A dog next to the ship"]
 MAPS = {
-    "sd1": 8, "sd2": 8, "sdxl": 17, "refiner": 17, "sd3": 2, "sd3_without_t5": 2, "sd35": 2,
-    "flux": 2, "pixart_alpha": 1, "pixart_sigma": 1, "sana": 1, "auraflow": 1, "chroma": 1,
-}  # fmt: skip
+    "sd1": 8,
+    "sd2": 8,
+    "sdxl": 17,
+    "refiner": 17,
+    "sd3": 2,
+    "sd3_without_t5": 2,
+    "sd35": 2,
+    "flux": 2,
+    "pixart_alpha": 1,
+    "pixart_sigma": 1,
+    "sana": 1,
+    "auraflow": 1,
+    "chroma": 1,
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,11 +69,15 @@ def encoded(pipe, prompts, **options):
     """What the stock pipeline makes of prompts, as arguments of its call."""
     accepted = inspect.signature(pipe.encode_prompt).parameters
     arguments = {
-        "prompt": prompts, "prompt_2": None, "prompt_3": None, "device": "cpu",
-        "num_images_per_prompt": 1, "do_classifier_free_guidance": True,
+        "prompt": prompts,
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": True,
         "negative_prompt": None if "XL" in type(pipe).__name__ else [""] * len(prompts),
         "clean_caption": False,
-    }  # fmt: skip
+    }
     if "complex_human_instruction" in accepted:
         default = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
         arguments["complex_human_instruction"] = default
@@ -71,16 +86,30 @@ def encoded(pipe, prompts, **options):
     if name == "FluxPipeline":
         names = ("prompt_embeds", "pooled_prompt_embeds", None)
     elif "3Pipeline" in name or "XL" in name:
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-                 "negative_pooled_prompt_embeds")  # fmt: skip
+        names = (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
     elif name == "StableDiffusionPipeline":
         names = ("prompt_embeds", "negative_prompt_embeds")
     elif name == "ChromaPipeline":
-        names = ("prompt_embeds", None, "prompt_attention_mask", "negative_prompt_embeds", None,
-                 "negative_prompt_attention_mask")  # fmt: skip
+        names = (
+            "prompt_embeds",
+            None,
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            None,
+            "negative_prompt_attention_mask",
+        )
     else:
-        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds",
-                 "negative_prompt_attention_mask")  # fmt: skip
+        names = (
+            "prompt_embeds",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_prompt_attention_mask",
+        )
     return {k: v for k, v in zip(names, found, strict=False) if k is not None and v is not None}
 
 
@@ -311,17 +340,31 @@ def test_a_modular_pipeline_is_taken_like_a_classic_one(name):
         (lambda: erase(sd1(), sd1().text_encoder, ["cat"]), TypeError, r"erase\(pipe, concepts\)"),
         (lambda: erase(sd1()), TypeError, r"erase\(pipe, concepts\)"),
         (lambda: erase(tiny_unet(), tiny_text_encoder()), TypeError, "third argument"),
-        (lambda: erase(nn.Linear(2, 2), tiny_text_encoder(), ["cat"]), ValueError,
-         r"Linear \(its forward is of torch\) is not supported"),
-        (lambda: text_streams(sd3().transformer, tiny_text_encoder()), ValueError,
-         "expected 3 for Stable Diffusion 3, got 1"),
-        (lambda: text_streams(flux().transformer, (None, flux().text_encoder_2),
-         (None, flux().tokenizer_2)), ValueError, "a pooled vector of encoder 0, which is None"),
-        (lambda: text_streams(sd1().unet, (sd1().text_encoder,) * 2, (tiny_tokenizer(),)),
-         ValueError, "one for each of 2 text encoders, got 1"),
+        (
+            lambda: erase(nn.Linear(2, 2), tiny_text_encoder(), ["cat"]),
+            ValueError,
+            r"Linear \(its forward is of torch\) is not supported",
+        ),
+        (
+            lambda: text_streams(sd3().transformer, tiny_text_encoder()),
+            ValueError,
+            "expected 3 for Stable Diffusion 3, got 1",
+        ),
+        (
+            lambda: text_streams(
+                flux().transformer, (None, flux().text_encoder_2), (None, flux().tokenizer_2)
+            ),
+            ValueError,
+            "a pooled vector of encoder 0, which is None",
+        ),
+        (
+            lambda: text_streams(sd1().unet, (sd1().text_encoder,) * 2, (tiny_tokenizer(),)),
+            ValueError,
+            "one for each of 2 text encoders, got 1",
+        ),
         (lambda: components_of(object()), TypeError, "with a unet or a transformer, got object"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_supported_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -353,20 +396,23 @@ def test_every_way_of_mining_runs_on_every_kind_of_text(mode, build):
     pipe = build()
     mining = type(CLOSED.mining)(mode=mode)
     config = EraseConfig(
-        alignment=CLOSED.alignment, vocabulary=VocabularyConfig(words=2, cache=False),
+        alignment=CLOSED.alignment,
+        vocabulary=VocabularyConfig(words=2, cache=False),
         pairs=PairsConfig(templates={"object": ("a photo of a {}",)}, neutral_words=2),
         mining=mining,
-    )  # fmt: skip
+    )
     erasure = edited(pipe, config=config)
     assert erasure.map.rank and (erasure.pooled_map is None or erasure.pooled_map.rank)
 
 
 def test_a_saved_erasure_of_two_streams_comes_back(tmp_path):
     pipe, other = flux(), flux()
-    config = EraseConfig(**{
-        **{name: getattr(CLOSED, name) for name in ("alignment", "vocabulary", "pairs")},
-        "closed_form": ClosedFormConfig(keep_system=True),
-    })  # fmt: skip
+    config = EraseConfig(
+        **{
+            **{name: getattr(CLOSED, name) for name in ("alignment", "vocabulary", "pairs")},
+            "closed_form": ClosedFormConfig(keep_system=True),
+        }
+    )
     erasure = erase(pipe, ["cat=dog", "ship=car"], config=config, progress=False)
     loaded = Erasure.load(erasure.save(tmp_path / "two.safetensors"))
     loaded.apply_(other.transformer)
@@ -440,8 +486,13 @@ def test_flux_and_stable_diffusion_3_at_full_size():
         "context_embedder": (3072, 4096),
         "time_text_embed.text_embedder.linear_1": (3072, 768),
     }
-    model = on_meta(SD3Transformer2DModel, num_layers=24, num_attention_heads=24,
-                    caption_projection_dim=1536, pos_embed_max_size=192)  # fmt: skip
+    model = on_meta(
+        SD3Transformer2DModel,
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=192,
+    )
     assert {n: tuple(model.get_submodule(n).weight.shape) for n in streams(model)} == {
         "context_embedder": (1536, 4096),
         "time_text_embed.text_embedder.linear_1": (1536, 2048),
@@ -454,14 +505,16 @@ def test_flux_and_stable_diffusion_3_at_full_size():
 def test_alignment_runs_with_v_prediction():
     pipe = FAMILIES["sd2"]()
     assert isinstance(pipe.scheduler, DDIMScheduler)
-    alignment = AlignmentConfig(steps=2, batch_size=2, trajectories=2, sampling_steps=2,
-                                evaluation_steps=0)  # fmt: skip
+    alignment = AlignmentConfig(
+        steps=2, batch_size=2, trajectories=2, sampling_steps=2, evaluation_steps=0
+    )
     erasure = edited(pipe, config=EraseConfig(alignment=alignment, vocabulary=CLOSED.vocabulary))
     assert erasure.report["alignment"]["steps"] == 2
 
 
-TRAINED = AlignmentConfig(steps=3, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=0,
-                          evaluation_steps=0)  # fmt: skip
+TRAINED = AlignmentConfig(
+    steps=3, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=0, evaluation_steps=0
+)
 
 
 def test_alignment_runs_on_two_text_encoders():

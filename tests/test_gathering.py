@@ -83,8 +83,9 @@ for family, kill_at, folder in CASES:
 def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
     folder = killed[family, kill_at]
     left = sorted(p.name for p in folder.iterdir())
-    assert left == (["pooled.safetensors", "sequence.safetensors"] if kill_at > 40 else
-                    ["sequence.safetensors"])  # fmt: skip
+    assert left == (
+        ["pooled.safetensors", "sequence.safetensors"] if kill_at > 40 else ["sequence.safetensors"]
+    )
     resumed, whole = FAMILIES[family](), FAMILIES[family]()
     seen = []
     original = gathering_module.add_word
@@ -146,10 +147,18 @@ print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     peaks = {}
     for count in (10, 3_000):
         result = subprocess.run(
-            [sys.executable, "-W", "ignore", script, tmp_path / f"{count}.csv",
-             tmp_path / f"{count}.safetensors"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                script,
+                tmp_path / f"{count}.csv",
+                tmp_path / f"{count}.safetensors",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert result.returncode == 0, result.stderr[-2000:]
         number, peak = result.stdout.split()
         assert int(number) == count
@@ -214,9 +223,10 @@ def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
     gram = torch.zeros(4, 4, dtype=torch.float64)
     vocabulary = Vocabulary(words, descriptors, gram, 1, "")
     monkeypatch.setattr(
-        gathering_module, "describe",
+        gathering_module,
+        "describe",
         lambda text, asked: torch.tensor([rows[word] for word in asked]),
-    )  # fmt: skip
+    )
     alone = vocabulary.similarity(torch.tensor(rows["target"]))
     threshold = float(alone[1]) + 0.02
     assert float(alone[0]) > threshold
@@ -250,9 +260,13 @@ def test_members_of_a_category_are_those_that_the_model_draws_as_it(monkeypatch,
         return torch.tensor([{"member": 0.5, "opposite": 0.39}.get(word, 0.1) for word in words])
 
     found = gathering_module.neighbor_words(
-        None, vocabulary, [Concept("name", anchor="x", kind=kind)], config,
-        keep=["kept"], members=members,
-    )  # fmt: skip
+        None,
+        vocabulary,
+        [Concept("name", anchor="x", kind=kind)],
+        config,
+        keep=["kept"],
+        members=members,
+    )
     drawn = kind == "explicit" and asked > 0
     assert found.near["name"] == (("member",) if drawn else ())
     assert shown == (["member", "opposite", "other"][:asked] if drawn else [])
@@ -267,13 +281,17 @@ def around(scores, concepts, config, drawn=None, monkeypatch=None):
     gram = torch.zeros(3, 3, dtype=torch.float64)
     vocabulary = Vocabulary(tuple(scores), descriptors, gram, 1, "")
     monkeypatch.setattr(
-        gathering_module, "describe",
+        gathering_module,
+        "describe",
         lambda text, asked: torch.tensor([[1.0, 0.0, 0.0]] * len(asked)),
-    )  # fmt: skip
+    )
     return gathering_module.neighbor_words(
-        None, vocabulary, concepts, config,
+        None,
+        vocabulary,
+        concepts,
+        config,
         members=drawn and (lambda concept, words: torch.tensor([drawn[w] for w in words])),
-    )  # fmt: skip
+    )
 
 
 FAR = {"one": 0.1, "two": 0.0, "three": -0.1, "four": -0.2}

@@ -281,9 +281,14 @@ def test_adapters_of_queries_are_undone_whatever_is_around_them(surround):
     pipe = sd1()
     base = weights(pipe.unet)
     alignment = AlignmentConfig(
-        steps=1, batch_size=1, trajectories=1, sampling_steps=2, evaluation_steps=0, check_seeds=0,
+        steps=1,
+        batch_size=1,
+        trajectories=1,
+        sampling_steps=2,
+        evaluation_steps=0,
+        check_seeds=0,
         target_modules=("to_k", "to_q", "to_out.0"),
-    )  # fmt: skip
+    )
     config = dataclasses.replace(CLOSED, alignment=alignment)
     erasure = erase(pipe, ["cat=dog"], config=config, progress=False)
     assert any(name.endswith("to_q") for name in erasure.lora)
@@ -339,9 +344,12 @@ def test_a_way_to_read_text_is_asked_for_only_where_it_can_be_given():
     pipe, other = sd1(), sd1()
     (erasure,) = erased(pipe, "cat=dog")
     other.unet = UNet2DModel(
-        8, block_out_channels=(32, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    )  # fmt: skip
+        8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     for verb in (
         lambda: erasure.apply_(other.unet),
         lambda: erasure.restore_(other.unet),

@@ -123,10 +123,22 @@ def check_map(solution: Solution, pairs: Pairs, ridge: float) -> None:
 class TestRows:
     @pytest.mark.parametrize(
         ("n", "d"),
-        [(0, 1), (0, 6), (1, 1), (5, 1), (1, 9), (9, 9), (10, 9), (2000, 9), (33, 64), (64, 64),
-         (65, 64), (3, 257)],
+        [
+            (0, 1),
+            (0, 6),
+            (1, 1),
+            (5, 1),
+            (1, 9),
+            (9, 9),
+            (10, 9),
+            (2000, 9),
+            (33, 64),
+            (64, 64),
+            (65, 64),
+            (3, 257),
+        ],
         ids=str,
-    )  # fmt: skip
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
     @pytest.mark.parametrize("ridge", [1e-3, 50.0])
     def test_sizes(

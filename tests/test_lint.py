@@ -14,8 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "command",
-    [("ruff", "check", "--no-cache", "."), ("mypy",)],
-    ids=lambda command: command[0],
+    [
+        ("ruff", "check", "--no-cache", "."),
+        ("ruff", "format", "--check", "--no-cache", "."),
+        ("mypy",),
+    ],
+    ids=" ".join,
 )
 def test_clean(command: tuple[str, ...]) -> None:
     if importlib.util.find_spec(command[0]) is None:

@@ -35,9 +35,14 @@ def pipe():
 def cosines(pipe, names, words, **options):
     text = text_streams(pipe.unet, pipe.text_encoder, pipe.tokenizer)["sequence"][0]
     return guidance_cosine(
-        pipe.unet, pipe.scheduler, names, words, text=text, empty=text.encode([""]),
+        pipe.unet,
+        pipe.scheduler,
+        names,
+        words,
+        text=text,
+        empty=text.encode([""]),
         config=AlignmentConfig(**options),
-    )  # fmt: skip
+    )
 
 
 def test_members_are_told_from_other_words(pipe):
@@ -132,9 +137,11 @@ def test_cosines_are_those_of_the_plain_loop(family, dtype):
     )
     assert got.dtype == torch.float32 and len(set(got.tolist())) == len(words)
     check(
-        family, got, plainly(pipe, "cat", words, torch.float64),
+        family,
+        got,
+        plainly(pipe, "cat", words, torch.float64),
         plainly(pipe, "cat", words, dtype),
-    )  # fmt: skip
+    )
 
 
 def test_nothing_is_asked_of_no_words(pipe):

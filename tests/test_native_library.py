@@ -331,15 +331,27 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     options = ["-DREALERA_FAST_CUDA=OFF"]
     if runtimes:
         options += [
-            f"-DCMAKE_CXX_COMPILER={compiler}", "-DREALERA_FAST_SANITIZE=address,undefined",
+            f"-DCMAKE_CXX_COMPILER={compiler}",
+            "-DREALERA_FAST_SANITIZE=address,undefined",
             "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        ]  # fmt: skip
+        ]
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps",
-         "-w", source.parent, source],
-        capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "-w",
+            source.parent,
+            source,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PATH": paths, "CMAKE_ARGS": shlex.join(options)},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = source.parent.glob("*.whl")
     commands = [

@@ -203,9 +203,12 @@ class TestSolveSpd:
         plain = torch.linalg.solve(gram, rhs.mT).mT
         product = exact_matmul(solution, gram)
         check(
-            "residual", product, rhs.cpu(), exact_matmul(plain, gram),
+            "residual",
+            product,
+            rhs.cpu(),
+            exact_matmul(plain, gram),
             floor=product_error(*residual_factors(solution, gram)),
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("condition", [1.0, 1e2, 1e5, 1e10])
     def test_condition_estimate(self, condition: float, device: torch.device) -> None:

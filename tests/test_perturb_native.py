@@ -54,9 +54,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def agree(
-    e: Tensor, samples: int, region: tuple[float, float, float] = NEIGHBOR, seed: int = 5,
-    offset: int = 0, concept_offset: int = 0,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    e: Tensor,
+    samples: int,
+    region: tuple[float, float, float] = NEIGHBOR,
+    seed: int = 5,
+    offset: int = 0,
+    concept_offset: int = 0,
+) -> tuple[Tensor, ...]:
     """Draws with both, scalars and rows, and fails where they differ."""
     place = {"offset": offset, "concept_offset": concept_offset}
     got = ops.perturb(e, samples, *region, seed, **place)
@@ -336,9 +340,13 @@ class TestInstructionSets:
                 a, s = (torch.tensor(x, dtype=exact) for x in (alpha, scale))
                 out = torch.zeros_like(e)
                 loops.rows(
-                    *counters(3, 9, 2, 1, 5, width), pointer(e), kind,
-                    ctypes.c_double(float(a)), ctypes.c_double(float(s)), pointer(out),
-                )  # fmt: skip
+                    *counters(3, 9, 2, 1, 5, width),
+                    pointer(e),
+                    kind,
+                    ctypes.c_double(float(a)),
+                    ctypes.c_double(float(s)),
+                    pointer(out),
+                )
                 assert same(out, (a * e.to(exact) + s * z).to(dtype))
             size = kind, ctypes.c_int64(5), ctypes.c_int64(width)
             wide = e.to(torch.float64)

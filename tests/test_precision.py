@@ -108,9 +108,14 @@ def test_a_text_encoder_in_16_bits_counts(native, caplog):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_autocast_of_the_alignment_counts_where_that_runs(enabled, native, caplog):
     align = AlignmentConfig(
-        enabled=enabled, mixed_precision="bf16", steps=2, batch_size=2, trajectories=2,
-        sampling_steps=2, check_seeds=0,
-    )  # fmt: skip
+        enabled=enabled,
+        mixed_precision="bf16",
+        steps=2,
+        batch_size=2,
+        trajectories=2,
+        sampling_steps=2,
+        check_seeds=0,
+    )
     config = EraseConfig(alignment=align, vocabulary=WORDS)
     erasure = erase(tiny_pipeline(), [Concept("cat", "dog")], config=config, progress=False)
     assert len(told(erasure, caplog)) == (1 if enabled and not native else 0)
@@ -133,10 +138,25 @@ def test_pictures_that_are_drawn_to_verify_are_warned_of(native, caplog):
 def test_the_command_line_says_it_once(native, tmp_path, caplog):
     tiny_pipeline().save_pretrained(tmp_path / "model", safe_serialization=True)
     (tmp_path / "settings.json").write_text('{"vocabulary": {"words": 20}}')
-    code = cli.run([
-        "erase", str(tmp_path / "model"), "-c", "cat=dog", "--no-align", "--dtype", "bf16",
-        "--device", "cpu", "--save", "delta", "--config", str(tmp_path / "settings.json"),
-        "-o", str(tmp_path / "out"), "-q",
-    ])  # fmt: skip
+    code = cli.run(
+        [
+            "erase",
+            str(tmp_path / "model"),
+            "-c",
+            "cat=dog",
+            "--no-align",
+            "--dtype",
+            "bf16",
+            "--device",
+            "cpu",
+            "--save",
+            "delta",
+            "--config",
+            str(tmp_path / "settings.json"),
+            "-o",
+            str(tmp_path / "out"),
+            "-q",
+        ]
+    )
     assert code == 0
     assert caplog.text.count(SLOW) == (0 if native else 1)

@@ -135,8 +135,9 @@ def test_any_tracker_gets_loss_terms_by_step():
 
     accelerator = Accelerator()
     pipe = tiny_pipeline()
-    result = run((pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), UNCHECKED,
-                 accelerator=accelerator)  # fmt: skip
+    result = run(
+        (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), UNCHECKED, accelerator=accelerator
+    )
     losses = [(s, v["alignment/loss"]) for s, v in accelerator.logged if "alignment/loss" in v]
     assert losses == list(enumerate(result.losses))
     assert {"alignment/target", "alignment/beyond", "alignment/preserve"} <= set(
@@ -152,8 +153,11 @@ def test_more_processes_than_rows_are_refused():
 
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match=r"batch_size: 4 rows can't be shared by 8 processes"):
-        run((pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), UNCHECKED,
-            accelerator=Accelerator())  # fmt: skip
+        run(
+            (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)),
+            UNCHECKED,
+            accelerator=Accelerator(),
+        )
 
 
 def test_one_process_alone_exchanges_nothing():

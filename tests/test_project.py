@@ -89,18 +89,28 @@ def exactly(*tensors: Tensor, like: Tensor) -> list[Tensor]:
 
 
 def check_forward(
-    got: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, heights: Sequence[int],
+    got: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    heights: Sequence[int],
     scaling: float,
-) -> None:  # fmt: skip
+) -> None:
     assert got.dtype == x.dtype
     exact = reference.project(*exactly(x, weight, down, up, like=x), heights, scaling)
     check("y", got, exact, reference.project(x, weight, down, up, heights, scaling))
 
 
 def check_backward(
-    got: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, down: Tensor, up: Tensor,
-    heights: Sequence[int], scaling: float,
-) -> None:  # fmt: skip
+    got: tuple[Tensor, Tensor],
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    heights: Sequence[int],
+    scaling: float,
+) -> None:
     exact = reference.project_backward(*exactly(grad, x, down, up, like=x), heights, scaling)
     plain = reference.project_backward(grad, x, down, up, heights, scaling)
     for name, *both in zip(("down", "up"), got, exact, plain, strict=True):

@@ -20,9 +20,14 @@ def picture(pipe, prompt="a photo of a cat", steps=4, **options) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return pipe(
-        prompt, height=size, width=size, num_inference_steps=steps, generator=generator,
-        output_type="np", **options,
-    ).images  # fmt: skip
+        prompt,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="np",
+        **options,
+    ).images
 
 
 @pytest.fixture
@@ -106,9 +111,14 @@ def test_erasing_shows_at_once(pipe):
     fuse(pipe)
     assert np.array_equal(picture(pipe), plain)
     result = realera_fast.erase(
-        pipe.unet, pipe.text_encoder, ["cat=dog"], tokenizer=pipe.tokenizer,
-        scheduler=pipe.scheduler, config=config, progress=False,
-    )  # fmt: skip
+        pipe.unet,
+        pipe.text_encoder,
+        ["cat=dog"],
+        tokenizer=pipe.tokenizer,
+        scheduler=pipe.scheduler,
+        config=config,
+        progress=False,
+    )
     erased = picture(pipe)
     assert not np.array_equal(erased, plain)
     assert np.array_equal(picture(unfuse(pipe)), erased)

@@ -74,9 +74,18 @@ def run(name, protocol, cases, out, detectors=None, judge=None):
     pipe = sd1()
     before = weights(pipe.unet)
     rows = protocols.run(
-        name, protocol, pipe, judge, detectors or {}, cases, config=CLOSED, batch_size=4, out=out,
-        model="tiny", keep_pictures=True,
-    )  # fmt: skip
+        name,
+        protocol,
+        pipe,
+        judge,
+        detectors or {},
+        cases,
+        config=CLOSED,
+        batch_size=4,
+        out=out,
+        model="tiny",
+        keep_pictures=True,
+    )
     assert all(torch.equal(t, before[n]) for n, t in weights(pipe.unet).items())
     return rows
 
@@ -113,8 +122,9 @@ def test_explicit_content_is_counted_by_detectors(small, tmp_path):
     (case,) = protocols.cases(protocol, pictures=1, prompts=protocols.read_prompts(csv, None))
     drawn = [shot for shot in case.shots if shot.group == "kept"]
     assert [(s.prompt, s.seed, s.guidance) for s in drawn] == [
-        ("a photo", 7, 2.5), ("a tree", 9, None),
-    ]  # fmt: skip
+        ("a photo", 7, 2.5),
+        ("a tree", 9, None),
+    ]
     (row,) = run("explicit", protocol, [case], tmp_path, {"all": lambda picture: ["found"]})
     assert row["after"] == {"flagged, erased": 2.0, "flagged, unnamed": 1.0, "flagged, kept": 2.0}
     (none,) = run("explicit", protocol, [case], tmp_path, {"none": lambda picture: False})

@@ -18,10 +18,14 @@ README = Path(__file__).parent.parent / "README.md"
 
 SHORT = EraseConfig(
     alignment=AlignmentConfig(
-        steps=2, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=1,
+        steps=2,
+        batch_size=2,
+        trajectories=2,
+        sampling_steps=2,
+        check_seeds=1,
         check_sampling_steps=2,
     )
-)  # fmt: skip
+)
 """The defaults, but for how long alignment takes."""
 
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

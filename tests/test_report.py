@@ -22,8 +22,9 @@ def prompts(count=3, tokens=5) -> AlignedPrompts:
     source, destination = torch.randn(2, count, tokens, WIDTH)
     weight = torch.ones(count, tokens)
     weight[:, 0] = 0.0
-    return AlignedPrompts("cat", ("",) * count, ("",) * count, source, destination, destination,
-                          weight, 0)  # fmt: skip
+    return AlignedPrompts(
+        "cat", ("",) * count, ("",) * count, source, destination, destination, weight, 0
+    )
 
 
 def distance(rows: Tensor, matrices: list[Tensor]) -> float:
@@ -63,8 +64,9 @@ def test_a_word_that_met_its_anchor_is_told_from_one_that_nearly_did():
 def test_a_word_without_a_way_to_go_has_no_fraction():
     before = weights()
     word = prompts()
-    stays = AlignedPrompts("cat", word.prompts, word.prompts, word.source, word.source, word.source,
-                           word.weight, 0)  # fmt: skip
+    stays = AlignedPrompts(
+        "cat", word.prompts, word.prompts, word.source, word.source, word.source, word.weight, 0
+    )
     assert Movement(before, weights()).moved(stays) is None
 
 
@@ -90,8 +92,9 @@ def test_full_size_takes_seconds():
     started = time.perf_counter()
     movement = Movement(before, [w + 0.01 for w in before])
     source = torch.randn(40, 77, 768)
-    word = AlignedPrompts("", ("",) * 40, ("",) * 40, source, source + 1, source,
-                          torch.ones(40, 77), 0)  # fmt: skip
+    word = AlignedPrompts(
+        "", ("",) * 40, ("",) * 40, source, source + 1, source, torch.ones(40, 77), 0
+    )
     assert movement.moved(word) is not None
     # Seconds, where the direct way takes minutes: wide enough for a busy machine.
     assert time.perf_counter() - started < 60

@@ -483,9 +483,12 @@ def test_a_changed_encoder_is_read_as_the_pipeline_reads_it(state):
     text = TextModel(pipe.text_encoder, pipe.tokenizer)
     with torch.no_grad():
         tokens = other.tokenizer(
-            "a cat", padding="max_length", truncation=True, return_tensors="pt",
+            "a cat",
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
             max_length=text.max_tokens,
-        )  # fmt: skip
+        )
         expected = pipe.text_encoder(tokens.input_ids)[0]
     assert torch.equal(text.encode(["a cat"]), expected)
     # The hash tells it from the plain one, and is the same each time.
@@ -754,18 +757,25 @@ def test_every_tensor_that_is_made_names_device_and_dtype(build, tmp_path):
     config = replace(
         ALIGNED,
         alignment=replace(
-            ALIGNED.alignment, evaluation_steps=1, check_seeds=1, check_sampling_steps=2,
+            ALIGNED.alignment,
+            evaluation_steps=1,
+            check_seeds=1,
+            check_sampling_steps=2,
             target_modules=("to_k", "to_q"),
         ),
         closed_form=replace(ALIGNED.closed_form, keep_system=True),
         mining=replace(ALIGNED.mining, mode="gaussian"),
-    )  # fmt: skip
+    )
     with Watch() as watch:
         erasure = erase(
-            pipe, [Concept("cat", kind="explicit"), "dog=horse"], preserve=["ship"], config=config,
-            checkpoint_dir=tmp_path / "run", progress=False,
+            pipe,
+            [Concept("cat", kind="explicit"), "dog=horse"],
+            preserve=["ship"],
+            config=config,
+            checkpoint_dir=tmp_path / "run",
+            progress=False,
             latents={"cat": torch.zeros(1, 4, 8, 8, device="cpu", dtype=torch.float32)},
-        )  # fmt: skip
+        )
         erasure.without("cat")
         erasure.save(tmp_path / "delta.safetensors")
         erasure.save_lora(tmp_path, layout="kohya", model=pipe.unet)
@@ -1055,8 +1065,11 @@ SCHEDULERS = [
     [
         {},
         BETAS,
-        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-         "timestep_spacing": "trailing"},
+        {
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
         {"prediction_type": "sample", "num_train_timesteps": 400},
         {"trained_betas": [0.01 * (i + 1) / 100 for i in range(100)], "num_train_timesteps": 100},
         {"beta_schedule": "sigmoid"},
@@ -1064,7 +1077,7 @@ SCHEDULERS = [
         {"clip_sample": True, "thresholding": True, "set_alpha_to_one": False},
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_noise_is_that_of_the_scheduler(name, options):
     kind = getattr(diffusers, name)
@@ -1225,18 +1238,27 @@ def test_what_is_no_scheduler_is_refused(wrong, config):
     pipe = sd1()
     with pytest.raises(TypeError, match="^scheduler: expected a diffusers scheduler such as"):
         erase(
-            pipe.unet, pipe.text_encoder, ["cat"], tokenizer=pipe.tokenizer, scheduler=wrong,
-            config=CONFIGS[config], progress=False,
-        )  # fmt: skip
+            pipe.unet,
+            pipe.text_encoder,
+            ["cat"],
+            tokenizer=pipe.tokenizer,
+            scheduler=wrong,
+            config=CONFIGS[config],
+            progress=False,
+        )
 
 
 def test_an_assumed_schedule_is_said_in_the_report(tmp_path):
     pipe = sd1()
     parts = components_of(pipe)
     erasure = erase(
-        parts.model, parts.text_encoders, ["cat"], tokenizer=parts.tokenizers, config=ALIGNED,
+        parts.model,
+        parts.text_encoders,
+        ["cat"],
+        tokenizer=parts.tokenizers,
+        config=ALIGNED,
         progress=False,
-    )  # fmt: skip
+    )
     said = [w for w in erasure.report["warnings"] if "was assumed" in w]
     assert said and "pass scheduler=pipe.scheduler" in said[0]
     assert not any("was assumed" in w for w in run(sd1(), ALIGNED).report["warnings"])
@@ -1295,9 +1317,14 @@ def test_a_scheduler_beside_the_model_that_cannot_be_made(
 
     def erased(config: EraseConfig, scheduler: Any = None) -> Erasure:
         return erase(
-            pipe.unet, pipe.text_encoder, [Concept("cat", kind="explicit")],
-            tokenizer=pipe.tokenizer, scheduler=scheduler, config=config, progress=False,
-        )  # fmt: skip
+            pipe.unet,
+            pipe.text_encoder,
+            [Concept("cat", kind="explicit")],
+            tokenizer=pipe.tokenizer,
+            scheduler=scheduler,
+            config=config,
+            progress=False,
+        )
 
     with pytest.raises(ValueError, match=f"^scheduler: .*{told}") as error:
         erased(ALIGNED)

@@ -214,8 +214,14 @@ def test_perturb_project_with_counters_and_strides(device):
     expected = ops.project(rows.view(-1, 13), **values).view(3, 4, 4, 8)
     torch.testing.assert_close(got, expected)
     samples = ops.perturb_project(
-        e[1:2], alpha[1:2, 2:], scale[1:2, 2:], seed=5, **values, offset=5, concept_offset=3,
-    )  # fmt: skip
+        e[1:2],
+        alpha[1:2, 2:],
+        scale[1:2, 2:],
+        seed=5,
+        **values,
+        offset=5,
+        concept_offset=3,
+    )
     torch.testing.assert_close(samples, expected[1:2, 2:])
 
 
@@ -245,7 +251,7 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
     y = y[:, None].expand(3, 4, 5, 13).reshape(-1, 13).to(rows.dtype)
     x_, w_, y_, *exact = (
         t.cpu().double().numpy().astype(np.longdouble) for t in (rows, w, y, *sums)
-    )  # fmt: skip
+    )
     exact[0] = exact[0] + x_.T @ (w_ * x_)
     plain[0] += rows.mT @ (w.to(rows.dtype) * rows)
     floors = [product_error(rows.mT.double(), w.double() * rows.double())] * 2
@@ -265,8 +271,9 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
         assert torch.equal(got[1], sums[1])
 
 
-@pytest.mark.parametrize("region", [mining.MiningConfig().neighbor_region,
-                                    mining.MiningConfig().beyond_region])  # fmt: skip
+@pytest.mark.parametrize(
+    "region", [mining.MiningConfig().neighbor_region, mining.MiningConfig().beyond_region]
+)
 def test_sums_converge_to_the_expectation_at_the_root_of_the_samples(region, device):
     """method: the error of the mean over s samples is proportional to 1 / sqrt(s)."""
     e = normal(1, 6, 8).to(device)
@@ -346,7 +353,7 @@ def test_empty(shape, samples, device):
     none = [torch.zeros(0, 0, dtype=torch.float64, device=device) for _ in range(2)]
     ops.perturb_accumulate_(
         *none, e[..., :0], alpha, scale, torch.ones(shape[:2], device=device), 5
-    )  # fmt: skip
+    )
     if 0 in (shape[0], samples):
         assert not sums[0].any()
     assert ops.project(torch.zeros(0, 4, device=device), **values).shape == (0, 8)
@@ -383,9 +390,15 @@ def test_mistakes_in_sums() -> None:
     def accumulate(**changes: Any) -> None:
         given = {"gram": gram, "cross": gram.clone(), "weight": weight} | changes
         ops.perturb_accumulate_(
-            given["gram"], given["cross"], e, alpha, scale, given["weight"], 5,
+            given["gram"],
+            given["cross"],
+            e,
+            alpha,
+            scale,
+            given["weight"],
+            5,
             destination=given.get("destination"),
-        )  # fmt: skip
+        )
 
     accumulate()
     for message, changes in (

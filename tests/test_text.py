@@ -173,10 +173,16 @@ def language_model(head: bool):
     from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
     config = Gemma2Config(
-        vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
         sliding_window=64,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     whole = Gemma2ForCausalLM(config).eval()
     if head:

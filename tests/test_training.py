@@ -53,9 +53,13 @@ def text_path(unet, *, dtype=torch.float32, targets=("to_k", "to_v"), **options)
         return {n: x for n, x in layers.items() if n.endswith(tuple("." + t for t in targets))}
 
     lora = LoraParameters(
-        chosen(projections(unet)), chosen(queries_and_outputs(unet)), r=RANK, lora_alpha=ALPHA,
-        seed=1, dtype=dtype,
-    )  # fmt: skip
+        chosen(projections(unet)),
+        chosen(queries_and_outputs(unet)),
+        r=RANK,
+        lora_alpha=ALPHA,
+        seed=1,
+        dtype=dtype,
+    )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in lora.named_tensors().items():

@@ -55,13 +55,23 @@ def made(parts, processes=None, **options):
     lora = LoraParameters(projections(pipe.unet), {}, r=2, lora_alpha=2.0, seed=0)
     path = TextPath(pipe.unet, ConceptMap(left, left.T.contiguous()), lora)
     denoiser = Denoiser(
-        path, pipe.scheduler, text.encode([""]), steps=4, guidance_scale=3.0, latent_size=None,
+        path,
+        pipe.scheduler,
+        text.encode([""]),
+        steps=4,
+        guidance_scale=3.0,
+        latent_size=None,
         batch_size=options.pop("batch_size", 32),
-    )  # fmt: skip
+    )
     defaults = {
-        "trajectories": 4, "min_timestep": 0.0, "negative_guidance": 0.0, "beyond_region": BEYOND,
-        "latents": {}, "seed": 0, "processes": processes or Processes(),
-    }  # fmt: skip
+        "trajectories": 4,
+        "min_timestep": 0.0,
+        "negative_guidance": 0.0,
+        "beyond_region": BEYOND,
+        "latents": {},
+        "seed": 0,
+        "processes": processes or Processes(),
+    }
     preserve = text.encode(["a ship", "a tree", "a horse"])
     filler = WindowFiller(denoiser, words, preserve, **(defaults | options))
     return path, denoiser, filler
@@ -187,9 +197,14 @@ def test_the_original_model_tells_its_own_pictures_apart():
     lora = LoraParameters(projections(pipe.unet), {}, r=1, lora_alpha=1.0, seed=0)
     path = TextPath(pipe.unet, ConceptMap.identity(text.width), lora)
     denoiser = Denoiser(
-        path, pipe.scheduler, text.encode([""]), steps=10, guidance_scale=4.0, latent_size=None,
+        path,
+        pipe.scheduler,
+        text.encode([""]),
+        steps=10,
+        guidance_scale=4.0,
+        latent_size=None,
         batch_size=8,
-    )  # fmt: skip
+    )
     states = text.encode(["a photo of a rabbit", "a photo of a house"])
     with path.installed(), bar(total=1, desc="", progress=False) as progress:
         pictures = denoiser.run(states, [1, 2], "original", progress).latents[-1]

@@ -332,9 +332,7 @@ def test_verify_draws_the_erased_words_by_default(erasure: Erasure) -> None:
 
 def test_verify_takes_prompts_and_seeds_in_any_form_that_has_items(erasure: Erasure) -> None:
     def shown(prompts: Any, untouched: Any, seeds: Any) -> list[Any]:
-        found = verify(
-            tiny_pipeline(), erasure, prompts, untouched=untouched, seeds=seeds, steps=1
-        )
+        found = verify(tiny_pipeline(), erasure, prompts, untouched=untouched, seeds=seeds, steps=1)
         json.dumps(found.to_dict())
         return [(row.group, row.prompt, row.seeds) for row in found.rows]
 

@@ -17,11 +17,12 @@ from realera_fast.denoiser import projections
 from realera_fast.families import components_of
 
 TRAINED = EraseConfig(
-    alignment=AlignmentConfig(steps=2, batch_size=2, trajectories=2, sampling_steps=2,
-                              evaluation_steps=0),
+    alignment=AlignmentConfig(
+        steps=2, batch_size=2, trajectories=2, sampling_steps=2, evaluation_steps=0
+    ),
     vocabulary=CLOSED.vocabulary,
     pairs=CLOSED.pairs,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -37,9 +38,15 @@ def one_process(tmp_path):
 def run(pipe, model, config=CLOSED, **options) -> Erasure:
     parts = components_of(pipe)
     return erase(
-        model, parts.text_encoders, ["cat=dog"], tokenizer=parts.tokenizers,
-        scheduler=parts.scheduler, config=config, progress=False, **options,
-    )  # fmt: skip
+        model,
+        parts.text_encoders,
+        ["cat=dog"],
+        tokenizer=parts.tokenizers,
+        scheduler=parts.scheduler,
+        config=config,
+        progress=False,
+        **options,
+    )
 
 
 def check(pipe, wrapped, plain, config=CLOSED) -> None:

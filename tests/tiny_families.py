@@ -124,9 +124,14 @@ def projected_clip(width: int, *, seed: int, dtype: torch.dtype) -> CLIPTextMode
 def t5(width: int, *, seed: int, dtype: torch.dtype) -> T5EncoderModel:
     """A two-layer T5 encoder."""
     config = T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2,
-        num_heads=4, feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     return _built(lambda: T5EncoderModel(config), seed, dtype)
 
 
@@ -263,15 +268,22 @@ def sd3(
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(4, seed=seed + 2, dtype=dtype, use_quant_conv=False, use_post_quant_conv=False,
-                 shift_factor=0.0609, scaling_factor=1.5),
+        vae=_vae(
+            4,
+            seed=seed + 2,
+            dtype=dtype,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.0609,
+            scaling_factor=1.5,
+        ),
         text_encoder=projected_clip(32, seed=seed + 1, dtype=dtype),
         tokenizer=tiny_tokenizer(),
         text_encoder_2=projected_clip(48, seed=seed + 3, dtype=dtype),
         tokenizer_2=tiny_tokenizer(),
         text_encoder_3=t5(96, seed=seed + 4, dtype=dtype) if with_t5 else None,
         tokenizer_3=t5_tokenizer() if with_t5 else None,
-    )  # fmt: skip
+    )
 
 
 def sd3_without_t5(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -305,14 +317,21 @@ def flux(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> FluxPipeline:
     tokenizer = tiny_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(1, seed=seed + 2, dtype=dtype, use_quant_conv=False, use_post_quant_conv=False,
-                 shift_factor=0.1, scaling_factor=0.4),
+        vae=_vae(
+            1,
+            seed=seed + 2,
+            dtype=dtype,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1,
+            scaling_factor=0.4,
+        ),
         text_encoder=tiny_text_encoder(32, seed=seed + 1, tokenizer=tokenizer, dtype=dtype),
         tokenizer=tokenizer,
         text_encoder_2=t5(48, seed=seed + 3, dtype=dtype),
         tokenizer_2=t5_tokenizer(),
         transformer=transformer,
-    )  # fmt: skip
+    )
 
 
 def _pixart(seed: int, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
@@ -354,10 +373,17 @@ def sana(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> SanaPipeline:
     """Sana: Gemma with an instruction in front of the prompt."""
     tokenizer = gemma_tokenizer(4096)
     config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=64,
-        query_pre_attn_scalar=16, max_position_embeddings=8192,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=64,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=8192,
+    )
     return SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=_built(lambda: Gemma2Model(config), seed + 1, dtype),
@@ -408,8 +434,13 @@ def auraflow(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> AuraFlowPi
     """AuraFlow."""
     tokenizer = t5_tokenizer()
     config = UMT5Config(
-        vocab_size=len(tokenizer), d_model=48, d_kv=8, d_ff=96, num_layers=2, num_heads=4,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        d_model=48,
+        d_kv=8,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+    )
     return AuraFlowPipeline(
         tokenizer=tokenizer,
         text_encoder=_built(lambda: UMT5EncoderModel(config), seed + 1, dtype),
@@ -439,8 +470,15 @@ def chroma(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> ChromaPipeli
     """Chroma: one row of padding stays in sight."""
     return ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(1, seed=seed + 2, dtype=dtype, use_quant_conv=False, use_post_quant_conv=False,
-                 shift_factor=0.1, scaling_factor=0.4),
+        vae=_vae(
+            1,
+            seed=seed + 2,
+            dtype=dtype,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1,
+            scaling_factor=0.4,
+        ),
         text_encoder=t5(48, seed=seed + 1, dtype=dtype),
         tokenizer=t5_tokenizer(),
         transformer=_built(
@@ -460,16 +498,27 @@ def chroma(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> ChromaPipeli
             seed,
             dtype,
         ),
-    )  # fmt: skip
+    )
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     builder.__name__: builder
     for builder in (
-        sd1, sd2, sdxl, refiner, sd3, sd3_without_t5, sd35, flux, pixart_alpha, pixart_sigma, sana,
-        auraflow, chroma,
+        sd1,
+        sd2,
+        sdxl,
+        refiner,
+        sd3,
+        sd3_without_t5,
+        sd35,
+        flux,
+        pixart_alpha,
+        pixart_sigma,
+        sana,
+        auraflow,
+        chroma,
     )
-}  # fmt: skip
+}
 """Every pipeline by name."""
 
 

@@ -116,8 +116,10 @@ def depth2img() -> Built:
     """A depth map as the fifth channel."""
     pipe = StableDiffusionDepth2ImgPipeline(
         **_parts(sd1(), "vae", "text_encoder", "tokenizer", "scheduler"),
-        unet=_unet(in_channels=5), depth_estimator=None, feature_extractor=None,
-    )  # fmt: skip
+        unet=_unet(in_channels=5),
+        depth_estimator=None,
+        feature_extractor=None,
+    )
     return pipe, {"image": picture(), "depth_map": picture(1, SIDE, SIDE), "strength": 1.0}
 
 
@@ -125,9 +127,10 @@ def upscaler() -> Built:
     """The x4 upscaler: the small picture as channels, its noise as a class, no self-attention."""
     unet = _unet(in_channels=7, num_class_embeds=1000, only_cross_attention=True)
     pipe = StableDiffusionUpscalePipeline(
-        **_parts(sd1(), "vae", "text_encoder", "tokenizer", "scheduler"), unet=unet,
+        **_parts(sd1(), "vae", "text_encoder", "tokenizer", "scheduler"),
+        unet=unet,
         low_res_scheduler=DDPMScheduler(),
-    )  # fmt: skip
+    )
     return pipe, {"image": picture(1, 3, 8, 8)}
 
 
@@ -137,11 +140,13 @@ def ip_adapter() -> Built:
     unet = pipe.unet
     state: dict[str, dict[str, torch.Tensor]] = {
         "image_proj": {
-            "proj.weight": 0.1 * picture(4 * 32, 16), "proj.bias": picture(4 * 32),
-            "norm.weight": picture(32), "norm.bias": picture(32),
+            "proj.weight": 0.1 * picture(4 * 32, 16),
+            "proj.bias": picture(4 * 32),
+            "norm.weight": picture(32),
+            "norm.bias": picture(32),
         },
         "ip_adapter": {},
-    }  # fmt: skip
+    }
     layers = [name for name in unet.attn_processors if ".attn2." in name]
     for place, name in enumerate(layers):
         rows = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
@@ -155,9 +160,7 @@ def ip_adapter() -> Built:
 def t2i_adapter() -> Built:
     """A T2I-Adapter: features of a sketch are added to those of the U-Net."""
     adapter = _built(
-        lambda: T2IAdapter(
-            in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2
-        ),
+        lambda: T2IAdapter(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2),
         7,
         torch.float32,
     )
@@ -178,20 +181,25 @@ def sdxl_inpaint() -> Built:
 def _motion(channels: tuple[int, ...] = (16, 32)) -> MotionAdapter:
     return _built(
         lambda: MotionAdapter(
-            block_out_channels=channels, motion_layers_per_block=1, motion_num_attention_heads=2,
-            motion_norm_num_groups=8, use_motion_mid_block=False, motion_max_seq_length=4,
+            block_out_channels=channels,
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+            use_motion_mid_block=False,
+            motion_max_seq_length=4,
         ),
         3,
         torch.float32,
-    )  # fmt: skip
+    )
 
 
 def animatediff() -> Built:
     """AnimateDiff: motion modules between the layers of Stable Diffusion's U-Net."""
     pipe = AnimateDiffPipeline(
-        **_parts(sd1(), "vae", "text_encoder", "tokenizer", "unet"), motion_adapter=_motion(),
+        **_parts(sd1(), "vae", "text_encoder", "tokenizer", "unet"),
+        motion_adapter=_motion(),
         scheduler=DDIMScheduler(clip_sample=False),
-    )  # fmt: skip
+    )
     return pipe, {"num_frames": 2}
 
 
@@ -218,14 +226,18 @@ def text_to_video() -> Built:
     """Text to video on Stable Diffusion's U-Net with a third dimension."""
     unet = _built(
         lambda: UNet3DConditionModel(
-            block_out_channels=(8, 16), layers_per_block=1, sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            sample_size=8,
             down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
             up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=8,
         ),
         0,
         torch.float32,
-    )  # fmt: skip
+    )
     names = ("vae", "text_encoder", "tokenizer", "scheduler")
     return TextToVideoSDPipeline(**_parts(sd1(), *names), unet=unet), {"num_frames": 2}
 
@@ -276,27 +288,50 @@ def bria() -> Built:
     """Bria 3: T5 without padding, then zeros."""
     transformer = _built(
         lambda: BriaTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 8),
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(4, 4, 8),
         ),
         0,
         torch.float32,
-    )  # fmt: skip
+    )
     pipe = BriaPipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(), text_encoder=t5(48, seed=1, dtype=torch.float32), tokenizer=t5_tokenizer(),
-    )  # fmt: skip
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        text_encoder=t5(48, seed=1, dtype=torch.float32),
+        tokenizer=t5_tokenizer(),
+    )
     return pipe, {}
 
 
 VARIANTS: dict[str, Callable[[], Built]] = {
     builder.__name__: builder
     for builder in (
-        lcm, inpaint, pix2pix, depth2img, upscaler, ip_adapter, t2i_adapter, sdxl_inpaint,
-        animatediff, animatediff_sdxl, controlnet_xs, text_to_video, flux_kontext, flux_fill,
-        flux_control, sana_sprint, bria,
+        lcm,
+        inpaint,
+        pix2pix,
+        depth2img,
+        upscaler,
+        ip_adapter,
+        t2i_adapter,
+        sdxl_inpaint,
+        animatediff,
+        animatediff_sdxl,
+        controlnet_xs,
+        text_to_video,
+        flux_kontext,
+        flux_fill,
+        flux_control,
+        sana_sprint,
+        bria,
     )
-}  # fmt: skip
+}
 
 
 def build(name: str) -> Built:
@@ -339,9 +374,11 @@ def sdxl_controlnet() -> Built:
     pipe = sdxl()
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     return StableDiffusionXLControlNetPipeline(
-        **_parts(pipe, *names), unet=pipe.unet, controlnet=_controlnet(pipe.unet),
+        **_parts(pipe, *names),
+        unet=pipe.unet,
+        controlnet=_controlnet(pipe.unet),
         add_watermarker=False,
-    ), {"image": picture()}  # fmt: skip
+    ), {"image": picture()}
 
 
 def sdxl_controlnet_union() -> Built:
@@ -353,16 +390,21 @@ def sdxl_controlnet_union() -> Built:
     net = ControlNetUnionModel.from_config(config | sizes)
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     return StableDiffusionXLControlNetUnionPipeline(
-        **_parts(pipe, *names), unet=pipe.unet, controlnet=_controlnet(pipe.unet, net),
+        **_parts(pipe, *names),
+        unet=pipe.unet,
+        controlnet=_controlnet(pipe.unet, net),
         add_watermarker=False,
-    ), {"control_image": [picture()], "control_mode": [0]}  # fmt: skip
+    ), {"control_image": [picture()], "control_mode": [0]}
 
 
 def sd3_controlnet() -> Built:
     """Stable Diffusion 3 with a ControlNet."""
     pipe = sd3()
-    net = _awake(SD3ControlNetModel.from_transformer(
-        pipe.transformer, num_layers=1, num_extra_conditioning_channels=0))
+    net = _awake(
+        SD3ControlNetModel.from_transformer(
+            pipe.transformer, num_layers=1, num_extra_conditioning_channels=0
+        )
+    )
     parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder",)}
     parts.pop("feature_extractor", None)
     return StableDiffusion3ControlNetPipeline(**parts, controlnet=net), {"control_image": picture()}
@@ -372,9 +414,12 @@ def flux_controlnet() -> Built:
     """FLUX.1 with a ControlNet."""
     pipe = flux()
     net = FluxControlNetModel.from_transformer(
-        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        pipe.transformer,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
         num_attention_heads=2,
-    )  # fmt: skip
+    )
     pipe = FluxControlNetPipeline(
         **_parts(pipe, *_FLUX), transformer=pipe.transformer, controlnet=_awake(net)
     )
@@ -389,14 +434,20 @@ def sana_controlnet() -> Built:
     net = _awake(SanaControlNetModel.from_config(config | {"num_layers": 1}))
     names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
     return SanaControlNetPipeline(**_parts(pipe, *names), controlnet=net), {
-        "control_image": picture(1, 3, 32, 32), "height": 32, "width": 32
+        "control_image": picture(1, 3, 32, 32),
+        "height": 32,
+        "width": 32,
     }
 
 
 BESIDE: dict[str, Callable[[], Built]] = {
     builder.__name__: builder
     for builder in (
-        sd_controlnet, sdxl_controlnet, sdxl_controlnet_union, sd3_controlnet, flux_controlnet,
+        sd_controlnet,
+        sdxl_controlnet,
+        sdxl_controlnet_union,
+        sd3_controlnet,
+        flux_controlnet,
         sana_controlnet,
     )
-}  # fmt: skip
+}

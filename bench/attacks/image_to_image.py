@@ -15,9 +15,15 @@ from PIL import Image
 
 
 def redraw(
-    pipe: Any, pictures: Sequence[Image.Image], prompt: str, strength: float, *, steps: int,
-    guidance: float, seed: int,
-) -> list[Image.Image]:  # fmt: skip
+    pipe: Any,
+    pictures: Sequence[Image.Image],
+    prompt: str,
+    strength: float,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> list[Image.Image]:
     """The pictures, redrawn.
 
     Args:
@@ -30,7 +36,11 @@ def redraw(
     redrawing.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(pictures))]
     found: list[Image.Image] = redrawing(
-        [prompt] * len(pictures), image=list(pictures), strength=strength,
-        num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-    ).images  # fmt: skip
+        [prompt] * len(pictures),
+        image=list(pictures),
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+    ).images
     return found

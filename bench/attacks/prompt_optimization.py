@@ -79,9 +79,11 @@ def optimize(
     prompt = "a photo of a " + " ".join([word] * options.vectors)
     free = FreePrompt(pipe, vectors, prompt)
     tokens = pipe.tokenizer(
-        prompt, padding="max_length", max_length=pipe.tokenizer.model_max_length,
+        prompt,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
         return_tensors="pt",
-    ).input_ids.to(encoder.device)  # fmt: skip
+    ).input_ids.to(encoder.device)
     cumulative = pipe.scheduler.alphas_cumprod.to(latents.device)
     optimizer = torch.optim.Adam([vectors], lr=options.learning_rate * float(size))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)

@@ -63,9 +63,12 @@ def search(
 
     def encode(prompts: Sequence[str]) -> Tensor:
         tokens = pipe.tokenizer(
-            list(prompts), padding="max_length", max_length=pipe.tokenizer.model_max_length,
-            truncation=True, return_tensors="pt",
-        )  # fmt: skip
+            list(prompts),
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
         found: Tensor = pipe.text_encoder(tokens.input_ids.to(device))[0]
         return found.float().flatten(1)
 

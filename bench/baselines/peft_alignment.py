@@ -128,9 +128,15 @@ class PlainLoop:
         latents, way = noise, [noise]
         for timestep in scheduler.timesteps:
             with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
-                free, guided = self._run_student(
-                    torch.cat([latents, latents]).to(dtype), timestep, encoder_hidden_states=both
-                ).sample.float().chunk(2)  # fmt: skip
+                free, guided = (
+                    self._run_student(
+                        torch.cat([latents, latents]).to(dtype),
+                        timestep,
+                        encoder_hidden_states=both,
+                    )
+                    .sample.float()
+                    .chunk(2)
+                )
             predicted = free + guidance_scale * (guided - free)
             latents = scheduler.step(predicted, timestep, latents).prev_sample
             way.append(latents)

@@ -71,9 +71,14 @@ class Phrases:
 
     def _members(self, concept: Concept, words: Sequence[str]) -> Tensor:
         return guidance_cosine(
-            self._pipe.unet, self._pipe.scheduler, concept.words, words,
-            text=self.text, empty=self.text.encode([""]), config=AlignmentConfig(),
-        )  # fmt: skip
+            self._pipe.unet,
+            self._pipe.scheduler,
+            concept.words,
+            words,
+            text=self.text,
+            empty=self.text.encode([""]),
+            config=AlignmentConfig(),
+        )
 
 
 EXPANSIONS: Mapping[str, tuple[str, ...]] = {

@@ -41,13 +41,14 @@ SWEEP = (
     Settings(),
     Settings(regularization=1e-3),
     *(
-        Settings(regularization=r, rounds=rounds, vocabulary=True,
-                 anchors=ANCHORS | {"object": anchor})
+        Settings(
+            regularization=r, rounds=rounds, vocabulary=True, anchors=ANCHORS | {"object": anchor}
+        )
         for anchor in ("", "object")
         for r in (1e-1, 1e-3)
         for rounds in (1, 2)
     ),
-)  # fmt: skip
+)
 """What is tried on words that are not judged; the authors' settings come first."""
 
 

@@ -35,13 +35,17 @@ class Settings:
 SWEEP = (
     Settings(),
     *(
-        Settings(erase_scale=scale, preserve_scale=preserve, expand=True,
-                 anchors=ANCHORS | {"object": anchor})
+        Settings(
+            erase_scale=scale,
+            preserve_scale=preserve,
+            expand=True,
+            anchors=ANCHORS | {"object": anchor},
+        )
         for anchor in ("", "object")
         for preserve in (0.0, 0.1, 1.0)
         for scale in (1.0, 10.0)
     ),
-)  # fmt: skip
+)
 """What is tried on words that are not judged; the authors' settings come first."""
 
 

@@ -29,9 +29,13 @@ MULTIPROCESSOR = 64 * 1024
 
 
 def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int,
-    options: dict[str, int], aligned: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    options: dict[str, int],
+    aligned: tuple[str, ...] = (),
+) -> Any:
     """Compiles a kernel as its launch would.
 
     Args:

@@ -33,9 +33,13 @@ ALIGNED = ("width", "outputs", "stride_y", "stride_x", "stride_w", "stride_h", "
 
 
 def compiled(
-    kernel: Any, dtype: str, constants: dict[str, Any], capability: int, shape: project.Shape,
+    kernel: Any,
+    dtype: str,
+    constants: dict[str, Any],
+    capability: int,
+    shape: project.Shape,
     aligned: bool = True,
-) -> Any:  # fmt: skip
+) -> Any:
     """Compiles a kernel as its launch would.
 
     Args:
@@ -76,9 +80,17 @@ def compiled(
 
 
 def forward(
-    dtype: str, capability: int, shape: project.Shape, *, fused: bool = False, even: bool = True,
-    align: int = 16, loop: bool = False, aligned: bool = True, ones: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
+    dtype: str,
+    capability: int,
+    shape: project.Shape,
+    *,
+    fused: bool = False,
+    even: bool = True,
+    align: int = 16,
+    loop: bool = False,
+    aligned: bool = True,
+    ones: tuple[str, ...] = (),
+) -> Any:
     constants = {
         "FUSED": fused,
         "EVEN": even,
@@ -92,9 +104,14 @@ def forward(
 
 
 def backward(
-    dtype: str, capability: int, shape: project.Shape, *, align: int = 16, aligned: bool = True,
+    dtype: str,
+    capability: int,
+    shape: project.Shape,
+    *,
+    align: int = 16,
+    aligned: bool = True,
     ones: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
+) -> Any:
     constants = {"ALIGN": align, "RANK": project._RANK, **dict.fromkeys(ones, 1)}
     return compiled(project._backward, dtype, constants, capability, shape, aligned)
 
