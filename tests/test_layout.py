@@ -263,6 +263,7 @@ def edits_sys_path(node: ast.AST) -> bool:
     return False
 
 
+IMPORT_OF_A_TEST = re.compile(r"^\s*(?:from|import) (?:test_\w+|conftest)\b", re.MULTILINE)
 TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 
 
