@@ -284,11 +284,6 @@ def test_a_single_file_checkpoint_is_erased(run, models, tmp_path):
     assert code == 1 and "expected a .safetensors file" in err
 
 
-def brightness(picture) -> str:
-    """A detector for the test below."""
-    return "bright" if sum(picture.convert("L").get_flattened_data()) > 0 else "dark"
-
-
 def test_verify_with_clip_and_detectors(run, models, tmp_path):
     model, processor = tiny_clip()
     model.save_pretrained(tmp_path / "clip")
@@ -308,7 +303,7 @@ def test_verify_with_clip_and_detectors(run, models, tmp_path):
         "--clip",
         tmp_path / "clip",
         "--detector",
-        "test_cli_formats:brightness",
+        "detectors:brightness",
         "--steps",
         2,
         "--seeds",
@@ -325,11 +320,11 @@ def test_verify_with_clip_and_detectors(run, models, tmp_path):
     found = json.loads((out / "report.json").read_text())
     (row,) = found["prompts"]
     assert len(row["scores"]["clip"]) == 2 and row["text_change"] > 0
-    assert row["detected"]["test_cli_formats:brightness"][0][0] in ("bright", "dark")
+    assert row["detected"]["detectors:brightness"][0][0] in ("bright", "dark")
     pinned = found["evaluators"]
     assert row["seen"][0][0] in pinned["judge"]["things"]
     assert len(pinned["judge"]["weights_sha256"]) == 64
-    assert pinned["test_cli_formats:brightness"]["name"] == "test_cli_formats.brightness"
+    assert pinned["detectors:brightness"]["name"] == "detectors.brightness"
     assert found["settings"]["seeds"] == [0] and found["settings"]["sampler"] == "DDIMScheduler"
     assert found["settings"]["versions"]["diffusers"]
     page = (out / "report.html").read_text()

@@ -263,7 +263,10 @@ def edits_sys_path(node: ast.AST) -> bool:
     return False
 
 
-IMPORT_OF_A_TEST = re.compile(r"^\s*(?:from|import) (?:test_\w+|conftest)\b", re.MULTILINE)
+IMPORT_OF_A_TEST = re.compile(
+    r"^\s*(?:from|import) (?:test_\w+|conftest)\b|^test_\w+:\w+$", re.MULTILINE
+)
+"""As a statement, or as `module:function`, which the command line imports."""
 TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 
 
