@@ -41,6 +41,10 @@ from realera_fast.families import (
 )
 from realera_fast.text import TextModel
 
+HERE = re.escape(__name__)
+LIBRARY = re.escape(__name__.partition(".")[0])
+"""What errors call this module, and the library that it belongs to."""
+
 PROMPTS = ("a photo of a cat", "A Portrait by Van GOGH", "")
 TABLE = [*FAMILIES, *VARIANTS]
 
@@ -266,7 +270,7 @@ def test_a_forward_of_ones_own_is_another_model():
     unet.__class__ = Same
     assert len(projections(unet)) == 8
     unet.__class__ = Mine
-    with pytest.raises(ValueError, match=r"Mine \(its forward is of test_entrances\) is not supp"):
+    with pytest.raises(ValueError, match=rf"Mine \(its forward is of {LIBRARY}\) is not supp"):
         projections(unet)
 
 
@@ -481,7 +485,7 @@ def test_replaced_forwards_are_refused(place, hooked_before):
     module = unet.get_submodule(place)
     own = module.forward
     module.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    with pytest.raises(ValueError, match="its forward is replaced by test_entrances"):
+    with pytest.raises(ValueError, match=f"its forward is replaced by {HERE}"):
         projections(unet)
     module.forward = own
     assert len(projections(unet)) == 8
@@ -493,7 +497,7 @@ def test_a_forward_that_accelerate_hides_is_found():
     own = layer.forward
     layer.forward = lambda x: own(x) + 1
     add_hook_to_module(layer, ModelHook())
-    with pytest.raises(ValueError, match="its forward is replaced by test_entrances"):
+    with pytest.raises(ValueError, match=f"its forward is replaced by {HERE}"):
         projections(unet)
 
 
@@ -529,7 +533,7 @@ def test_a_hook_of_the_whole_model_is_the_users_own_business():
 def test_hooks_on_a_map_are_refused(register, place):
     unet = tiny_unet()
     handle = getattr(unet.get_submodule(place), register)(lambda *_: None)
-    with pytest.raises(ValueError, match="it has the forward hook test_entrances"):
+    with pytest.raises(ValueError, match=f"it has the forward hook {HERE}"):
         projections(unet)
     handle.remove()
     assert len(projections(unet)) == 8
@@ -618,7 +622,7 @@ STRANGE = Family("Strange", ((Reading(0),),), maps={"text_in": "sequence"})
 
 def test_the_caller_may_say_how_a_model_reads_text(tmp_path):
     model, encoder, tokenizer = Strange(), tiny_text_encoder(), tiny_tokenizer()
-    refused = r"Strange \(its forward is of test_entrances\) is not .* pass reading="
+    refused = rf"Strange \(its forward is of {LIBRARY}\) is not .* pass reading="
     with pytest.raises(ValueError, match=refused):
         erase(model, encoder, ["cat=dog"], tokenizer=tokenizer, progress=False)
     erasure = erase(
