@@ -589,18 +589,25 @@ def demo(
 ) -> None:
     """Erase an object and a style from the model that ships with the library.
 
-    Draws some hundred pictures before and after, lets a classifier judge them, and writes
+    Draws not quite 200 pictures before and after, lets a classifier judge them, and writes
     before_after.png, report.html, report.json and erasure.safetensors into DIR, replacing older
-    ones. Takes a few minutes on a CPU.
+    ones. Takes a minute or a few on a CPU.
 
     \b
     Examples:
       realera-fast demo
       realera-fast demo --thing dog --style blueprint --no-align --out out/dog
     """
-    from realera_fast.demo import FILES, DemoConfig, run_demo
+    if not quiet:
+        # Said before the imports below, which take seconds.
+        typer.echo(
+            f"demo: erasing {thing!r} and the style {style!r} from the embedded model; "
+            "a minute or a few on a CPU",
+            err=True,
+        )
+    from realera_fast.demo import ERASE_CONFIG, FILES, DemoConfig, run_demo
 
-    settings = _settings(config, mining=mining, no_align=no_align, seed=seed)
+    settings = _settings(config, mining=mining, no_align=no_align, seed=seed, defaults=ERASE_CONFIG)
     _start(quiet)
     result = run_demo(
         out,
@@ -814,10 +821,15 @@ def _check_tokens(
 
 
 def _settings(
-    file: Path | None, *, mining: str | None, no_align: bool, seed: int | None
+    file: Path | None,
+    *,
+    mining: str | None,
+    no_align: bool,
+    seed: int | None,
+    defaults: EraseConfig | None = None,
 ) -> EraseConfig:
-    """`EraseConfig` from a file and the options that override it."""
-    config = EraseConfig()
+    """`EraseConfig` from a file, or `defaults` without one, and the options that override it."""
+    config = defaults or EraseConfig()
     if file is not None:
         try:
             config = EraseConfig.from_dict(read_json(file.read_bytes()))

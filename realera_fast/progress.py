@@ -21,14 +21,24 @@ def enabled(progress: bool | None) -> bool:
 
 
 def bar(
-    *, total: int, desc: str, progress: bool | None, unit: str = "it", initial: int = 0
+    *,
+    total: int,
+    desc: str,
+    progress: bool | None,
+    unit: str = "it",
+    initial: int = 0,
+    smoothing: float = 0.3,
 ) -> tqdm:
-    """A bar of `total` steps, `initial` of them done; a disabled one counts without drawing."""
+    """A bar of `total` steps, `initial` of them done; a disabled one counts without drawing.
+
+    `smoothing` is tqdm's: 0 estimates the time left from all steps so far, 1 from the last one.
+    """
     return tqdm(
         total=total,
         initial=initial,
         desc=desc,
         unit=unit,
+        smoothing=smoothing,
         disable=not enabled(progress),
         leave=False,
     )

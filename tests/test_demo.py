@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import tiny_pipeline
 
 from realera_fast import Concept, EraseConfig, Erasure, cli, embedded
-from realera_fast.demo import FILES, DemoConfig, plan, run_demo
+from realera_fast.demo import ERASE_CONFIG, FILES, DemoConfig, plan, run_demo
 
 SMALL = DemoConfig(
     pictures=4,
@@ -36,7 +36,7 @@ class Reader:
 
     def __init__(self, blind: Sequence[str] = ()) -> None:
         self.blind = blind
-        self.rounds = 0
+        self.drawn: set[tuple[str, int]] = set()
         table = embedded.words()
         self.things = {w: t.name for t in table.things for w in (t.name, *t.synonyms)}
         self.styles = {w: s.name for s in table.styles for w in (s.name, *s.synonyms)}
@@ -45,10 +45,12 @@ class Reader:
         pictures = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             picture = Image.new("RGB", (8, 8), (seed % 256, 0, 0))
-            hidden = [w for w in self.blind if self.rounds and prompt.endswith(w)]
+            # Nothing is drawn twice before the erasure: what was drawn already is drawn after it.
+            after = (prompt, seed) in self.drawn
+            self.drawn.add((prompt, seed))
+            hidden = [w for w in self.blind if after and prompt.endswith(w)]
             picture.info["prompt"] = "" if hidden else prompt
             pictures.append(picture)
-        self.rounds += 1
         return pictures
 
     def classify(self, images: Sequence[Image.Image]) -> tuple[list[str], list[str]]:
@@ -80,7 +82,9 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blind: Sequence[str] =
 def test_plan_covers_every_word_once_and_stays_in_budget() -> None:
     table = embedded.words()
     shots = plan(table, DemoConfig())
-    assert 2 * len(shots) <= 600  # the time of the job is the number of its pictures
+    # The time of the job is the number of its pictures times the steps of the sampler: every row
+    # goes through the denoiser with and without its prompt, before and after.
+    assert len(shots) <= 200 and 4 * len(shots) * DemoConfig().steps <= 4400
     cat = {shot.word: shot.group for shot in shots if shot.erased == "cat"}
     target = table.thing("cat")
     assert {w for w, g in cat.items() if g == "erased"} == {"cat"}
@@ -99,7 +103,7 @@ def test_plan_never_draws_the_same_picture_twice() -> None:
 
 def test_styles_are_shown_on_many_things_and_never_on_the_erased_one() -> None:
     shots = [s for s in plan(embedded.words(), DemoConfig()) if s.kind == "style"]
-    assert len({s.prompt for s in shots if s.group == "erased"}) == 20
+    assert len({s.prompt for s in shots if s.group == "erased"}) == DemoConfig().pictures >= 16
     assert not any(s.prompt.startswith("a cat ") for s in shots)
 
 
@@ -230,8 +234,7 @@ def test_scores_count_every_word_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_demo_writes_everything(tmp_path: Path) -> None:
-    reader = Reader()
-    table = replace(embedded.words(), sampling={"steps": 2, "guidance_scale": 4.0})
+    table = replace(embedded.words(), sampling={"steps": 20, "guidance_scale": 4.0})
 
     class Judge:
         """Names anything: pictures of a random model show nothing."""
@@ -243,9 +246,16 @@ def test_demo_writes_everything(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "demo"
     for _ in range(2):  # a second run replaces the first
         pipe = tiny_pipeline()
+        own, rows = pipe.scheduler, 0
+
+        def count(_unet: Any, inputs: tuple[Any, ...]) -> None:
+            nonlocal rows
+            rows += len(inputs[0])
+
+        pipe.unet.register_forward_pre_hook(count)
         result = run_demo(
             folder,
-            SMALL,
+            replace(SMALL, steps=2),
             erase_config=CLOSED_FORM,
             device="cpu",
             progress=False,
@@ -253,6 +263,9 @@ def test_demo_writes_everything(tmp_path: Path) -> None:
             judge=Judge(),
             table=table,
         )
+        # Two steps, guided, before and after: what the plan says, and no row more.
+        assert rows == 2 * 2 * 2 * len(plan(table, SMALL))
+        assert pipe.scheduler is own
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
     with Image.open(folder / "before_after.png") as grid:
         assert grid.width > 4 * 128
@@ -260,6 +273,7 @@ def test_demo_writes_everything(tmp_path: Path) -> None:
     assert "held-out synonyms" in page.lower() and "feline" in page
     report = json.loads((folder / "report.json").read_text())
     assert report["provenance"]["sampling"]["steps"] == 2
+    assert report["provenance"]["sampling"]["sampler"] == "DPMSolverMultistepScheduler"
     assert report["provenance"]["versions"]["torch"]
     assert {w["word"] for w in report["erasure"]["words"]} >= {"cat", "mosaic"}
     # The delta is the edit that the pictures show.
@@ -267,7 +281,6 @@ def test_demo_writes_everything(tmp_path: Path) -> None:
     base = tiny_pipeline()
     for name, value in base.unet.state_dict().items():
         assert value.equal(pipe.unet.state_dict()[name])
-    assert reader.rounds == 0
     assert set(result.seconds) >= {"pictures before", "erasing", "pictures after", "judging"}
 
 
@@ -296,6 +309,36 @@ def test_command_line(
         assert str(tmp_path / "out" / name) in out
     assert cli.run(["demo", "--thing", "unicorn", "--out", str(tmp_path / "x"), *options]) == 1
     assert "error: thing: the embedded model has no 'unicorn'" in capsys.readouterr().err
+
+
+def test_command_line_speaks_before_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def load() -> Any:
+        said.append(capsys.readouterr().err)
+        raise RuntimeError("stopped here")
+
+    monkeypatch.setattr("realera_fast.embedded.load_pipeline", load)
+    assert cli.run(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert said[0].startswith("demo: erasing 'cat' and the style 'mosaic'")
+    assert "demo: loading" in said[0]
+
+
+def test_command_line_takes_the_demo_s_settings_and_its_options_override_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[EraseConfig] = []
+
+    def stop(*_: Any, erase_config: EraseConfig, **__: Any) -> None:
+        given.append(erase_config)
+        raise RuntimeError("stopped here")
+
+    monkeypatch.setattr("realera_fast.demo.run_demo", stop)
+    for options in ([], ["--seed", "3"]):
+        cli.run(["demo", "--out", str(tmp_path / "out"), "--quiet", *options])
+    assert given == [ERASE_CONFIG, replace(ERASE_CONFIG, seed=3)]
 
 
 # --- the real model ------------------------------------------------------------------------
