@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from child import child_environment
 from safetensors.torch import load_file, save_file
+from tiny_alignment import CONFIG, UNCHECKED, Words, run
 from tiny_models import tiny_pipeline
 
 from realera_fast import alignment, checkpoint, embedded
@@ -21,19 +22,8 @@ from realera_fast.concept_map import ConceptMap
 from realera_fast.mining import MiningConfig
 from realera_fast.pairs import align
 from realera_fast.text import TextModel
-from realera_fast.training import AlignmentConfig, Trainer
+from realera_fast.training import Trainer
 from realera_fast.trajectories import WindowFiller
-
-CONFIG = AlignmentConfig(
-    steps=12, batch_size=4, trajectories=4, sampling_steps=4, check_seeds=2, learning_rate=2e-2
-)
-UNCHECKED = dataclasses.replace(CONFIG, check_seeds=0)
-
-
-class Words(list):
-    """Aligned prompts, the first of them named."""
-
-    named = 1
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +31,6 @@ def parts():
     pipe = tiny_pipeline()
     text = TextModel(pipe.text_encoder, pipe.tokenizer)
     return pipe, text
-
-
-def run(parts, config=CONFIG, seed=0, mode="vocabulary", words=("cat",), **options):
-    pipe, text = parts
-    templates = ["a photo of a {}", "{}", "a {}", "the {}"]
-    return align_noise(
-        pipe.unet,
-        pipe.scheduler,
-        ConceptMap.identity(text.width),
-        prompts=Words(align(text, word, "dog", templates) for word in words),
-        preserve=text.encode(["a ship", "a tree", "a horse"]),
-        empty=text.encode([""]),
-        config=config,
-        mining_config=MiningConfig(mode=mode),
-        seed=seed,
-        progress=False,
-        **options,
-    )
 
 
 def same(first, second) -> bool:
@@ -350,14 +322,15 @@ def test_a_broken_checkpoint_is_refused(parts, tmp_path, content):
 
 
 KILLED = """
-    import os, signal, sys, traceback
+    import os, signal, traceback
     from pathlib import Path
     import torch
     from realera_fast import alignment
     from realera_fast.training import AlignmentConfig, Trainer
     from safetensors.torch import save_file
-    sys.path[:0] = [{tests!r}]
-    import test_alignment as t
+    from realera_fast.text import TextModel
+    from tiny_alignment import run
+    from tiny_models import tiny_pipeline
 
     def trained(folder, out, kill_at):
         step = Trainer.step
@@ -368,13 +341,13 @@ KILLED = """
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         Trainer.step = told
-        pipe = t.tiny_pipeline()
+        pipe = tiny_pipeline()
         config = AlignmentConfig(
             steps=9, refresh_steps=4, batch_size=4, trajectories=4, sampling_steps=4,
             check_seeds=0, evaluation_steps=2, learning_rate=2e-2, patience=9,
         )
-        result = t.run(
-            (pipe, t.TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
+        result = run(
+            (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
             checkpoint_dir=Path(folder), resume=True, run="a",
         )
         factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
@@ -399,9 +372,13 @@ KILLED = """
 
 def children(*jobs: tuple[str, str, int | None]) -> list[list[str]]:
     """Runs trainings one after the other: folder, file for the factors, step to be killed after."""
-    code = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), jobs=jobs)
+    code = textwrap.dedent(KILLED).format(jobs=jobs)
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     found: list[list[str]] = [[]]

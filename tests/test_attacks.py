@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from attacks import image_to_image, prompt_optimization, prompt_search
 
 from realera_fast import embedded
 from realera_fast.verification import generate
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from attacks import image_to_image, prompt_optimization, prompt_search  # noqa: E402
 
 
 @pytest.fixture(scope="module")

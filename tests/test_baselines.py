@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from baselines import Rows, batched, low_rank, mace, uce
 from torch import Tensor
 
 from realera_fast import ops
 from realera_fast.closed_form import NormalEquations, Pairs
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from baselines import Rows, batched, low_rank, mace, uce  # noqa: E402
 
 EDITS = {
     "uce": uce.edit,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from baselines import esd, mace, oce, rece, speed, uce
+from baselines.phrases import ANCHORS, EXPANSIONS, UNIT, Phrases, label, matrices
 
 from realera_fast import Concept, embedded
 from realera_fast.concepts import KINDS
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from baselines import esd, mace, oce, rece, speed, uce  # noqa: E402
-from baselines.phrases import ANCHORS, EXPANSIONS, UNIT, Phrases, label, matrices  # noqa: E402
 
 MODULES = {"uce": uce, "mace": mace, "rece": rece, "speed": speed, "oce": oce, "esd": esd}
 SMALL = {"esd": esd.Settings(iterations=3, sampling_steps=3, together=2, learning_rate=1e-3)}

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def bench(monkeypatch):
     """Modules of the bench folder by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module
 
 
@@ -147,7 +146,6 @@ def test_closed_form_rows_of_two_runs_are_refused(change, report, tmp_path):
 
 
 def closed_form_module(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module("closed_form")
 
 
@@ -254,7 +252,6 @@ def perturb_row(candidate, milliseconds, operation="rows", **change):
 
 
 def perturb_case(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module("perturb")
 
 
@@ -340,7 +337,6 @@ def alignment_row(candidate, milliseconds, operation="step", **change):
 
 
 def alignment_case(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module("alignment")
 
 

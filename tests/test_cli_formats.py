@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
+from ldm_checkpoint import to_ldm
 from safetensors.torch import load_file, save_file
-from test_clip_judge import tiny_clip
-from test_exports import to_ldm
+from tiny_clip import tiny_clip
 from tiny_families import denoise, flux, pixart_sigma, sd1
 from tiny_models import aligned
 

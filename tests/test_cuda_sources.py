@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import check, product_error
-from test_ops import residual_factors
+from matrices import residual_factors
+from tolerance import check, product_error
 from torch import Tensor
 
 from realera_fast import reference

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from model_state import same, weights
 from peft import LoraConfig
 from tiny_models import tiny_unet
 from torch import nn
@@ -20,18 +21,6 @@ from realera_fast.denoiser import (
 )
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-
-
-def snapshot(unet: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-
-
-def assert_unchanged(unet: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    after = unet.state_dict()
-    assert list(after) == list(before)
-    # Compared as bytes: equality of numbers would miss the sign of a zero.
-    for name, tensor in before.items():
-        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_projections_are_the_key_and_value_maps_of_cross_attention():
@@ -264,7 +253,7 @@ def test_transaction_restores_after_any_exception(error, dtype):
     unet.train()
     unet.mid_block.eval()
     unet.conv_in.requires_grad_(False)
-    before = snapshot(unet)
+    before = weights(unet)
     layers = projections(unet)
     flags = [(m.training) for m in unet.modules()], [p.requires_grad for p in unet.parameters()]
     places = {n: (id(m.weight), m.weight.data_ptr()) for n, m in layers.items()}
@@ -277,7 +266,7 @@ def test_transaction_restores_after_any_exception(error, dtype):
         layers[names[3]].weight = nn.Parameter(torch.zeros(1, dtype=dtype))
         unet.eval().requires_grad_(False)
         raise error("stop")
-    assert_unchanged(unet, before)
+    assert same(unet, before)
     assert {n: (id(m.weight), m.weight.data_ptr()) for n, m in layers.items()} == places
     assert flags == (
         [(m.training) for m in unet.modules()],
@@ -287,19 +276,19 @@ def test_transaction_restores_after_any_exception(error, dtype):
 
 def test_transaction_takes_out_a_left_over_adapter():
     unet = tiny_unet()
-    before, modules = snapshot(unet), dict(unet.named_modules())
+    before, modules = weights(unet), dict(unet.named_modules())
     with pytest.raises(KeyboardInterrupt), transaction(unet):
         unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k", "attn2.to_v"]))
         assert len(dict(unet.named_modules())) > len(modules)
         raise KeyboardInterrupt
     assert dict(unet.named_modules()) == modules
-    assert_unchanged(unet, before)
+    assert same(unet, before)
     assert not getattr(unet, "peft_config", None) and projections(unet)
 
 
 def test_transaction_survives_a_second_interrupt_while_restoring(monkeypatch):
     unet = tiny_unet()
-    before = snapshot(unet)
+    before = weights(unet)
     original, calls = torch.Tensor.copy_, []
 
     def interrupted(self, *args):
@@ -316,7 +305,7 @@ def test_transaction_survives_a_second_interrupt_while_restoring(monkeypatch):
         raise RuntimeError("first")
     monkeypatch.undo()
     assert len(calls) == 3 + 8
-    assert_unchanged(unet, before)
+    assert same(unet, before)
 
 
 def test_transaction_keeps_what_succeeded():

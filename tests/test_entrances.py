@@ -19,8 +19,9 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.modeling_utils import ModelMixin
+from edits import CLOSED
+from model_state import weights
 from peft import LoraConfig
-from test_families import CLOSED, weights
 from tiny_families import FAMILIES, denoise, flux, sana, sd1, sd3, sdxl, t5, t5_tokenizer
 from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from tiny_variants import BESIDE, VARIANTS, build

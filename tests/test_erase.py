@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from model_state import same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_erase import CLOSED, CONFIG, FAST, run
 from tiny_models import tiny_pipeline, tiny_text_encoder, tiny_unet
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
-from realera_fast.alignment import AlignmentConfig
 from realera_fast.closed_form import ClosedFormConfig
 from realera_fast.erasure import ErasureFileError
 from realera_fast.gathering import neighbor_words
@@ -20,30 +21,6 @@ from realera_fast.mining import MiningConfig
 from realera_fast.pairs import PairsConfig
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
-
-FAST = AlignmentConfig(steps=2, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=0)
-CONFIG = EraseConfig(alignment=FAST, vocabulary=VocabularyConfig(cache=False, preserve_scale=5.0))
-CLOSED = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, enabled=False))
-
-
-def weights(unet):
-    return {name: value.clone() for name, value in unet.state_dict().items()}
-
-
-def same(unet, before):
-    after = unet.state_dict()
-    return list(after) == list(before) and all(torch.equal(after[n], v) for n, v in before.items())
-
-
-def run(pipe, concepts, config=CLOSED, **options):
-    return realera_fast.erase(
-        pipe.unet,
-        pipe.text_encoder,
-        concepts,
-        **{"tokenizer": pipe.tokenizer, "scheduler": pipe.scheduler, "config": config}
-        | {"progress": False}
-        | options,
-    )
 
 
 @pytest.fixture

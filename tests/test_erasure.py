@@ -16,10 +16,12 @@ import weakref
 
 import pytest
 import torch
-from conftest import check
+from child import child_environment
+from model_state import same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline, tiny_unet
+from tolerance import check
 from typer.testing import CliRunner
 
 from realera_fast import erasure as erasures
@@ -68,17 +70,6 @@ def make(unet, *, rank=3, lora_rank=2, layers=None, seed=0, hidden=False) -> Era
     )
 
 
-def snapshot(unet):
-    return {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-
-
-def same(unet, before) -> bool:
-    after = unet.state_dict()
-    return list(after) == list(before) and all(
-        torch.equal(after[n].view(torch.uint8), t.view(torch.uint8)) for n, t in before.items()
-    )
-
-
 def exact(erasure, name, weight):
     """`[o, d]` float64 edited weight by the formula."""
     wide = weight.double()
@@ -103,7 +94,7 @@ def inputs(dtype, seed=3):
 def test_apply_follows_the_formula_and_rounds_once(dtype, lora_rank):
     unet = tiny_unet(dtype=dtype)
     erasure = make(unet, lora_rank=lora_rank, layers=3)
-    before = snapshot(unet)
+    before = weights(unet)
     places = {n: (id(m.weight), m.weight.data_ptr()) for n, m in projections(unet).items()}
     assert erasure.apply_(unet) is unet
     for name, layer in projections(unet).items():
@@ -126,9 +117,9 @@ def test_apply_follows_the_formula_and_rounds_once(dtype, lora_rank):
 def test_restore_is_bit_exact_and_apply_works_again(dtype):
     unet = tiny_unet(dtype=dtype)
     erasure = make(unet)
-    before = snapshot(unet)
+    before = weights(unet)
     erasure.apply_(unet)
-    edited = snapshot(unet)
+    edited = weights(unet)
     assert not same(unet, before)
     assert erasure.restore_(unet) is unet
     assert same(unet, before)
@@ -139,7 +130,7 @@ def test_restore_is_bit_exact_and_apply_works_again(dtype):
 def test_erasing_nothing_writes_nothing():
     unet = tiny_unet()
     nothing = make(unet, rank=0, lora_rank=0)
-    before = snapshot(unet)
+    before = weights(unet)
     versions = [p._version for p in unet.parameters()]
     nothing.apply_(unet)
     nothing.apply_(unet)
@@ -153,7 +144,7 @@ def test_erasing_nothing_writes_nothing():
 def test_only_adapted_layers_change_without_a_map():
     unet = tiny_unet()
     erasure = make(unet, rank=0, layers=2)
-    before = snapshot(unet)
+    before = weights(unet)
     erasure.apply_(unet)
     changed = {n for n, t in unet.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == {f"{name}.weight" for name in erasure.lora} == set(erasure.state_dict(unet))
@@ -166,7 +157,7 @@ def test_only_adapted_layers_change_without_a_map():
 def test_a_failure_at_any_write_leaves_the_model_bit_identical(monkeypatch, error, at):
     unet = tiny_unet()
     erasure = make(unet)
-    before = snapshot(unet)
+    before = weights(unet)
     if at == 9:
         hashes = []
         original = erasures.weights_hash
@@ -203,7 +194,7 @@ def test_a_failure_at_any_write_leaves_the_model_bit_identical(monkeypatch, erro
 
 def test_an_outer_transaction_undoes_an_application_and_its_record():
     unet = tiny_unet()
-    before = snapshot(unet)
+    before = weights(unet)
     first, second = make(unet), make(unet, seed=1)
     with pytest.raises(RuntimeError), transaction(unet):
         first.apply_(unet)
@@ -220,10 +211,10 @@ def test_an_outer_transaction_undoes_an_application_and_its_record():
 
 def test_erasures_stack_and_come_off_in_reverse_order():
     unet = tiny_unet()
-    states = [snapshot(unet)]
+    states = [weights(unet)]
     first = make(unet)
     first.apply_(unet)
-    states.append(snapshot(unet))
+    states.append(weights(unet))
     second = make(unet, seed=1)
     second.apply_(unet)
     with pytest.raises(ValueError, match="was applied last; restore that one first"):
@@ -246,7 +237,7 @@ def test_restore_refuses_what_it_can_not_do_exactly():
     with torch.no_grad():
         kept = layer.weight[0, 0].item()
         layer.weight[0, 0] += 1
-    edited = snapshot(unet)
+    edited = weights(unet)
     with pytest.raises(ValueError, match="changed since the erasure was applied"):
         erasure.restore_(unet)
     assert same(unet, edited)
@@ -270,7 +261,7 @@ def test_nothing_keeps_a_model_alive():
 def test_apply_refuses_another_base_and_names_both_hashes():
     unet, other = tiny_unet(), tiny_unet(seed=5)
     erasure = make(unet)
-    before = snapshot(other)
+    before = weights(other)
     with pytest.raises(BaseModelMismatchError) as caught:
         erasure.apply_(other)
     assert base_hashes(unet)["float32"][:16] in str(caught.value)
@@ -308,7 +299,7 @@ def test_apply_refuses_an_overflow_in_float16():
         erasure.provenance,
         {},
     )
-    before = snapshot(unet)
+    before = weights(unet)
     with pytest.raises(ValueError, match=r"attn2\.to_k\.weight overflows torch\.float16"):
         huge.apply_(unet)
     assert same(unet, before)
@@ -358,13 +349,13 @@ def test_state_dict_turns_a_base_into_the_edited_model(dtype):
     unet, base = tiny_unet(dtype=dtype), tiny_unet(dtype=dtype)
     erasure = make(unet)
     from_base = erasure.state_dict(unet)
-    before = snapshot(unet)
+    before = weights(unet)
     erasure.apply_(unet)
     from_edited = erasure.state_dict(unet)
     assert list(from_base) == list(from_edited) == [f"{n}.weight" for n in projections(unet)]
     assert all(torch.equal(from_base[n], from_edited[n]) for n in from_base)
     assert not base.load_state_dict(from_base, strict=False).unexpected_keys
-    assert same(base, snapshot(unet)) and not same(base, before)
+    assert same(base, weights(unet)) and not same(base, before)
     with pytest.raises(BaseModelMismatchError):
         erasure.state_dict(tiny_unet(seed=5, dtype=dtype))
 
@@ -380,7 +371,7 @@ def all_layers(unet):
 def test_queries_and_outputs_get_their_factors_alone(dtype):
     unet = tiny_unet(dtype=dtype)
     erasure = make(unet, hidden=True)
-    before = snapshot(unet)
+    before = weights(unet)
     erasure.apply_(unet)
     for name in queries_and_outputs(unet):
         old = before[f"{name}.weight"]
@@ -399,9 +390,9 @@ def test_queries_and_outputs_survive_the_file(tmp_path):
     unet = tiny_unet()
     erasure = make(unet, hidden=True)
     loaded = Erasure.load(erasure.save(tmp_path / "x.safetensors"))
-    before = snapshot(unet)
+    before = weights(unet)
     erasure.apply_(unet)
-    edited = snapshot(unet)
+    edited = weights(unet)
     loaded.restore_(unet)
     assert same(unet, before)
     loaded.apply_(unet)
@@ -435,9 +426,9 @@ def test_erasures_with_and_without_them_stack(monkeypatch, alone):
     first = make(unet, seed=1)
     # `alone`: the second one leaves keys and values as the first one made them.
     second = make(unet, seed=2, hidden=True, rank=0 if alone else 3, layers=0 if alone else None)
-    states = [snapshot(unet)]
+    states = [weights(unet)]
     first.apply_(unet)
-    states.append(snapshot(unet))
+    states.append(weights(unet))
     # Its base check is about the original model: this stacks on an edited one.
     monkeypatch.setattr(Erasure, "_check_base", lambda self, unet: None)
     second.apply_(unet)
@@ -462,7 +453,7 @@ def test_erasures_with_and_without_them_stack(monkeypatch, alone):
 
 def test_what_an_outer_transaction_undid_is_forgotten():
     unet = tiny_unet()
-    before = snapshot(unet)
+    before = weights(unet)
     erasure = make(unet, hidden=True)
     with pytest.raises(KeyboardInterrupt), transaction(unet, all_layers(unet)):
         erasure.apply_(unet)
@@ -475,7 +466,7 @@ def test_what_an_outer_transaction_undid_is_forgotten():
 
 def test_a_failed_edit_of_queries_leaves_every_bit(monkeypatch):
     unet = tiny_unet()
-    before = snapshot(unet)
+    before = weights(unet)
 
     done: list[int] = []
     states = erasures._States.of
@@ -526,10 +517,10 @@ def test_a_saved_erasure_comes_back_whole(tmp_path, rank, lora_rank):
         assert getattr(loaded, field) == getattr(erasure, field)
     assert loaded.save(tmp_path / "again").read_bytes() == path.read_bytes()
     other = tiny_unet()
-    before = snapshot(unet)
+    before = weights(unet)
     erasure.apply_(unet)
     loaded.apply_(other)
-    assert same(unet, snapshot(other))
+    assert same(unet, weights(other))
     # A loaded copy undoes what the original did.
     loaded.restore_(unet)
     assert same(unet, before)
@@ -569,7 +560,7 @@ def test_names_in_files_stay_as_earlier_releases_wrote_them(tmp_path, target):
     assert [concept["target"] for concept in described["concepts"]] == ["dog", target]
     told = CliRunner().invoke(app, ["info", str(path)])
     assert told.exit_code == 0 and "dog" in told.output and "\x1b" not in told.output
-    before = snapshot(unet)
+    before = weights(unet)
     loaded.apply_(unet)
     assert not same(unet, before)
     loaded.restore_(unet)
@@ -622,7 +613,7 @@ def save_elsewhere(path, *limit, hash_seed="0"):
         [sys.executable, "-c", SAVE, str(path), *limit],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=child_environment(PYTHONHASHSEED=hash_seed),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from diffusers import (
@@ -12,6 +10,9 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from edits import CLOSED, edited
+from model_state import weights
+from stock_prompts import encoded
 from tiny_families import FAMILIES, auraflow, denoise, flux, pixart_alpha, sana, sd1, sd3, sdxl
 from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from torch import nn
@@ -28,14 +29,6 @@ from realera_fast.text_path import TextPath
 from realera_fast.verification import verify
 from realera_fast.vocabulary import VocabularyConfig
 
-CLOSED = EraseConfig(
-    alignment=AlignmentConfig(enabled=False),
-    # Few features: a prior of the default's weight leaves a word no way to go.
-    vocabulary=VocabularyConfig(words=6, preserve_scale=5.0, cache=False),
-    pairs=PairsConfig(context_words=2, neutral_words=4),
-    # A fixed, moderate edit: random encoders say nothing about words.
-    closed_form=ClosedFormConfig(ridge=1.0),
-)
 PROMPTS = ["a photo of a cat", "A dog next to the ship"]
 MAPS = {
     "sd1": 8,
@@ -58,64 +51,6 @@ MAPS = {
 def family(request):
     """Name and pipeline; whoever edits it undoes that."""
     return request.param, FAMILIES[request.param]()
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-@torch.no_grad()
-def encoded(pipe, prompts, **options):
-    """What the stock pipeline makes of prompts, as arguments of its call."""
-    accepted = inspect.signature(pipe.encode_prompt).parameters
-    arguments = {
-        "prompt": prompts,
-        "prompt_2": None,
-        "prompt_3": None,
-        "device": "cpu",
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": True,
-        "negative_prompt": None if "XL" in type(pipe).__name__ else [""] * len(prompts),
-        "clean_caption": False,
-    }
-    if "complex_human_instruction" in accepted:
-        default = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
-        arguments["complex_human_instruction"] = default
-    found = pipe.encode_prompt(**{k: v for k, v in (arguments | options).items() if k in accepted})
-    name = type(pipe).__name__
-    if name == "FluxPipeline":
-        names = ("prompt_embeds", "pooled_prompt_embeds", None)
-    elif "3Pipeline" in name or "XL" in name:
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
-        )
-    elif name == "StableDiffusionPipeline":
-        names = ("prompt_embeds", "negative_prompt_embeds")
-    elif name == "ChromaPipeline":
-        names = (
-            "prompt_embeds",
-            None,
-            "prompt_attention_mask",
-            "negative_prompt_embeds",
-            None,
-            "negative_prompt_attention_mask",
-        )
-    else:
-        names = (
-            "prompt_embeds",
-            "prompt_attention_mask",
-            "negative_prompt_embeds",
-            "negative_prompt_attention_mask",
-        )
-    return {k: v for k, v in zip(names, found, strict=False) if k is not None and v is not None}
-
-
-def edited(pipe, **options):
-    """The erasure of a cat, applied to the pipeline."""
-    return erase(pipe, ["cat=dog"], config=options.pop("config", CLOSED), progress=False, **options)
 
 
 # What is edited

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from test_families import CLOSED
+from child import child_environment
+from many_concepts import LIST, ONE
 from tiny_families import FAMILIES, flux, sd1
 from torch.testing import assert_close
 
@@ -20,17 +20,13 @@ from realera_fast.checkpoint import CheckpointError
 from realera_fast.closed_form import NormalEquations, Pairs
 from realera_fast.concept_file import ConceptFileError, read_concepts
 from realera_fast.mining import MiningConfig
-from realera_fast.pairs import PairsConfig, align
+from realera_fast.pairs import align
 from realera_fast.text import TextModel
 from realera_fast.vocabulary import Vocabulary
 
-ONE = replace(CLOSED, pairs=PairsConfig(templates={"object": ("a photo of a {}",)}))
-LIST = [f"{'abcdefgh'[i % 8]}{'ijklmnop'[i // 8]}=dog" for i in range(40)]
-
 RUN = """
 import os, resource, signal, sys
-sys.path.insert(0, {tests!r})
-from test_gathering import LIST, ONE
+from many_concepts import LIST, ONE
 from tiny_families import FAMILIES
 from realera_fast import checkpoint, erase
 from realera_fast import gathering
@@ -71,9 +67,13 @@ for family, kill_at, folder in CASES:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, family
 """
     cases = [(*case, str(folder)) for case, folder in folders.items()]
-    script = RUN.format(tests=str(Path(__file__).parent)) + code.replace("CASES", repr(cases))
+    script = RUN + code.replace("CASES", repr(cases))
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return folders
@@ -143,7 +143,7 @@ found.save(target)
 print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     script = tmp_path / "run.py"
-    script.write_text(RUN.format(tests=str(Path(__file__).parent)) + code)
+    script.write_text(RUN + code)
     peaks = {}
     for count in (10, 3_000):
         result = subprocess.run(
@@ -155,6 +155,7 @@ print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                 tmp_path / f"{count}.csv",
                 tmp_path / f"{count}.safetensors",
             ],
+            env=child_environment(),
             capture_output=True,
             text=True,
             check=False,

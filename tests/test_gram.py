@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import check, product_error
-from test_ops import exact_matmul, same_for_threads
+from matrices import exact_matmul
+from threads import same_for_threads
+from tolerance import check, product_error
 from torch import Tensor
 from torch.library import opcheck
 

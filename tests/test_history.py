@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     CustomDiffusionAttnProcessor2_0,
 )
-from test_families import CLOSED, weights
+from edits import CLOSED
+from model_state import equal, weights
 from tiny_families import denoise, sd1, sdxl
 from tiny_models import tiny_pipeline
 
@@ -31,10 +32,6 @@ def erased(pipe, *concepts):
     return [erase(pipe, [concept], config=CLOSED, progress=False) for concept in concepts]
 
 
-def same(one, other) -> bool:
-    return all(torch.equal(t, other[n]) for n, t in one.items())
-
-
 def near(got, expected, base) -> bool:
     """Equal but for the rounding of the weights' dtype, seen against the whole change."""
     change = sum(float((expected[n] - base[n]).norm() ** 2) for n in base) ** 0.5
@@ -50,12 +47,12 @@ def test_what_was_erased_first_can_be_withdrawn(build):
     (again,) = first.withdraw_(pipe.unet)
     erased(alone, "ship=tree")
     assert near(weights(pipe.unet), weights(alone.unet), base)
-    assert same(weights(pipe.unet), weights(alone.unet)), "the same factors on the same weights"
+    assert equal(weights(pipe.unet), weights(alone.unet)), "the same factors on the same weights"
     assert torch.equal(denoise(pipe), denoise(alone))
     assert [entry["action"] for entry in again.provenance["history"]] == ["withdrawn"]
     assert again.provenance["history"][0]["concepts"] == ["cat"]
     again.restore_(pipe.unet)
-    assert same(weights(pipe.unet), base)
+    assert equal(weights(pipe.unet), base)
     with pytest.raises(ValueError, match="not applied to this model"):
         second.restore_(pipe.unet)
 
@@ -66,7 +63,7 @@ def test_one_of_three_is_withdrawn_and_the_others_stay():
     _, middle, _ = erased(pipe, "cat=dog", "ship=tree", "van=art")
     remaining = middle.withdraw_(pipe.unet)
     erased(alone, "cat=dog", "van=art")
-    assert same(weights(pipe.unet), weights(alone.unet))
+    assert equal(weights(pipe.unet), weights(alone.unet))
     assert [e.concepts[0].target for e in applied(pipe.unet)] == ["cat", "van"]
     assert [entry["concepts"] for entry in remaining[0].provenance["history"]] == [
         ["cat"],
@@ -74,7 +71,7 @@ def test_one_of_three_is_withdrawn_and_the_others_stay():
     ]
     for erasure in reversed(applied(pipe.unet)):
         erasure.restore_(pipe.unet)
-    assert same(weights(pipe.unet), base)
+    assert equal(weights(pipe.unet), base)
 
 
 def test_the_last_one_is_withdrawn_like_it_is_restored():
@@ -108,11 +105,11 @@ def test_a_failed_withdrawal_leaves_everything_as_it_was(monkeypatch):
         patched.setattr(Erasure, "rebase", broken)
         with pytest.raises(KeyboardInterrupt):
             first.withdraw_(pipe.unet)
-    assert same(weights(pipe.unet), before)
+    assert equal(weights(pipe.unet), before)
     assert [e.fingerprint for e in applied(pipe.unet)] == [first.fingerprint, second.fingerprint]
     second.restore_(pipe.unet)
     first.restore_(pipe.unet)
-    assert same(weights(pipe.unet), weights(sd1().unet))
+    assert equal(weights(pipe.unet), weights(sd1().unet))
 
 
 def test_withdrawing_what_is_not_there_is_refused():
@@ -134,7 +131,7 @@ def test_in_another_process_the_rest_is_put_on_the_base_model(tmp_path):
         loaded.apply_(other.unet)
     loaded.rebase(other.unet).apply_(other.unet)
     erased(alone, "ship=tree")
-    assert same(weights(other.unet), weights(alone.unet))
+    assert equal(weights(other.unet), weights(alone.unet))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +158,7 @@ def test_two_erasures_are_one(tmp_path, build):
     assert [c.target for c in joined.concepts] == ["cat", "ship"]
     assert [e["concepts"] for e in joined.provenance["history"]] == [["cat"], ["ship"]]
     joined.restore_(other.unet)
-    assert same(weights(other.unet), base)
+    assert equal(weights(other.unet), base)
 
 
 def test_two_erasures_with_adapters_are_one():
@@ -270,11 +267,11 @@ def test_an_erasure_is_undone_whatever_is_around_its_weights(surround):
     edited = second.state_dict(pipe.unet)
     takedown = surround(pipe.unet)
     got = second.state_dict(pipe.unet)
-    assert edited.keys() == got.keys() and same(edited, got)
+    assert equal(edited, got)
     (again,) = first.withdraw_(pipe.unet)
     again.restore_(pipe.unet)
     takedown()
-    assert same(base, weights(pipe.unet)) and not applied(pipe.unet)
+    assert equal(base, weights(pipe.unet)) and not applied(pipe.unet)
 
 
 def test_adapters_of_queries_are_undone_whatever_is_around_them(surround):
@@ -295,7 +292,7 @@ def test_adapters_of_queries_are_undone_whatever_is_around_them(surround):
     takedown = surround(pipe.unet)
     erasure.restore_(pipe.unet)
     takedown()
-    assert same(base, weights(pipe.unet))
+    assert equal(base, weights(pipe.unet))
 
 
 def test_an_erasure_is_applied_once_that_is_taken_away(surround):
@@ -310,9 +307,9 @@ def test_an_erasure_is_applied_once_that_is_taken_away(surround):
     # The erasure is of the base weights: nothing may be merged into these.
     assert "before the call" in str(caught.value) and "merge" not in str(caught.value)
     takedown()
-    assert same(base, weights(pipe.unet)) and not applied(pipe.unet)
+    assert equal(base, weights(pipe.unet)) and not applied(pipe.unet)
     erasure.apply_(pipe.unet)
-    assert same(expected, weights(pipe.unet))
+    assert equal(expected, weights(pipe.unet))
 
 
 def test_verify_undoes_nothing_that_it_could_not_apply_again(surround):
@@ -323,7 +320,7 @@ def test_verify_undoes_nothing_that_it_could_not_apply_again(surround):
     with pytest.raises(ValueError, match="before the call"):
         verify(pipe, erasure, ["a cat"], seeds=[0], steps=1)
     takedown()
-    assert same(expected, weights(pipe.unet)) and applied(pipe.unet) == (erasure,)
+    assert equal(expected, weights(pipe.unet)) and applied(pipe.unet) == (erasure,)
 
 
 def test_weights_of_a_processor_may_be_merged_before_erasing():

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import check, product_error
+from tolerance import check, product_error
 from torch import Tensor
 
 from realera_fast import ops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,37 @@ class TestNativeLibrary:
             "print(ops.implementations()['solve_spd']['cpu'], ops.__file__)"
         )
         assert run(code, tmp_path) == f"reference {tmp_path / 'realera_fast' / 'ops.py'}"
+
+
+def edits_sys_path(node: ast.AST) -> bool:
+    """Whether a statement or call changes where modules are looked for."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        place = ast.unparse(node.func.value)
+        return place == "sys.path" or node.func.attr == "syspath_prepend"
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+        targets = [node.target] if hasattr(node, "target") else node.targets
+        return any("sys.path" in ast.unparse(target) for target in targets)
+    return False
+
+
+IMPORT_OF_A_TEST = re.compile(r"^\s*(?:from|import) (?:test_\w+|conftest)\b", re.MULTILINE)
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.name)
+def test_tests_share_support_and_never_each_other(path: Path) -> None:
+    """What two test files need lives in tests/support; pytest alone says where that is."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {name.split(".")[0] for name in imported(tree)}
+    assert not {name for name in names if name.startswith("test_") or name == "conftest"}
+    for node in ast.walk(tree):
+        assert not edits_sys_path(node), f"line {node.lineno}: set pythonpath in pyproject.toml"
+        # A string may be the code of another process, whose imports are held to the same.
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = re.search(
+                r"^\s*(?:from|import) (?:test_\w+|conftest)\b", node.value, re.MULTILINE
+            )
+            assert found is None, f"line {node.lineno}: {node.value[:80]}"
 
 
 def test_torch_is_not_older_than_the_library_asks() -> None:

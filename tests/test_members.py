@@ -8,9 +8,9 @@ import importlib
 
 import pytest
 import torch
-from conftest import check
 from diffusers import DDIMScheduler
 from tiny_families import FAMILIES
+from tolerance import check
 from torch.testing import assert_close
 
 from realera_fast import Concept, EraseConfig, embedded, erase

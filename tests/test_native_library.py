@@ -15,17 +15,17 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tile_sets
+from child import child_environment
+from native_calls import calls
+from tiles import tile_sets
 from torch import Tensor
-
-from realera_fast import ops
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "realera_fast"
@@ -392,7 +392,8 @@ def sanitized(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Sanitiz
             (package / path.name).symlink_to(path)
     with zipfile.ZipFile(build.wheel) as archive:
         (package / NATIVE.name).write_bytes(archive.read(f"realera_fast/{NATIVE.name}"))
-    (folder / "tests").mkdir()
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tests" / "support", folder / "tests" / "support", ignore=ignore)
     for name in ("conftest.py", "test_ops.py", "test_hostile_numerics.py", "test_perturbation.py"):
         shutil.copy(Path(__file__).with_name(name), folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -487,66 +488,6 @@ class TestSanitizers:
 # --- Threads -----------------------------------------------------------------------------------
 
 
-def calls(device: str = "cpu") -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Every operation with fixed inputs of several sizes; each call starts from the same state."""
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).to(device)
-
-    found: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-    for n, d, dtype in ((70, 31, torch.float16), (900, 300, torch.bfloat16)):
-        x, w = random(n, d, dtype=dtype), random(n).abs()
-        y = x.clone()
-        y[::3] = random(len(y[::3]), d, dtype=dtype)
-
-        def sums(x: Tensor = x, y: Tensor = y, w: Tensor = w) -> tuple[Tensor, ...]:
-            d = x.shape[1]
-            gram, cross = (torch.zeros(d, d, dtype=torch.float64, device=device) for _ in "ab")
-            ops.normal_equations_(gram, cross, x, y, w)
-            return gram, cross
-
-        found[f"normal_equations_ {n}x{d}"] = sums
-        gram = sums()[0] + torch.eye(d, dtype=torch.float64, device=device)
-        rhs = random(d + 3, d, dtype=torch.float64)
-
-        def solve(gram: Tensor = gram, rhs: Tensor = rhs) -> tuple[Tensor, ...]:
-            return ops.solve_spd(gram, rhs)
-
-        found[f"solve_spd {d}"] = solve
-
-        def batch(gram: Tensor = gram, rhs: Tensor = rhs) -> tuple[Tensor, ...]:
-            return ops.solve_spd(torch.stack([gram, 2 * gram, gram + 1]), rhs.expand(3, -1, -1))
-
-        found[f"solve_spd 3x{d}"] = batch
-        weights = [
-            random(o, d, dtype=kind)
-            for o in (1, 37, 320, 640)
-            for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        ]
-        left, right = random(d, 19) / d, random(19, d)
-        offset = [random(len(weight), 19) for weight in weights]
-
-        def update(
-            weights: list[Tensor] = weights,
-            left: Tensor = left,
-            right: Tensor = right,
-            offset: tuple[Tensor, ...] | list[Tensor] = (),
-        ) -> tuple[Tensor, ...]:
-            edited = [weight.clone() for weight in weights]
-            ops.low_rank_update_(edited, left, right, offset)
-            return tuple(edited)
-
-        def moved(
-            update: Callable[..., tuple[Tensor, ...]] = update, offset: list[Tensor] = offset
-        ) -> tuple[Tensor, ...]:
-            return update(offset=offset)
-
-        found[f"low_rank_update_ {d}"] = update
-        found[f"low_rank_update_ {d} with offsets"] = moved
-    return found
-
-
 def digest(tensors: Iterable[Tensor]) -> str:
     """A hash of the bits."""
     found = hashlib.sha256()
@@ -579,18 +520,18 @@ class TestThreads:
     @built
     def test_results_do_not_depend_on_the_number_of_threads(self, tmp_path: Path) -> None:
         code = (
-            "import sys; sys.path.insert(0, sys.argv[1]); import torch\n"
-            "from test_native_library import calls\n"
+            "import sys, torch\n"
+            "from native_calls import calls\n"
             "results = {name: call() for name, call in calls().items()}\n"
-            "torch.save((torch.get_num_threads(), results), sys.argv[2])"
+            "torch.save((torch.get_num_threads(), results), sys.argv[1])"
         )
         found = []
         for count in (1, 2):
             # MKL would use fewer threads than it is told to where it finds fewer cores.
-            environment = {**os.environ, "OMP_NUM_THREADS": str(count), "MKL_DYNAMIC": "FALSE"}
+            environment = child_environment(OMP_NUM_THREADS=str(count), MKL_DYNAMIC="FALSE")
             environment.pop("MKL_NUM_THREADS", None)
             result = subprocess.run(
-                [sys.executable, "-c", code, Path(__file__).parent, tmp_path / "results"],
+                [sys.executable, "-c", code, tmp_path / "results"],
                 env=environment,
                 capture_output=True,
                 text=True,

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from conftest import check, product_error
+from matrices import exact_matmul, residual_factors, spd
+from threads import NATIVE, same_for_threads
+from tolerance import check, product_error
 from torch import Tensor
 from torch.library import opcheck
 
 from realera_fast import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("realera_fast::solve_spd", "CPU")
-
-
-def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """A product in extended precision, rounded once to float64."""
-    wide = a.cpu().double().numpy().astype(np.longdouble) @ b.cpu().double().numpy().astype(
-        np.longdouble
-    )
-    return torch.from_numpy(wide.astype(np.float64))
 
 
 def rows_for(n: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -31,42 +23,6 @@ def rows_for(n: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[
     destination = source.clone()
     destination[::3] = torch.randn(len(destination[::3]), d, device=device).to(dtype)
     return source, destination, torch.rand(n, device=device)
-
-
-def spd(d: int, device: torch.device, condition: float = 1e3) -> Tensor:
-    """`[d, d]` symmetric positive definite matrix of a given condition number."""
-    basis, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=device))
-    values = torch.logspace(0, -np.log10(condition), d, dtype=torch.float64, device=device)
-    gram = (basis * values) @ basis.mT
-    return (gram + gram.mT) / 2
-
-
-def residual_factors(solution: Tensor, gram: Tensor) -> tuple[Tensor, ...]:
-    """What the residual of Cholesky's method is a product of, as far as its rounding goes.
-
-    The method solves a system within some eps ``|L| |L^T|`` of the given one (Higham, Accuracy and
-    Stability of Numerical Algorithms, theorem 10.4), with sums of up to d terms three times: in the
-    factorisation and in two solves.
-    """
-    factor = torch.linalg.cholesky(gram)
-    once = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return solution, factor, factor.mT, once
-
-
-def same_for_threads(compute: Callable[[], list[Tensor]]) -> None:
-    """Fails if the result of native code depends on the number of threads."""
-    if not NATIVE:
-        pytest.skip("the native library is not built")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = compute()
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            for i, (got, alone) in enumerate(zip(compute(), expected, strict=True)):
-                assert torch.equal(got, alone), f"result {i} differs with {threads} threads"
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tile_sets
+from tiles import tile_sets
 from torch import Tensor
 
 from realera_fast import ops, perturbation, philox

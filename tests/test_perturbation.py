@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import check
+from tolerance import check
 from torch import Tensor
 
 from realera_fast import ops, perturbation, philox

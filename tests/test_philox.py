@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import check
+from tolerance import check
 from torch import Tensor
 
 from realera_fast import philox

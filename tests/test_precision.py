@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from tiny_models import tiny_pipeline
 from realera_fast import Concept, EraseConfig, cli, erase, precision, verification
 from realera_fast.training import AlignmentConfig
 from realera_fast.vocabulary import VocabularyConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 WORDS = VocabularyConfig(words=20, cache=False)
 CLOSED = EraseConfig(alignment=AlignmentConfig(enabled=False), vocabulary=WORDS)

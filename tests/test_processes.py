@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from child import child_environment
 from safetensors.torch import load_file
-from test_alignment import UNCHECKED, run
+from tiny_alignment import UNCHECKED, run
 from tiny_models import tiny_pipeline
 
 from realera_fast.checkpoint import ALIGNMENT, CheckpointError, load_together
@@ -19,14 +20,15 @@ from realera_fast.processes import Processes
 from realera_fast.text import TextModel
 
 SCRIPT = """
-    import dataclasses, json, sys
+    import dataclasses, json
     from pathlib import Path
     import torch
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
     from safetensors.torch import save_file
-    sys.path[:0] = [{tests!r}]
-    import test_alignment as t
+    from realera_fast.text import TextModel
+    from tiny_alignment import UNCHECKED, run
+    from tiny_models import tiny_pipeline
 
     class Lines(GeneralTracker):
         name, requires_logging_directory = "lines", False
@@ -48,14 +50,14 @@ SCRIPT = """
 
     accelerator = Accelerator(cpu=True, log_with=Lines())
     accelerator.init_trackers("alignment")
-    pipe = t.tiny_pipeline()
+    pipe = tiny_pipeline()
     # Two processes' batches, so that the last digits agree.
     config = dataclasses.replace(
-        t.UNCHECKED, sampling_batch_size=4, evaluation_steps=4, refresh_steps=8,
+        UNCHECKED, sampling_batch_size=4, evaluation_steps=4, refresh_steps=8,
         gradient_accumulation_steps=2 // accelerator.num_processes,
     )
-    result = t.run(
-        (pipe, t.TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
+    result = run(
+        (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
         words=("cat", "kitten", "horse"), accelerator=accelerator,
         checkpoint_dir=Path({folder!r}) / "checkpoint", run="a",
     )
@@ -68,15 +70,16 @@ SCRIPT = """
 
 
 ERASE = """
-    import test_erase as e
+    import tiny_erase
+    from realera_fast import Concept
 
     accelerator.trackers = []
-    pipe = e.tiny_pipeline()
-    config = e.dataclasses.replace(
-        e.CONFIG, alignment=e.dataclasses.replace(e.FAST, check_seeds=0, steps=3)
+    pipe = tiny_pipeline()
+    config = dataclasses.replace(
+        tiny_erase.CONFIG, alignment=dataclasses.replace(tiny_erase.FAST, check_seeds=0, steps=3)
     )
-    concepts = ["cat=dog", e.Concept("ship", kind="explicit")]
-    e.run(pipe, concepts, config, accelerator=accelerator)
+    concepts = ["cat=dog", Concept("ship", kind="explicit")]
+    tiny_erase.run(pipe, concepts, config, accelerator=accelerator)
     save_file(pipe.unet.state_dict(), f"{folder}/unet{{accelerator.process_index}}.safetensors")
 """
 
@@ -85,13 +88,15 @@ def launch(folder: Path, count: int, *more: str) -> Path:
     """Runs `SCRIPT`, and more behind it, in so many processes; returns the folder of its files."""
     script = folder / "train.py"
     parts = [textwrap.dedent(text) for text in (SCRIPT, *more, "accelerator.end_training()")]
-    script.write_text("".join(parts).format(tests=str(Path(__file__).parent), folder=str(folder)))
+    script.write_text("".join(parts).format(folder=str(folder)))
     command = [sys.executable, str(script)]
     if count > 1:
         # What `accelerate launch` starts where there are GPUs; for CPUs it would need MPI.
         run = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
         command[1:1] = run
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

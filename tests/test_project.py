@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from conftest import check
+from tolerance import check
 from torch import Tensor
 
 from realera_fast import reference

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
+import protocol as protocols
 import pytest
 import torch
-from test_clip_judge import tiny_clip
-from test_families import CLOSED, weights
+from edits import CLOSED
+from model_state import weights
+from tiny_clip import tiny_clip
 from tiny_families import sd1
 
 from realera_fast.clip_judge import ClipJudge
 from realera_fast.concepts import Concept, parse_concepts
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import protocol as protocols  # noqa: E402
-
 NAMES = sorted(path.stem for path in (BENCH / "protocols").glob("*.json"))
 
 

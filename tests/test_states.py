@@ -24,9 +24,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from edits import CLOSED
+from model_state import equal, weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_families import CLOSED, weights
 from tiny_families import pixart_alpha, sd1, sdxl
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -107,10 +108,6 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Of every tensor that has some, by its name without wrappers."""
     tensors = [(n, t.detach()) for n, t in model.named_parameters() if not t.is_meta]
     return {n: t.to_dense() if t.is_sparse else t.clone() for n, t in tensors}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
 
 
 def test_every_row_has_a_test():

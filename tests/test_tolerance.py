@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import check, product_error
-from test_ops import exact_matmul, residual_factors, spd
+from matrices import exact_matmul, residual_factors, spd
+from tolerance import check, product_error
 from torch import Tensor
 
 SIZES = [(1, 33, 5), (65, 210, 230), (300, 130, 129)]

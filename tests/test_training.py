@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import check
+from baselines.peft_alignment import PlainLoop
 from tiny_models import tiny_unet
+from tolerance import check
 from torch import Tensor
 
 from realera_fast import training
@@ -22,9 +21,6 @@ from realera_fast.processes import Processes
 from realera_fast.text_path import TextPath
 from realera_fast.training import AlignmentConfig, Batch, DivergedError, Trainer, loss_of
 from realera_fast.trajectories import Points, Window
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from baselines.peft_alignment import PlainLoop  # noqa: E402
 
 WIDTH, RANK, ALPHA = 32, 3, 6.0
 SIZES, SCALES = (3, 2, 2), (1.0, 0.5, 0.7)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload, cpu_offload_with_hook
-from test_families import CLOSED, weights
+from edits import CLOSED
+from model_state import weights
 from tiny_families import flux, pixart_alpha, sd1, sdxl
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -7,12 +7,12 @@ for the whole process. `pytest tests/aot` without TRITON_INTERPRET.
 from __future__ import annotations
 
 import re
-import subprocess
 from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from gpu_code import SHARED_LIMIT, resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -21,9 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 from realera_fast.kernels import perturb  # noqa: E402
-
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Most shared memory of a block, in bytes (CUDA programming guide, compute capabilities)."""
 
 
 def compiled(kernel: Any, dtype: str, capability: int, constants: dict[str, Any]) -> Any:
@@ -65,21 +62,6 @@ def compiled(kernel: Any, dtype: str, capability: int, constants: dict[str, Any]
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=perturb._OPTIONS
     )
-
-
-def resources(binary: bytes, folder: Any) -> dict[str, int]:
-    """Registers, stack and local memory per thread, as the assembler wrote them into the binary."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(binary)
-    text = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
-    assert {"REG", "STACK", "LOCAL"} <= found.keys(), text
-    return found
 
 
 KERNELS = {

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from test_aot import SHARED_LIMIT, resources  # noqa: E402
+from gpu_code import MULTIPROCESSOR, SHARED_LIMIT, machine_code, resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -24,8 +23,6 @@ UNALIGNED = {80: gram._OTHER, 90: gram._UNALIGNED[9], 100: gram._UNALIGNED[10]}
 PARTS = {"bf16": 1, "fp16": 2, "fp32": 3}
 PRODUCT = {80: r"HMMA\.\d+\.F32\.BF16", 90: r"HGMMA\.\w+\.F32\.BF16", 100: r"UTC\w*MMA"}
 """What a product on tensor cores is called in machine code."""
-MULTIPROCESSOR = 64 * 1024
-"""Registers that the programs on a multiprocessor share."""
 
 
 def compiled(
@@ -67,16 +64,6 @@ def compiled(
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=gram._OPTIONS | options
     )
-
-
-def machine_code(folder: Any) -> str:
-    """Of the binary that `resources` wrote."""
-    return subprocess.run(
-        [triton.knobs.nvidia.nvdisasm.path, "-c", str(folder / "kernel.cubin")],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
 
 
 def products(dtype: str, shape: gram.Shape, capability: int, aligned: bool) -> Any:

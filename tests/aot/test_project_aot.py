@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from test_aot import SHARED_LIMIT, resources  # noqa: E402
-from test_gram_aot import MULTIPROCESSOR, machine_code  # noqa: E402
+from gpu_code import MULTIPROCESSOR, SHARED_LIMIT, machine_code, resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
