@@ -36,8 +36,9 @@ def quality_headline() -> str:
     if not tuned or DEFAULT not in ranked:
         return ""
     text = (
-        f"**H_o {mean(DEFAULT):.1f}** on the embedded model's objects, against {mean(tuned[0]):.1f} "
-        f"for the best baseline with one setting for things and styles ({tuned[0]})"
+        f"**H_o {mean(DEFAULT):.1f}** on the embedded model's objects, against "
+        f"{mean(tuned[0]):.1f} for the best baseline with one setting for things and styles "
+        f"({tuned[0]})"
     )
     if authors[0] != tuned[0]:
         name = authors[0].removesuffix(AUTHORS)

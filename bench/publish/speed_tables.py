@@ -138,8 +138,8 @@ def perturb_lines() -> list[str]:
         f"torch {first['torch']}, commit {first['commit']}. The last columns say how many times as "
         "long as the library the others take: what published codes do in eager PyTorch (randn, "
         "scale, add, then a product for each layer; without a test whether samples lie in the "
-        "region), torch.compile of the definition, and the write, product or sum alone, which nothing "
-        "gets below. –: not measured; the compiled definition is measured on CUDA only.",
+        "region), torch.compile of the definition, and the write, product or sum alone, which "
+        "nothing gets below. –: not measured; the compiled definition is measured on CUDA only.",
         "",
         *table(
             ("operation", "model", "concepts x samples", "ms", "eager", "compiled", "ceiling"), body
