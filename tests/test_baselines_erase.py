@@ -166,9 +166,11 @@ def test_every_kind_has_an_anchor_and_phrases():
 
 
 def test_the_studio_puts_the_model_back():
-    quality, methods = (importlib.import_module(name) for name in ("quality", "methods"))
-    studio = quality.Studio(torch.float32)
-    plan = quality.Plan(studio.table, "tuning")
+    evaluate, tasks, methods = (
+        importlib.import_module(f"quality.{name}") for name in ("evaluate", "tasks", "methods")
+    )
+    studio = evaluate.Studio(torch.float32)
+    plan = tasks.Plan(studio.table, "tuning")
     task = plan.of_things("house", [plan.table.thing("house")], [0], others=2, target=2)
     before = {name: value.clone() for name, value in studio.pipe.unet.state_dict().items()}
     chosen = {
@@ -177,7 +179,7 @@ def test_the_studio_puts_the_model_back():
         "uce": methods.baselines()["UCE"],
     }
     rows = {
-        name: next(iter(quality.rows_of(studio, name, method, task, [0])))
+        name: next(iter(evaluate.rows_of(studio, name, method, task, [0])))
         for name, method in chosen.items()
     }
     assert all(torch.equal(v, before[k]) for k, v in studio.pipe.unet.state_dict().items())

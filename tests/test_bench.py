@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.shapes import Shape
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,22 +18,39 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def report(bench, tmp_path, monkeypatch):
-    """The report, of rows in an empty folder."""
-    monkeypatch.setattr(bench("tables"), "RESULTS", tmp_path)
-    return bench("report")
+def speed_page(bench, tmp_path, monkeypatch):
+    """The page of times, of rows in an empty folder."""
+    monkeypatch.setattr(bench("harness.rows"), "RESULTS", tmp_path)
+    return bench("publish.speed_page")
 
 
-def test_readme_holds_what_the_rows_say(bench):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert bench("report").with_results(readme) == readme, "run python bench/report.py"
+@pytest.fixture
+def quality_page(bench, tmp_path, monkeypatch):
+    """The page of quality, of rows in an empty folder."""
+    monkeypatch.setattr(bench("harness.rows"), "RESULTS", tmp_path)
+    return bench("publish.quality_page")
 
 
-def test_the_page_of_quality_holds_what_the_rows_say(bench):
-    page = bench("quality_page")
-    assert page.PAGE.read_text(encoding="utf-8") == page.generated(), (
-        "run python bench/quality_page.py"
-    )
+@pytest.mark.parametrize("name", ["README.md", "docs/results/speed.md", "docs/results/quality.md"])
+def test_pages_hold_what_the_rows_say(name, bench):
+    pages = bench("publish.pages")
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name == "README.md" and "<!-- headline -->" not in text:
+        pytest.skip("README.md has no markers of headlines")
+    assert pages.filled(text, pages.PAGES[ROOT / name]) == text, "run python bench/run.py publish"
+
+
+def test_readme_has_three_headlines_and_a_table(bench):
+    readme = bench("publish.readme")
+    found = readme.headline()
+    assert len(found) == 3
+    assert all("](docs/results/" in text and text.startswith("- **") for text in found)
+    assert "| method | objects | relatives | 10 at once | 25 at once |" in readme.summary()
+
+
+def test_a_page_without_markers_is_refused(bench):
+    with pytest.raises(SystemExit, match="expected <!-- results -->"):
+        bench("publish.pages").filled("nothing", {"results": list})
 
 
 def quality_row(method, seed, task="cat", near=0.5, **scores):
@@ -58,7 +76,7 @@ def quality_row(method, seed, task="cat", near=0.5, **scores):
     }
 
 
-def test_a_changed_row_of_quality_would_show(bench, report, tmp_path):
+def test_a_changed_row_of_quality_would_show(bench, quality_page, tmp_path):
     found = [
         quality_row(method, seed, task, h_o=h_o + 0.1 * seed)
         for method, h_o in (("realera_fast", 0.8), ("UCE", 0.4), ("un-erased model", 0.0))
@@ -66,36 +84,48 @@ def test_a_changed_row_of_quality_would_show(bench, report, tmp_path):
         for task in ("cat", "ship")
     ]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    text = bench("quality_page").generated()
+    text = "\n".join(quality_page.generated())
     cells = "0.0 ± 0.0 | 90.0 ± 0.0 | 20.0 ± 0.0 | 85.0 ± 7.1 | 50.0 ± 0.0 | 85.0 ± 7.1 | 2.0 |"
     assert f"| **realera_fast** | {cells}" in text
     assert text.index("| UCE |") < text.index("| un-erased model |")
     assert "trained in 4 of the default's 4 erasures and its factors stayed in 2;" in text
-    assert "| **realera_fast** | 85.0 ± 7.1 | 85.0 ± 7.1 |" in report.generated()
+    summary = bench("publish.readme").summary()
+    assert any("| **realera_fast** | 85.0 ± 7.1 | 85.0 ± 7.1 |" in line for line in summary)
 
 
-def test_repeated_rows_of_quality_are_refused(bench, report, tmp_path):
+def test_repeated_rows_of_quality_are_refused(quality_page, tmp_path):
     row = json.dumps(quality_row("realera_fast", 0))
     (tmp_path / "quality.jsonl").write_text(f"{row}\n{row}\n")
     with pytest.raises(SystemExit, match="repeats rows"):
-        bench("quality_page").generated()
+        quality_page.generated()
 
 
-SCRIPTS = ["members", "quality", "quality_page", "robustness", "train_embedded", "run"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_bench_scripts_say_how_to_use_them(name, bench, monkeypatch, capsys):
-    module = bench(name)
-    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+def test_the_one_door_lists_every_case(bench, capsys):
+    run = bench("run")
     with pytest.raises(SystemExit) as ended:
-        module.main()
-    assert ended.value.code == 0 and "--" in capsys.readouterr().out
+        run.main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and all(name in said for name in run.CASES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("closed_form", "perturb", "alignment", "full_size", "entry_maps"),
+        *("quality", "robustness", "members", "protocol", "publish", "embedded"),
+    ],
+)
+def test_cases_say_how_to_use_them(name, bench, capsys):
+    run = bench("run")
+    assert name in run.CASES
+    with pytest.raises(SystemExit) as ended:
+        run.main([name, "--help"])
+    assert ended.value.code == 0 and f"run.py {name} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["variants", "ablation", "sweep", "baselines"])
 def test_methods_differ_from_each_other(kind, bench):
-    found = getattr(bench("methods"), kind)()
+    found = getattr(bench("quality.methods"), kind)()
     settings = [(name.split(":")[0].split(",")[0], m.settings) for name, m in found.items()]
     assert all(a != b for i, a in enumerate(settings) for b in settings[:i])
 
@@ -122,8 +152,8 @@ def closed_form_row(candidate, milliseconds, matrices=32, **change):
     } | change
 
 
-def test_closed_form_table(report, tmp_path):
-    assert report.generated() == ""
+def test_closed_form_table(speed_page, tmp_path):
+    assert speed_page.generated() == []
     found = [
         closed_form_row("library", 6.0),
         closed_form_row("library", 1.0, stage="solve"),
@@ -132,21 +162,21 @@ def test_closed_form_table(report, tmp_path):
     ]
     path = tmp_path / "closed_form.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    text = report.generated()
+    text = "\n".join(speed_page.generated())
     assert "| SD 1.4 | 10 | 6.0 | 1.50 | 80.0x (2 of 32) | – | – | 1.50x |" in text
 
 
 @pytest.mark.parametrize("change", [{"commit": "def"}, {"date": "tomorrow"}, {}])
-def test_closed_form_rows_of_two_runs_are_refused(change, report, tmp_path):
+def test_closed_form_rows_of_two_runs_are_refused(change, speed_page, tmp_path):
     found = [closed_form_row("library", 6.0), closed_form_row("library", 5.0, **change)]
     path = tmp_path / "closed_form.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     with pytest.raises(SystemExit, match="mixes runs"):
-        report.generated()
+        speed_page.generated()
 
 
 def closed_form_module(monkeypatch):
-    return importlib.import_module("closed_form")
+    return importlib.import_module("speed.closed_form")
 
 
 def target_rows(library=5.0, composition=8.0, floor=4.0, error=1e-7, residual=1.0, **change):
@@ -173,7 +203,7 @@ def target_rows(library=5.0, composition=8.0, floor=4.0, error=1e-7, residual=1.
     ],
 )
 def test_targets(change, words, monkeypatch):
-    missed = closed_form_module(monkeypatch).missed(target_rows(**change))
+    missed = closed_form_module(monkeypatch).COMPARED.missed(target_rows(**change))
     assert missed == [] if words is None else len(missed) == 1 and words in missed[0]
 
 
@@ -182,20 +212,20 @@ def test_growth_target(monkeypatch):
     few = target_rows(concepts=1000, rows=1000)
     for factor, met in ((11, True), (12, False)):
         many = target_rows(5.0 * factor, 8.0 * factor, 4.0 * factor, concepts=10_000, rows=10_000)
-        assert (module.missed(few + many) == []) is met
+        assert (module.COMPARED.missed(few + many) == []) is met
 
 
 def test_floor_counts_the_cheaper_system(monkeypatch):
     module = closed_form_module(monkeypatch)
     rates = module.Rates(float32=1e12, float64=1e9, in_place=1e9, copy=1e9)
-    shape = module.Shape("small", 100, (50, 70))
+    shape = Shape("small", 100, (50, 70))
     one = module.floors(module.Point(shape, 1), rates)
     # 3 n^2 d + n^3 / 3 flops, and every weight read and written once
     assert one["solve"] == pytest.approx(1e3 * (300 + 1 / 3) / 1e9)
     assert one["update"] == pytest.approx(1e3 * 2 * 120 * 100 * 4 / 1e9)
     many = module.floors(module.Point(shape, 1000), rates)
     assert many["solve"] == pytest.approx(1e3 * (3 * 1000 * 1e4 + 1e6 / 3 + 2e6) / 1e9)
-    own = module.Point(module.Shape("own", 100, (50, 70), own_rows=True), 1)
+    own = module.Point(Shape("own", 100, (50, 70), own_rows=True), 1)
     assert module.floors(own, rates)["solve"] == pytest.approx(2 * one["solve"])
     assert module.floors(own, rates, 1)["solve"] == pytest.approx(one["solve"])
 
@@ -205,12 +235,12 @@ def test_measuring_a_small_point(monkeypatch):
     device = module.torch.device("cpu")
     effort = module.Effort(0.01, 60.0, 1)
     for own in (False, True):
-        point = module.Point(module.Shape("small", 16, (16, 16, 16), own_rows=own), 3)
+        point = module.Point(Shape("small", 16, (16, 16, 16), own_rows=own), 3)
         rates = module.Rates(float32=1e9, float64=1e9)
         rows, notes = module.measure(point, rates, device, effort)
         assert not notes and len(rows) == 2 * 3 + 3
         assert all(row["error"] < 1e-2 and row["p20_ms"] <= row["p80_ms"] for row in rows)
-        line = module.line(*next(iter(module.by_point(rows).items())))
+        line = module.COMPARED.line(*next(iter(module.COMPARED.by_point(rows).items())))
         assert "uce" in line and "floor" in line
 
 
@@ -225,7 +255,7 @@ def test_plot(bench, tmp_path):
     ]
     path = tmp_path / "closed_form.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    bench("plots").closed_form(path, tmp_path / "plot.png")
+    bench("publish.plots").closed_form(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -252,7 +282,7 @@ def perturb_row(candidate, milliseconds, operation="rows", **change):
 
 
 def perturb_case(monkeypatch):
-    return importlib.import_module("perturb")
+    return importlib.import_module("speed.perturb")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +296,9 @@ def perturb_case(monkeypatch):
 )
 def test_targets_of_neighbors(rows, missed, monkeypatch):
     case = perturb_case(monkeypatch)
-    found = case.missed([perturb_row("library", 1.0), *(perturb_row(*row) for row in rows)])
+    found = case.COMPARED.missed(
+        [perturb_row("library", 1.0), *(perturb_row(*row) for row in rows)]
+    )
     assert len(found) == len(missed)
     for text, part in zip(found, missed, strict=True):
         assert part in text and text.startswith("rows SD 1.4 1 x 16 float32")
@@ -275,15 +307,17 @@ def test_targets_of_neighbors(rows, missed, monkeypatch):
 def test_targets_of_rates_and_bits(monkeypatch):
     case = perturb_case(monkeypatch)
     own = perturb_row("library", 1.0, "project")
-    assert case.missed([own, perturb_row("ceiling", 0.81, "project")]) == []
-    assert "79% of the bare" in case.missed([own, perturb_row("ceiling", 0.79, "project")])[0]
-    assert "same bits" in case.missed([perturb_row("library", 1.0, error=1e-9)])[0]
+    assert case.COMPARED.missed([own, perturb_row("ceiling", 0.81, "project")]) == []
+    assert (
+        "79% of the bare" in case.COMPARED.missed([own, perturb_row("ceiling", 0.79, "project")])[0]
+    )
+    assert "same bits" in case.COMPARED.missed([perturb_row("library", 1.0, error=1e-9)])[0]
 
 
 @pytest.mark.parametrize("operation", ["rows", "project", "lora", "backward", "accumulate"])
 def test_candidates_of_neighbors_solve_the_same_problem(operation, monkeypatch):
     case = perturb_case(monkeypatch)
-    shape = case.Shape("tiny", 24, (3, 8))
+    shape = Shape("tiny", 24, (3, 8))
     point = case.Point(operation, shape, 2, 3)
     problem = case.Problem(point, torch.device("cpu"))
     ours, defined = problem.library(), problem.defined()
@@ -298,17 +332,19 @@ def test_candidates_of_neighbors_solve_the_same_problem(operation, monkeypatch):
     found = case.measure(point, torch.device("cpu"), 0.0)
     assert [row["candidate"] for row in found] == ["library", "eager", "ceiling"]
     assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in found)
-    assert case.line(*next(iter(case.by_point(found).items()))).startswith(operation)
+    assert case.COMPARED.line(*next(iter(case.COMPARED.by_point(found).items()))).startswith(
+        operation
+    )
 
 
-def test_table_of_neighbors(report, tmp_path):
+def test_table_of_neighbors(speed_page, tmp_path):
     rows = [perturb_row("library", 2.0), perturb_row("eager", 5.0), perturb_row("ceiling", 1.0)]
     path = tmp_path / "perturb.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert "| draw rows | SD 1.4 | 1 x 16 | 2.00 | 2.50x | – | 0.50x |" in report.generated()
+    assert "| draw rows | SD 1.4 | 1 x 16 | 2.00 | 2.50x | – | 0.50x |" in speed_page.generated()
     path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, rows[0]]))
     with pytest.raises(SystemExit, match="repeats rows"):
-        report.generated()
+        speed_page.generated()
 
 
 def alignment_row(candidate, milliseconds, operation="step", **change):
@@ -337,7 +373,7 @@ def alignment_row(candidate, milliseconds, operation="step", **change):
 
 
 def alignment_case(monkeypatch):
-    return importlib.import_module("alignment")
+    return importlib.import_module("speed.alignment")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +400,7 @@ def alignment_case(monkeypatch):
 )
 def test_targets_of_alignment(own, plain, missed, monkeypatch):
     case = alignment_case(monkeypatch)
-    found = case.missed(
+    found = case.COMPARED.missed(
         [alignment_row("library", 1.0, **own), alignment_row("plain", 9.0, **plain)]
     )
     assert len(found) == len(missed)
@@ -376,9 +412,10 @@ def test_candidates_of_alignment_solve_the_same_problem(operation, monkeypatch):
     from tiny_models import tiny_unet
 
     case = alignment_case(monkeypatch)
-    monkeypatch.setattr(case, "model_of", lambda name: tiny_unet())
-    monkeypatch.setattr(case, "STEPS", 2)
-    monkeypatch.setattr(case, "IMAGE_STEPS", 2)
+    problem = importlib.import_module("speed.alignment_problem")
+    monkeypatch.setattr(problem, "model_of", lambda name: tiny_unet())
+    monkeypatch.setattr(problem, "STEPS", 2)
+    monkeypatch.setattr(problem, "IMAGE_STEPS", 2)
     point = case.Point(operation, "tiny", torch.float32, batch_size=2)
     found = case.measure(point, torch.device("cpu"), 1, 0.0)
     names = [row["candidate"] for row in found]
@@ -389,10 +426,12 @@ def test_candidates_of_alignment_solve_the_same_problem(operation, monkeypatch):
         assert found[0]["error"] < 1e-5
     if operation == "step":
         assert found[0]["flops"] > 1e6 and found[0]["matmul_flops_per_s"] > 1e6
-    assert case.line(*next(iter(case.by_point(found).items()))).startswith(operation)
+    assert case.COMPARED.line(*next(iter(case.COMPARED.by_point(found).items()))).startswith(
+        operation
+    )
 
 
-def test_table_and_plot_of_alignment(bench, report, tmp_path):
+def test_table_and_plot_of_alignment(bench, speed_page, tmp_path):
     rows = [
         alignment_row("library", 2.0),
         alignment_row("plain", 5.0),
@@ -401,15 +440,18 @@ def test_table_and_plot_of_alignment(bench, report, tmp_path):
     path = tmp_path / "alignment.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     line = "| optimizer step | embedded, float32 | 20 | 2.0 | 2.50x | – | 0.50x | – |"
-    assert line in report.generated()
+    assert line in speed_page.generated()
     pytest.importorskip("matplotlib")
-    bench("plots").alignment(path, tmp_path / "plot.png")
+    bench("publish.plots").alignment(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(("table", "chosen"), [("sweep", "TUNED"), ("sweep_several", "TOGETHER")])
 def test_baselines_have_the_best_settings_of_their_sweeps(table, chosen, bench):
-    methods, found = bench("methods"), bench("quality_page").Found(table, "sweep.jsonl")
+    methods, found = (
+        bench("quality.methods"),
+        bench("publish.quality_rows").Found(table, "sweep.jsonl"),
+    )
     for name, settings in getattr(methods, chosen).items():
         means = {
             method: round(sum(r["scores"]["h_o"] for r in rows) / len(rows), 9)
@@ -420,7 +462,7 @@ def test_baselines_have_the_best_settings_of_their_sweeps(table, chosen, bench):
 
 
 def test_ablation_switches_parts_off(bench):
-    parts = bench("methods").ablation()
+    parts = bench("quality.methods").ablation()
     alone = parts["alignment, beyond"].settings
     assert not alone["closed_form"]["enabled"] and alone["mining"]["neighbor_scale"] == 0
     assert alone["mining"]["beyond_scale"] > 0 and alone["alignment"]["beyond_scale"] > 0

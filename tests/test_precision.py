@@ -59,9 +59,9 @@ def test_the_dtype_that_is_chosen(native):
 
 
 def test_benchmarks_ask(native, monkeypatch):
-    import alignment
-    import provenance
-    import train_embedded
+    from embedded import common
+    from harness import provenance
+    from speed import alignment
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parser = argparse.ArgumentParser()
@@ -70,7 +70,7 @@ def test_benchmarks_ask(native, monkeypatch):
     assert parser.parse_args(["--dtype", "bfloat16"]).dtype == "bfloat16"
     found = {point.dtype for point in alignment.cpu_points(quick=False)}
     assert found == ({torch.float32, torch.bfloat16} if native else {torch.float32})
-    with train_embedded.autocast():
+    with common.autocast():
         assert torch.is_autocast_enabled("cpu") == native
 
 

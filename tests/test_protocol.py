@@ -6,11 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import protocol as protocols
 import pytest
 import torch
 from edits import CLOSED
 from model_state import weights
+from quality import protocol as protocols
 from tiny_clip import tiny_clip
 from tiny_families import sd1
 
@@ -71,19 +71,18 @@ def small():
 def run(name, protocol, cases, out, detectors=None, judge=None):
     pipe = sd1()
     before = weights(pipe.unet)
-    rows = protocols.run(
-        name,
-        protocol,
-        pipe,
-        judge,
-        detectors or {},
-        cases,
+    job = protocols.Job(
+        name=name,
+        protocol=protocol,
+        model="tiny",
+        judge=judge,
+        detectors=detectors or {},
         config=CLOSED,
         batch_size=4,
         out=out,
-        model="tiny",
         keep_pictures=True,
     )
+    rows = protocols.run(job, pipe, cases)
     assert all(torch.equal(t, before[n]) for n, t in weights(pipe.unet).items())
     return rows
 
