@@ -23,8 +23,8 @@ HEAD = """\
 
 Made by `tools/cli_page.py` from the commands; `realera-fast COMMAND --help` prints the same.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed (one line that begins
-with `error:`; `--debug` shows the traceback), 2 wrong usage, 130 interrupted.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed (one line that
+begins with `error:`; `--debug` shows the traceback), 2 wrong usage, 130 interrupted.
 """
 
 
@@ -79,7 +79,9 @@ def _table(title: str, command: Any, kind: str) -> str:
         else:
             value = "" if parameter.is_flag else f" {parameter.metavar or 'VALUE'}"
             names = ", ".join(f"`{name}{value}`" for name in parameter.opts)
-        rows.append(f"| {_cell(names)} | {_cell(_plain(parameter.help or ''))}{_default(parameter)} |")
+        rows.append(
+            f"| {_cell(names)} | {_cell(_plain(parameter.help or ''))}{_default(parameter)} |"
+        )
     return "\n".join([f"| {title} | |", "|---|---|", *rows, ""]) if rows else ""
 
 
