@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -190,8 +191,6 @@ def prepare(folder: Path) -> None:
     realera_fast.erase(tiny, ["horse"], config=config).save(folder / "faces.safetensors")
     (folder / "brands.csv").write_text("target\ncat\n")
     (folder / "settings.json").write_text('{"seed": 1}')
-    (folder / "mypackage").mkdir()
-    (folder / "mypackage/nudity.py").write_text("def detect(image):\n    return []\n")
     save_file(to_ldm(tiny_pipeline().unet), folder / "xl.safetensors")
     save_clip(folder / "clip")
 
@@ -212,7 +211,9 @@ def tiny_command_line(
     }
     replace_everywhere(monkeypatch, load_pipeline, lambda *_, **__: tiny_pipeline())
     prepare(folder)
-    monkeypatch.syspath_prepend(str(folder))
+    detectors = ModuleType("mypackage.nudity")
+    detectors.__dict__["detect"] = lambda image: []
+    monkeypatch.setitem(sys.modules, detectors.__name__, detectors)
 
     def run(arguments: list[str]) -> int:
         words = iter(arguments)
