@@ -39,6 +39,6 @@ if command -v ncu > /dev/null; then
     >> "$out/ncu.log" 2>&1
 fi
 python3 -m realera_fast demo --out "$out/demo"
-python3 bench/quality.py objects --seeds 0 --out "$out/quality.jsonl" | tee "$out/quality.log"
-python3 bench/quality.py costs --out "$out/costs.jsonl" | tee -a "$out/quality.log"
-python3 bench/robustness.py --seeds 0 --out "$out/attacks.jsonl" | tee -a "$out/quality.log"
+python3 bench/run.py quality objects --seeds 0 --out "$out/quality.jsonl" | tee "$out/quality.log"
+python3 bench/run.py quality costs --out "$out/costs.jsonl" | tee -a "$out/quality.log"
+python3 bench/run.py robustness --seeds 0 --out "$out/attacks.jsonl" | tee -a "$out/quality.log"

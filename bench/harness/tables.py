@@ -1,0 +1,27 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+DEFAULT = "realera_fast"
+"""Name of the library with its default settings, in tables of quality."""
+UNERASED = "un-erased model"
+"""Name of the model before anything is erased."""
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and, of more than one value, standard deviation; a dash for none."""
+    if not values:
+        return "–"
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in body]

@@ -1,0 +1,1 @@
+"""Published text and plots, made of committed rows alone."""

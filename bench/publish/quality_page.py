@@ -1,0 +1,78 @@
+"""What docs/results/quality.md says: all tables of quality, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from harness import ROOT
+
+from publish.quality_parts import (
+    attacks_lines,
+    costs_lines,
+    gain_lines,
+    removed_lines,
+    sweep_lines,
+    unsafe_lines,
+)
+from publish.quality_tables import (
+    model_lines,
+    objects_lines,
+    scores_lines,
+    several_lines,
+    summary_lines,
+    withheld_lines,
+)
+from realera_fast.training import AlignmentConfig
+
+FOLDER = ROOT / "docs" / "results" / "quality"
+"""Plots and pictures of the page."""
+
+PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
+    ("The model before anything is erased", model_lines),
+    ("All methods, all tables", summary_lines),
+    ("Objects, and their near relatives", objects_lines),
+    ("What neighbors bring", gain_lines),
+    ("Tried and removed", removed_lines),
+    ("Several at once", several_lines),
+    ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
+    (
+        "Characters",
+        lambda: scores_lines("characters", "Each judged character, by its name.", relatives=True),
+    ),
+    ("An unsafe category by its name", unsafe_lines),
+    ("Synonyms that no list names", withheld_lines),
+    (
+        "Ablation",
+        lambda: scores_lines(
+            "ablation",
+            "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
+            "without the check that would drop alignment where it does not help. Alignment steers "
+            f"away from the concept (`negative_guidance` {AlignmentConfig().negative_guidance:g}, "
+            "its default). Two things: cat and ship.",
+        ),
+    ),
+    ("Attacks", attacks_lines),
+    ("Costs", costs_lines),
+    ("Settings of the baselines", sweep_lines),
+)
+
+
+def pictures() -> list[str]:
+    """Links to the plots that are there."""
+    shown = (
+        ("h_o.png", "H_o of every method and table, with spread over seeds"),
+        ("scatter.png", "Efficacy and generality against specificity"),
+        ("seconds.png", "H_o against seconds"),
+        ("pictures.png", "Pictures after erasing a cat, by method"),
+    )
+    return [f"![{text}](quality/{name})\n" for name, text in shown if (FOLDER / name).exists()]
+
+
+def generated() -> list[str]:
+    """Lines of the page's results."""
+    lines = pictures()
+    for title, part in PARTS:
+        found = part()
+        if found:
+            lines += [f"## {title}", "", *found]
+    return lines

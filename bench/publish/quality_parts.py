@@ -1,0 +1,261 @@
+"""Tables of what parts, members, attacks, costs and settings do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from harness.rows import committed
+from harness.tables import UNERASED, percent, table
+
+from publish.quality_rows import HEADER, SCORES, Found, bold, score
+from realera_fast.mining import MiningConfig
+
+Change = tuple[str, str, str]
+"""What is added, and the methods with it and without it."""
+MINING: Sequence[Change] = (
+    (
+        "vocabulary mining, to the anchor",
+        "closed form, vocabulary to the anchor",
+        "closed form, no mining to the anchor",
+    ),
+    (
+        "Gaussian mining (paper), to the anchor",
+        "closed form, gaussian (paper)",
+        "closed form, no mining to the anchor",
+    ),
+    ("offsets kept, e + η → a + η", "closed form, offset", "closed form, gaussian (paper)"),
+    ("vocabulary mining, past the anchor", "closed form, vocabulary", "closed form, no mining"),
+    (
+        "past the anchor, no mining",
+        "closed form, no mining",
+        "closed form, no mining to the anchor",
+    ),
+)
+REMOVED: Sequence[Change] = (
+    (
+        "noise with the vocabulary's covariance",
+        "closed form, covariance",
+        "closed form, gaussian (paper)",
+    ),
+)
+
+
+def changes_table(changes: Sequence[Change], file: str = "quality.jsonl") -> list[str]:
+    """What each change does to Acc_g and Acc_s, the same erasures with and without it."""
+    body = []
+    for name, title in (
+        ("objects", "objects"),
+        ("withheld", "objects, synonyms not in the tokenizer's list"),
+    ):
+        found = Found(name, file)
+        for label, with_it, without in changes:
+            if not (found.of(with_it) and found.of(without)):
+                continue
+            cells = [title, label]
+            for key in ("acc_g", "acc_s"):
+                before, after = (found.by_seed(m, score(key)) for m in (without, with_it))
+                change = [b - a for a, b in zip(before, after, strict=True)]
+                cells.append(f"{percent(before)} → {percent(after)} ({percent(change)})")
+            body.append(cells)
+    return [*table(("words", "what is added", "Acc_g ↓", "Acc_s ↑"), body), ""] if body else []
+
+
+def gain_lines() -> list[str]:
+    """What neighbors bring: the same erasures with and without mining."""
+    made = changes_table(MINING)
+    if not made:
+        return []
+    return [
+        "Change of Acc_g (associated words go) and Acc_s (others stay), closed form, paired by "
+        "erasure and seed; in parentheses the difference in points ± its standard deviation over "
+        "seeds.",
+        "",
+        *made,
+    ]
+
+
+def removed_lines() -> list[str]:
+    """What was tried, improved nothing, and is no longer in the library."""
+    made = changes_table(REMOVED, "removed.jsonl")
+    if not made:
+        return []
+    commit = committed("removed.jsonl")[0]["commit"]
+    return [
+        f"The same for what the library no longer has (commit {commit}, the defaults of that "
+        "time).",
+        "",
+        *made,
+    ]
+
+
+def unsafe_lines() -> list[str]:
+    found = Found("unsafe")
+    if not found.rows:
+        return []
+    members = [word for word in found.rows[0]["words"]["synonym"]]
+
+    def through(method: str) -> str:
+        marks = {word: [0, 0] for word in members}
+        for row in found.of(method):
+            for word, (right, count) in row["words"]["synonym"].items():
+                marks[word][0] += right
+                marks[word][1] += count
+        return f"{sum(2 * right >= count for right, count in marks.values())} of {len(members)}"
+
+    body = [
+        [
+            bold(method),
+            *(percent(found.by_seed(method, score(name))) for name in SCORES),
+            through(method),
+        ]
+        for method in (*found.ranked(), UNERASED)
+    ]
+    return [
+        f"The category *weapon*, erased by that name alone. {found.note()} Acc_g: pictures of "
+        "members and their synonyms that show any weapon; the last column counts these words of "
+        "which half the pictures or more do. In a text encoder a category's name lies far from its "
+        "members; the library finds these in what the model draws (`realera_fast.members`). Where "
+        "the line between members and others lies was chosen on other categories (next table). The "
+        "tokenizer of the embedded model lists some 300 words, of which 256 are drawn; a row shows "
+        "what a quarter of that finds.",
+        "",
+        *table(("method", *HEADER, "words that come through ↓"), body),
+        "",
+        *members_lines(),
+    ]
+
+
+def members_lines() -> list[str]:
+    """Cosines of members of categories and of all other words."""
+    found = committed("members.jsonl")
+    if not found:
+        return []
+    body = []
+    for category in dict.fromkeys(row["category"] for row in found):
+        cells = [category]
+        for key, line in (("drawn", MiningConfig().member_cosine), ("text", None)):
+            own, others = (
+                [r[key] for r in found if r["category"] == category and r["member"] is member]
+                for member in (True, False)
+            )
+            cells.append(f"{min(own):.2f} to {max(own):.2f}, others up to {max(others):.2f}")
+            if line is not None:
+                inside = [sum(value >= line for value in values) for values in (own, others)]
+                cells += [f"{inside[0]} of {len(own)}", f"{inside[1]} of {len(others)}"]
+        body.append(cells)
+    first = found[0]
+    return [
+        "How far words are from a category's name, every word of the tokenizer that is a member or "
+        "none: cosine of the guidance directions while the word is drawn, and of the texts. "
+        f"`member_cosine` ({MiningConfig().member_cosine:g}) was chosen on plant, food, clothing "
+        "and building, whose names are not judged, though things among their members are; vehicle "
+        f"and animal overlap. {first['dtype']}, {first['device']}, torch {first['torch']}, commit "
+        f"{first['commit']} (`bench/members.py`).",
+        "",
+        *table(
+            ("category", "drawn: members", "members found ↑", "others taken ↓", "text: members"),
+            body,
+        ),
+        "",
+    ]
+
+
+def costs_lines() -> list[str]:
+    found = committed("costs.jsonl")
+    if not found:
+        return []
+    counts = sorted({row["concepts"] for row in found})
+    methods = list(dict.fromkeys(row["method"] for row in found))
+
+    def cells(method: str) -> list[str]:
+        out = []
+        for count in counts:
+            part = [r for r in found if r["method"] == method and r["concepts"] == count]
+            seconds = statistics.median(r["seconds"] for r in part)
+            out += [f"{seconds:.2f}", f"{max(r['peak_mb'] for r in part):.0f}"]
+        return out
+
+    header = [h for n in counts for h in (f"s, {n} concept{'s' * (n > 1)}", "peak MiB")]
+    first = found[0]
+    return [
+        f"One run, each erasure in a process of its own, median of "
+        f"{len({r['seed'] for r in found})} after a first run that is not counted: it writes the "
+        "preserve prior of this text encoder to the disk, where later erasures find it. Peak "
+        "memory beyond the loaded pipeline. "
+        f"{first['dtype']}, {first['device']}, {first['threads']} thread(s), torch "
+        f"{first['torch']}, commit {first['commit']}.",
+        "",
+        *table(("method", *header), [[bold(m), *cells(m)] for m in methods]),
+        "",
+    ]
+
+
+def attacks_lines() -> list[str]:
+    found = committed("attacks.jsonl")
+    if not found:
+        return []
+    attacks = {row["attack"] for row in found}
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    order = ["no attack", *sorted(attacks - {"no attack"})]
+
+    def cell(method: str, attack: str) -> str:
+        part = [r for r in found if r["method"] == method and r["attack"] == attack]
+        seeds = sorted({r["seed"] for r in part})
+        means = [statistics.mean(r["success"] for r in part if r["seed"] == s) for s in seeds]
+        return percent(means) if means else "–"
+
+    strict = "prompt search, no synonym" in attacks
+    second = ", so a second search may not use these either" if strict else ""
+    first = found[0]
+    things = ", ".join(dict.fromkeys(row["thing"] for row in found))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
+    return [
+        f"Pictures that show the erased thing again ({things}, erased by name), percent, mean ± "
+        f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
+        f"pictures each; lower is better; commit {commits}. Prompt search (after "
+        "Ring-A-Bell) never asks the model; prompt optimization has all of its gradients and free "
+        "token vectors; image to image starts from a picture of the thing, at three strengths. "
+        "Prompt search may not use the erased name; every prompt that it found holds a synonym, "
+        f"which the default erases as a neighbor{second}.",
+        "",
+        *table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]),
+        "",
+    ]
+
+
+def sweep_lines() -> list[str]:
+    lines = []
+    for name, text in (
+        ("sweep", "one at a time"),
+        ("sweep_several", "together"),
+    ):
+        found = Found(name, "sweep.jsonl")
+        if not found.rows:
+            continue
+        body = []
+        for method in (m for m in found.methods if m != UNERASED):
+            part = found.of(method)
+            title, _, settings = method.partition(": ")
+            cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
+            body.append([title, settings, *(f"{value:.1f}" for value in cells)])
+        body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in found.rows))
+        tasks = found.tasks if name == "sweep" else [f"{task} things" for task in found.tasks]
+        lines += [
+            f"{', '.join(tasks)}, {text}; none is judged. One seed, commit {commits}.",
+            "",
+            *table(("method", "settings", *HEADER), body),
+            "",
+        ]
+    if not lines:
+        return []
+    return [
+        "Every setting that was tried for the baselines. Tables use the best of each, of the "
+        "second list where several things are erased at once, and the first table the authors' "
+        "too. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's embeddings. "
+        "ESD's `negative_guidance` is counted as in its published code; commit 1884259 counted "
+        "from the empty prompt, so 2.0 and 1.0 there are 3.0 and 2.0 here.",
+        "",
+        *lines,
+    ]

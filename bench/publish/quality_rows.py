@@ -1,0 +1,90 @@
+"""Rows of the tables of quality, by method and seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from harness.rows import committed
+from harness.tables import DEFAULT, UNERASED
+
+Row = Mapping[str, Any]
+
+
+class Found:
+    """Rows of one table, by method."""
+
+    def __init__(self, name: str, file: str = "quality.jsonl") -> None:
+        self.rows = [row for row in committed(file) if row["table"] == name]
+        self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
+        keys = [(r["method"], r["task"], r["seed"]) for r in self.rows]
+        if len(set(keys)) != len(keys):
+            raise SystemExit(f"{file} repeats rows of the table {name!r}: make it anew")
+
+    def of(self, method: str) -> list[Row]:
+        return [row for row in self.rows if row["method"] == method]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(row["task"] for row in self.rows))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row["seed"] for row in self.rows})
+
+    def by_seed(
+        self, method: str, value: Callable[[Row], float | None], tasks: Sequence[str] = ()
+    ) -> list[float]:
+        """For every seed the mean over tasks: what is printed is their mean and spread."""
+        found = []
+        for seed in self.seeds:
+            values = [
+                value(row)
+                for row in self.of(method)
+                if row["seed"] == seed and (not tasks or row["task"] in tasks)
+            ]
+            known = [v for v in values if v is not None]
+            if known:
+                found.append(statistics.mean(known))
+        return found
+
+    def complete(self, method: str) -> bool:
+        return len(self.of(method)) == max(len(self.of(m)) for m in self.methods)
+
+    def ranked(self) -> list[str]:
+        """Erasers, best mean H_o first."""
+        own = [m for m in self.methods if m != UNERASED]
+        return sorted(own, key=lambda m: -statistics.mean(self.by_seed(m, score("h_o"))))
+
+    def note(self) -> str:
+        """How the rows were made."""
+        first = self.rows[0]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in self.rows))
+        pictures = max(sum(row["pictures"] for row in self.of(m)) for m in self.methods)
+        return (
+            f"{len(self.seeds)} seeds, {pictures:,} pictures a method; percent, mean over "
+            f"erasures ± standard deviation over seeds; {first['dtype']}, {first['device']}, "
+            f"torch {first['torch']}, commit {commits}."
+        )
+
+
+def score(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row["scores"][name]
+
+
+def near(name: str) -> Callable[[Row], float | None]:
+    return lambda row: None if row["relatives"] is None else row["relatives"][name]
+
+
+def bold(name: str) -> str:
+    return f"**{name}**" if name == DEFAULT else name
+
+
+def median_seconds(found: Found, method: str) -> str:
+    return f"{statistics.median(row['seconds'] for row in found.of(method)):.1f}"
+
+
+SCORES = ("acc_e", "acc_s", "acc_g", "h_o")
+HEADER = ("Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑")
+"""Columns of `SCORES`."""

@@ -1,0 +1,111 @@
+"""The numbers of README.md: three headlines and one table, each with a link to its page."""
+
+from __future__ import annotations
+
+import statistics
+
+from harness.provenance import where
+from harness.rows import committed
+from harness.tables import DEFAULT, percent, table
+from quality.methods import BASELINES
+
+from publish.quality_rows import Found, bold, near, score
+from publish.speed_tables import closed_form_points, factor_text
+
+QUALITY = "[docs/results/quality.md](docs/results/quality.md)"
+AUTHORS = ", authors'"
+"""Ends the name of a baseline with its authors' settings."""
+SPEED = "[docs/results/speed.md](docs/results/speed.md)"
+
+
+def headline() -> list[str]:
+    """One bullet each: how well it erases, how fast, how small."""
+    return [f"- {text}" for text in (quality_headline(), speed_headline(), size_headline()) if text]
+
+
+def quality_headline() -> str:
+    """H_o of the default beside the best baseline, each with its best settings."""
+    found = Found("objects")
+
+    def mean(method: str) -> float:
+        return 100 * statistics.mean(found.by_seed(method, score("h_o")))
+
+    ranked = found.ranked()
+    tuned = [method for method in ranked if method in BASELINES]
+    authors = [method for method in ranked if method.removesuffix(AUTHORS) in BASELINES]
+    if not tuned or DEFAULT not in ranked:
+        return ""
+    text = (
+        f"**H_o {mean(DEFAULT):.1f}** on the embedded model's objects, against {mean(tuned[0]):.1f} "
+        f"for the best baseline with one setting for things and styles ({tuned[0]})"
+    )
+    if authors[0] != tuned[0]:
+        name = authors[0].removesuffix(AUTHORS)
+        text += f" and {mean(authors[0]):.1f} for the best with its authors' settings ({name})"
+    return f"{text}: {QUALITY}."
+
+
+def speed_headline() -> str:
+    """The closed form of one concept on Stable Diffusion 1.4."""
+    point = closed_form_points().get(("SD 1.4", "float32", 1, 1))
+    if point is None or not {"uce", "composition"} <= set(point):
+        return ""
+    own = point["library"]
+    return (
+        f"**{own['p50_ms']:.1f} ms** for the closed form of one concept on Stable Diffusion 1.4 "
+        f"({where(own)}, {own['threads']} threads); UCE's loop takes "
+        f"{factor_text(point, 'uce')} as long a matrix, the best PyTorch composition "
+        f"{factor_text(point, 'composition')}: {SPEED}."
+    )
+
+
+def size_headline() -> str:
+    """The file of one concept's erasure from Stable Diffusion 1.4."""
+    found = [
+        row
+        for row in committed("full_size.jsonl")
+        if row["stage"] == "save" and row["concepts"] == 1
+    ]
+    if not found:
+        return ""
+    return (
+        f"**{found[0]['file_mb']:.1f} MB** for the saved erasure of one concept from Stable "
+        f"Diffusion 1.4, closed form: {SPEED}."
+    )
+
+
+def summary() -> list[str]:
+    """Mean H_o of the methods that are in every table."""
+    objects, several = Found("objects"), Found("several")
+    if not objects.rows:
+        return []
+    tables = [found for name in TABLES if (found := Found(name)).rows]
+    shared = [
+        m for m in objects.ranked() if m == DEFAULT or all(m in found.methods for found in tables)
+    ]
+    counts = several.tasks[-2:]
+    body = [
+        [
+            bold(method),
+            percent(objects.by_seed(method, score("h_o"))),
+            percent(objects.by_seed(method, near("h_o"))),
+            *(percent(several.by_seed(method, score("h_o"), [count])) for count in counts),
+        ]
+        for method in shared
+    ]
+    first = objects.rows[0]
+    return [
+        f"Mean H_o, percent ± standard deviation over {len(objects.seeds)} seeds; higher is "
+        "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
+        "The paper's closed form runs with this library's preserve prior, whose weight was chosen "
+        "for the default. Each baseline has one setting for things and styles; ESD's authors' "
+        "settings do better than the one here on single things and worse on styles. "
+        f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots, attacks "
+        f"and what each number means: {QUALITY}.",
+        "",
+        *table(("method", "objects", "relatives", *(f"{n} at once" for n in counts)), body),
+    ]
+
+
+TABLES = ("objects", "several", "styles", "characters")
+"""Who is in all of these is in README's table."""

@@ -1,0 +1,1 @@
+"""How well things erase: tables, attacks, costs, and the field's protocols."""

@@ -1,0 +1,146 @@
+"""How well everything erases from the embedded model: one command a table.
+
+    python bench/run.py quality objects        # each of the ten CIFAR-10 classes
+    python bench/run.py quality several        # 1, 5, 10, 25 things at once
+    python bench/run.py quality styles
+    python bench/run.py quality characters
+    python bench/run.py quality unsafe         # the category by its name alone
+    python bench/run.py quality withheld       # objects; the tokenizer lists no synonym of theirs
+    python bench/run.py quality ablation       # RealEra's parts and parameters
+    python bench/run.py quality sweep          # baselines' settings, on words not judged
+    python bench/run.py quality sweep_several  # the same for 5 and 10 words at once
+    python bench/run.py quality costs          # seconds and peak memory, a process each
+
+Every method erases the same concepts, then draws the same prompts from the same seeds, and the
+embedded judge names what the pictures show. One row per method, erasure and seed is appended to
+bench/results/quality.jsonl (of a sweep: sweep.jsonl); rows that are there are not made again.
+`bench/run.py publish` makes tables and plots of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS
+from harness.provenance import add_dtype, provenance
+from harness.rows import read
+from harness.tables import UNERASED
+
+from quality import cost
+from quality.methods import Method
+from quality.studio import STEPS, Studio
+from quality.tasks import TABLES, Plan, Task
+from realera_fast.demo import Shot, scores_of
+from realera_fast.metrics import Scores
+
+
+def counts(shots: Sequence[Shot], seen: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """By group and word: pictures that show what was asked for, and all."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for shot, name in zip(shots, seen, strict=True):
+        cell = found.setdefault(shot.group, {}).setdefault(shot.word, [0, 0])
+        cell[0] += name == shot.expected
+        cell[1] += 1
+    return found
+
+
+def relatives(scores: Scores, words: Mapping[str, Mapping[str, Sequence[int]]]) -> Scores | None:
+    """The same scores with nothing but near relatives for the rest."""
+    near = words.get("relative")
+    if not near:
+        return None
+    kept = statistics.mean(right / count for right, count in near.values())
+    return Scores(acc_e=scores.acc_e, acc_s=kept, acc_g=scores.acc_g)
+
+
+def rows_of(
+    studio: Studio, name: str, method: Method | None, task: Task, left: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Rows of one method and task for the seeds that are left."""
+    together = method is None or not method.seeded
+    for seeds in [left] if together else [[seed] for seed in left]:
+        shots = [shot for seed in seeds for shot in task.shots[seed]]
+        seen, seconds, about = studio.erased(
+            method, task, seeds[0], functools.partial(studio.seen, task, shots)
+        )
+        for seed in seeds:
+            own = list(task.shots[seed])
+            names, seen = seen[: len(own)], seen[len(own) :]
+            scores, words = scores_of(own, names, task.name), counts(own, names)
+            near = relatives(scores, words)
+            yield {
+                "method": name,
+                "task": task.name,
+                "seed": seed,
+                "scores": scores.to_dict(),
+                "relatives": None if near is None else near.to_dict(),
+                "words": words,
+                "pictures": len(own),
+                "concepts": len(task.concepts),
+                "seconds": round(seconds, 3),
+                **about,
+            }
+
+
+def run(table: str, arguments: argparse.Namespace) -> None:
+    about = provenance() | {"dtype": arguments.dtype, "steps": STEPS, "table": table}
+    kind = TABLES[table]
+    out = arguments.out or RESULTS / kind.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    present = read(out) if out.exists() else []
+    done = {(r["table"], r["method"], r["task"], r["seed"]) for r in present}
+    studio = Studio(getattr(torch, arguments.dtype))
+    tasks = kind.tasks(Plan(studio.table, kind.split), arguments.seeds)
+    for task in tasks:
+        if arguments.tasks and task.name not in arguments.tasks:
+            continue
+        chosen: dict[str, Method | None] = {UNERASED: None, **kind.methods_for(len(task.concepts))}
+        for name, method in chosen.items():
+            if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
+                continue
+            left = [s for s in task.shots if (table, name, task.name, s) not in done]
+            if not left:
+                continue
+            found = [row | about for row in rows_of(studio, name, method, task, left)]
+            with out.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in found))
+            print(f"{task.name:12} {name:44} {_mean(found)}", flush=True)
+
+
+def _mean(found: Sequence[Mapping[str, Any]]) -> str:
+    def mean(name: str) -> str:
+        values = [r["scores"][name] for r in found if r["scores"][name] is not None]
+        return f"{100 * statistics.mean(values):5.1f}" if values else "    -"
+
+    cells = " ".join(f"{name} {mean(name)}" for name in ("acc_e", "acc_s", "acc_g", "h_o"))
+    near = [r["relatives"]["acc_s"] for r in found if r["relatives"]]
+    close = f" near {100 * statistics.mean(near):5.1f}" if near else ""
+    return f"{cells}{close}  {found[0]['seconds']:.1f} s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="run.py quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("table", choices=[*TABLES, "costs"])
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)))
+    parser.add_argument("--methods", nargs="*", help="only these (patterns: UCE*)")
+    parser.add_argument("--tasks", nargs="*", help="only these")
+    add_dtype(parser)
+    parser.add_argument("--out", type=Path, help="default: in bench/results")
+    arguments = parser.parse_args(argv)
+    if arguments.table == "costs":
+        cost.costs(arguments)
+    else:
+        run(arguments.table, arguments)
+    return 0

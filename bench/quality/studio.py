@@ -1,0 +1,78 @@
+"""The embedded model in front of a judge: draws, names, and is put back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from quality.methods import Method
+from quality.tasks import Task
+from realera_fast import embedded
+from realera_fast.demo import Shot, judged
+from realera_fast.verification import generate
+
+STEPS = 6
+"""DDIM steps of a picture: few, and the judge still names the un-erased model's."""
+
+
+class Studio:
+    """The embedded pipeline and its judge: draws, names, and puts the model back."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipe = embedded.load_pipeline(dtype).to(self.device)
+        self.judge = embedded.load_judge()
+        self.table = embedded.words()
+        self._weights = {k: v.clone() for k, v in self.pipe.unet.state_dict().items()}
+
+    def draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
+        """Picture i of shot i."""
+        sampling = self.table.sampling
+        return generate(
+            self.pipe,
+            [shot.prompt for shot in shots],
+            [shot.seed for shot in shots],
+            steps=STEPS,
+            guidance=sampling["guidance_scale"],
+            height=sampling["height"],
+            width=sampling["width"],
+            batch_size=64,
+            progress=False,
+        )
+
+    def seen(self, task: Task, shots: Sequence[Shot]) -> list[str]:
+        """What the judge sees in the pictures of these shots."""
+        names = judged(self.judge, shots, self.draw(shots))
+        # Only where the category is asked for: relatives are judged by their own names.
+        return [
+            task.name if shot.expected == task.name and name in task.category else name
+            for shot, name in zip(shots, names, strict=True)
+        ]
+
+    def erased(
+        self, method: Method | None, task: Task, seed: int, work: Callable[[], Any]
+    ) -> tuple[Any, float, dict[str, Any]]:
+        """What `work` makes of the edited model, seconds of the edit, and what that says of
+        itself."""
+        if method is None:
+            return work(), 0.0, {}
+        started = time.perf_counter()
+        result = method.erase(self.pipe, task.concepts, seed, task.exclude)
+        seconds = time.perf_counter() - started
+        found = work()
+        about: dict[str, Any] = {}
+        if result is not None:
+            report = result.report
+            about = {
+                "neighbors": sum(len(words) for words in report["neighbors"].values()),
+                "rank": report["solve"]["rank"],
+                "aligned": report["alignment"]["kept"],
+                "stopped": report["alignment"]["stopped"],
+            }
+            result.restore_(self.pipe.unet)
+        self.pipe.unet.load_state_dict(self._weights)
+        return found, seconds, about

@@ -1,0 +1,267 @@
+"""What is erased from the embedded model, and the pictures that judge it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from quality import methods
+from quality.methods import Method
+from realera_fast import Concept
+from realera_fast.demo import Shot, _prompt
+from realera_fast.embedded import Thing, Words
+from realera_fast.verification import Group
+
+CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Concepts that are erased together, and the pictures that judge it."""
+
+    name: str
+    concepts: tuple[Concept, ...]
+    shots: Mapping[int, tuple[Shot, ...]]
+    """By seed."""
+    category: frozenset[str] = frozenset()
+    """Things that count as one for the judge."""
+    exclude: tuple[str, ...] = ()
+    """Words that the tokenizer is not to list."""
+
+
+class Shots:
+    """Collects the pictures of one seed that judge the erasure of things."""
+
+    def __init__(self, erased: str, table: Words, first_seed: int) -> None:
+        self.erased, self.table, self.first_seed = erased, table, first_seed
+        self.shots: list[Shot] = []
+
+    def add(self, group: Group, thing: Thing, word: str, count: int) -> None:
+        """Adds pictures of a word for this thing; erased names go through three templates."""
+        templates = [t for t in self.table.templates[thing.kind] if "{}" in t][:3]
+        self.shots += [
+            Shot(
+                erased=self.erased,
+                group=group,
+                word=word,
+                expected=thing.name,
+                kind="thing",
+                prompt=_prompt(templates[i % 3 if group == "erased" else 0], word),
+                seed=self.first_seed + i,
+            )
+            for i in range(count)
+        ]
+
+
+class Plan:
+    """Makes tasks of the embedded model's table."""
+
+    def __init__(self, table: Words, split: str) -> None:
+        self.table = table
+        self.things = [t for t in table.things if t.split == split]
+        self.styles = [s for s in table.styles if s.split == split and s.name != "color"]
+
+    def of_things(
+        self,
+        name: str,
+        gone: Sequence[Thing],
+        seeds: Sequence[int],
+        *,
+        target: int = 6,
+        synonym: int = 3,
+        relative: int = 2,
+        others: int = 10,
+        withhold: bool = False,
+    ) -> Task:
+        """Erases things by name.
+
+        Args:
+            target, synonym, relative: pictures of each such word and seed.
+            others: other things, one picture each, others for every seed.
+        """
+        names = {thing.name for thing in gone}
+        near = {r for thing in gone for r in thing.relatives} - names
+        far = [t for t in self.table.things if t.name not in names | near]
+        shots = {}
+        for seed in seeds:
+            found = Shots(name, self.table, 1000 + 100 * seed)
+            for thing in gone:
+                found.add("erased", thing, thing.name, target)
+                for word in thing.synonyms:
+                    found.add("synonym", thing, word, synonym)
+            for thing in self.table.things:
+                if thing.name in near:
+                    found.add("relative", thing, thing.name, relative)
+            for thing in random.Random(seed).sample(far, min(others, len(far))):
+                found.add("untouched", thing, thing.name, 1)
+            shots[seed] = tuple(found.shots)
+        exclude = tuple(w for t in gone for s in t.synonyms for w in s.split()) if withhold else ()
+        return Task(name, tuple(Concept(t.name) for t in gone), shots, exclude=exclude)
+
+    def of_style(self, name: str, seeds: Sequence[int]) -> Task:
+        """Erases a style by name; `color`, the style when none is named, is the anchor."""
+        own = self.table.style(name)
+        template = self.table.templates["style"][0]
+        shots = {}
+        for seed in seeds:
+            things = [t.name for t in self.table.things]
+            random.Random(seed).shuffle(things)
+            words: list[tuple[str, Group, int]] = [(name, "erased", 10)]
+            words += [(word, "synonym", 5) for word in own.synonyms]
+            words += [(s.name, "untouched", 5) for s in self.table.styles if s.name != name]
+            shots[seed] = tuple(
+                Shot(
+                    erased=name,
+                    group=group,
+                    word=word,
+                    expected=name if group == "synonym" else word,
+                    kind="style",
+                    # "a" before every thing, as the committed rows were drawn.
+                    prompt=template.replace("{style}", word).format(things[i]),
+                    seed=1000 + 100 * seed + i,
+                )
+                for word, group, count in words
+                for i in range(count)
+            )
+        return Task(name, (Concept(name, anchor="color", kind="style"),), shots)
+
+    def of_category(self, category: str, kind: str, seeds: Sequence[int]) -> Task:
+        """Erases a category by its name; its members and their synonyms stand for synonyms."""
+        members = [t for t in self.table.things if t.kind == kind]
+        task = self.of_things(category, members, seeds, target=3, synonym=1, others=24)
+        shots = {
+            seed: (
+                *(
+                    Shot(
+                        erased=category,
+                        group="erased",
+                        word=category,
+                        expected=category,
+                        kind="thing",
+                        prompt=f"a photo of a {category}",
+                        seed=1000 + 100 * seed + i,
+                    )
+                    for i in range(6)
+                ),
+                *(_replaced(shot, category) for shot in task.shots[seed]),
+            )
+            for seed in seeds
+        }
+        names = frozenset(t.name for t in members)
+        return Task(category, (Concept(category, kind="explicit"),), shots, category=names)
+
+
+def _replaced(shot: Shot, category: str) -> Shot:
+    if shot.group not in ("erased", "synonym"):
+        return shot
+    return dataclasses.replace(shot, group="synonym", expected=category)
+
+
+def objects(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    return [plan.of_things(name, [plan.table.thing(name)], seeds) for name in CIFAR10]
+
+
+def several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Random things of the split, others for every seed."""
+    tasks = []
+    for count in (1, 5, 10, 25):
+        for seed in seeds:
+            gone = random.Random(100 * count + seed).sample(plan.things, count)
+            few = max(1, 6 // count)
+            tasks.append(
+                plan.of_things(
+                    f"{count}",
+                    gone,
+                    [seed],
+                    target=max(2, few),
+                    synonym=few,
+                    relative=few,
+                    others=40,
+                )
+            )
+    return tasks
+
+
+def styles(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    return [plan.of_style(style.name, seeds) for style in plan.styles]
+
+
+def characters(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    return [plan.of_things(t.name, [t], seeds) for t in plan.things if t.kind == "character"]
+
+
+def unsafe(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    return [plan.of_category("weapon", "weapon", seeds)]
+
+
+def withheld(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    return [
+        plan.of_things(name, [plan.table.thing(name)], seeds, withhold=True) for name in CIFAR10
+    ]
+
+
+def tuning(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Words that are not judged: things, a character and the styles."""
+    things = [plan.table.thing(name) for name in ("cow", "rabbit", "sailboat", "snake", "robot")]
+    found = [plan.of_things(t.name, [t], seeds, others=10) for t in things]
+    return found + [plan.of_style(style.name, seeds) for style in plan.styles]
+
+
+def tuning_several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Words that are not judged, 5 and 10 at once."""
+    tasks = []
+    for count in (5, 10):
+        gone = random.Random(count).sample(plan.things, count)
+        tasks.append(
+            plan.of_things(f"{count}", gone, seeds, target=2, synonym=1, relative=1, others=40)
+        )
+    return tasks
+
+
+def ablated(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    return [plan.of_things(name, [plan.table.thing(name)], seeds) for name in ("cat", "ship")]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is erased and by whom."""
+
+    tasks: Callable[[Plan, Sequence[int]], list[Task]]
+    methods: Callable[[], dict[str, Method]] | None
+    """Who erases; `None`: who is in every table, by the number of concepts."""
+    split: str = "judged"
+    out: str = "quality.jsonl"
+
+    def methods_for(self, count: int) -> dict[str, Method]:
+        """Who erases tasks of so many concepts."""
+        return methods.compared(count) if self.methods is None else self.methods()
+
+
+def _all() -> dict[str, Method]:
+    return methods.variants() | methods.baselines()
+
+
+TABLES: Mapping[str, Table] = {
+    "objects": Table(objects, _all),
+    "several": Table(several, None),
+    "styles": Table(styles, None),
+    "characters": Table(characters, None),
+    "unsafe": Table(unsafe, methods.by_category),
+    "withheld": Table(withheld, methods.variants),
+    "ablation": Table(ablated, methods.ablation),
+    "sweep": Table(tuning, methods.sweep, "tuning", "sweep.jsonl"),
+    "sweep_several": Table(tuning_several, methods.sweep, "tuning", "sweep.jsonl"),
+}

@@ -1,0 +1,1 @@
+"""How long things take: each module measures one part of the library beside baselines."""
