@@ -4,7 +4,7 @@ The original U-Net teaches the edited one: one module, which is handed the text'
 either (`text_path`). Training (`training`) draws from windows of trajectories (`trajectories`). At
 the end both variants, closed form alone and with the factors, draw held-back seeds of the *named*
 words: the factors stay only where they bring these closer to the anchor's pictures without moving
-the preserved ones further (method: section 4, trap 1).
+the preserved ones further (docs/method.md, section 6.3).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Prompts of a concept and of its anchor, encoded and aligned row by row (method: "Pairs").
+"""Prompts of a concept and of its anchor, encoded and aligned row by row.
+
+The rows that come of it: docs/method.md, section 2.
 
     "a photo of a cat"      <bos> a photo of a  cat  <eos> <pad> ...
                                   |   |   | |    |     |     |

@@ -1,4 +1,4 @@
-"""The erasure as a map on prompt embeddings: no weights change (method: "The closed form").
+"""The erasure as a map on prompt embeddings: no weights change (docs/method.md, section 4).
 
 ``W T x = W (T x)``: a pipeline that several tenants share can give each the erasures of its own, by
 mapping what the text encoders return before the denoiser sees it.

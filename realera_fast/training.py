@@ -4,8 +4,8 @@
       + gamma   | eps'(z_t, t, E + eta') - eps(z_t, t, E + eta') |^2   beyond
       + gamma_p | eps'(z_t, t, P) - eps(z_t, t, P) |^2                 preserve
 
-(method: section 4). What a step draws depends on the seed and its number alone, so a resumed run
-and a second process draw the same.
+(docs/method.md, section 6.1). What a step draws depends on the seed and its number alone, so a
+resumed run and a second process draw the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Where z_t comes from: denoising trajectories, kept and drawn from again (method: section 4).
+"""Where z_t comes from: denoising trajectories, kept and drawn from again.
+
+The mathematics: docs/method.md, section 6.2.
 
 Drawing z_t anew for every step would cost as many passes as a picture. So a window of trajectories
 is denoised in batches, every point of them is kept with what the original model predicts there, and

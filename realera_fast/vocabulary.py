@@ -1,8 +1,8 @@
 """What the model can say: words of the tokenizer's own vocabulary, encoded once per text encoder.
 
 They serve twice. Their second moments are the *preserve prior*: what must stay where it is when no
-list is given (method: "The preserve prior"). And those that fall inside the neighborhood of a
-concept are its *semantic neighbors*, found without any data (method: "Mining in expectation").
+list is given (docs/method.md, section 5). And those that fall inside the neighborhood of a
+concept are its *semantic neighbors*, found without any data (docs/method.md, section 3.3).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class VocabularyConfig:
     """The preserve prior."""
 
     words: int = 1000
-    """Whole words of the tokenizer's vocabulary, most common first (count; method.md: "a few
-    thousand"; ours, so that a CPU encodes them in minutes)."""
+    """Whole words of the tokenizer's vocabulary, most common first (count; docs/method.md,
+    section 5; ours: so many that a CPU encodes them in minutes)."""
 
     preserve_scale: float = 40.0
     """Weight of the prior's mean row, and of each word named as preserved, against one target's

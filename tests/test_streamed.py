@@ -275,7 +275,7 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
     "region", [mining.MiningConfig().neighbor_region, mining.MiningConfig().beyond_region]
 )
 def test_sums_converge_to_the_expectation_at_the_root_of_the_samples(region, device):
-    """method: the error of the mean over s samples is proportional to 1 / sqrt(s)."""
+    """docs/method.md, section 3.2: the error of the mean over s samples falls as 1 / sqrt(s)."""
     e = normal(1, 6, 8).to(device)
     width = 8
     limit = mining.moments(e[:, 1:].numel(), region)

@@ -1,0 +1,333 @@
+"""README and docs: their blocks run as a reader would paste them, and the site builds strictly."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from ldm_checkpoint import to_ldm
+from run import CASES
+from safetensors.torch import save_file
+from tiny_clip import tiny_clip
+from tiny_models import tiny_pipeline
+
+import realera_fast
+from realera_fast import EraseConfig, embedded
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+LONGEST_README = 150
+
+KINDS = ("object", "style", "person", "explicit")
+
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line, code) of every block of a page in that language."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text[: match.start()].count("\n") + 2, match[2])
+        for match in BLOCK.finditer(text)
+        if match[1] == language
+    ]
+
+
+def with_blocks(language: str) -> list[Any]:
+    return [
+        pytest.param(page, id=str(page.relative_to(ROOT)))
+        for page in PAGES
+        if blocks(page, language)
+    ]
+
+
+SHORTEST = {
+    "steps": 2,
+    "batch_size": 2,
+    "trajectories": 2,
+    "sampling_steps": 2,
+    "check_seeds": 1,
+    "check_sampling_steps": 2,
+    "check_words": 2,
+}
+"""What a second stage takes at most, where a page asks for more."""
+
+
+def small(config: EraseConfig | None) -> EraseConfig:
+    """Those settings with few prompts and a short second stage."""
+    config = config or EraseConfig()
+    few = {kind: ("{}", "a photo of a {}") for kind in KINDS}
+    least = {name: min(value, getattr(config.alignment, name)) for name, value in SHORTEST.items()}
+    return replace(
+        config,
+        pairs=replace(config.pairs, templates=few, neutral_words=4),
+        alignment=replace(config.alignment, **least),
+    )
+
+
+def replace_everywhere(
+    monkeypatch: pytest.MonkeyPatch, wrapped: Callable[..., Any], stand_in: Callable[..., Any]
+) -> None:
+    """Wherever a module of the library holds `wrapped`, under any name, it holds the stand-in."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "realera_fast":
+            for attribute, value in list(vars(module).items()):
+                if value is wrapped:
+                    monkeypatch.setattr(module, attribute, stand_in)
+
+
+@functools.cache
+def _embedded_parts() -> Any:
+    return embedded.load_pipeline()
+
+
+@pytest.fixture
+def embedded_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model is read once; each page has a U-Net of its own."""
+    original = _embedded_parts()
+
+    def load_pipeline(*_: Any, **__: Any) -> Any:
+        pipe = type(original)(**original.components, requires_safety_checker=False)
+        pipe.unet = copy.deepcopy(original.unet)
+        return pipe
+
+    monkeypatch.setattr(embedded, "load_pipeline", load_pipeline)
+
+
+@pytest.fixture
+def short_erase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`erase` sees few prompts and trains for two steps."""
+    original = realera_fast.erase
+
+    @functools.wraps(original)
+    def erase(*arguments: Any, config: EraseConfig | None = None, **options: Any) -> Any:
+        return original(*arguments, config=small(config), **options)
+
+    replace_everywhere(monkeypatch, original, erase)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with `out` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def save_clip(path: Path) -> None:
+    model, processor = tiny_clip()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def test_pages_have_blocks() -> None:
+    """An empty README or a page that lost its blocks is no page whose blocks run."""
+    assert len(blocks(README, "python")) >= 2 and len(blocks(README, "sh")) >= 2
+    running = {page.name for page in PAGES if blocks(page, "python")}
+    expected = {"start", "concepts", "models", "formats", "stacking", "verify", "alignment"}
+    assert {f"{name}.md" for name in expected | {"kernels"}} <= running
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+@pytest.mark.usefixtures("embedded_pipeline", "short_erase")
+def test_python_blocks_run(
+    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order and in one namespace. A checkpoint of gigabytes is stood in for by a tiny one."""
+    import diffusers
+
+    for name in ("DiffusionPipeline", "StableDiffusionPipeline"):
+        monkeypatch.setattr(
+            getattr(diffusers, name), "from_pretrained", lambda *_, **__: tiny_pipeline()
+        )
+    # A machine of the reader has a GPU; this one may not.
+    monkeypatch.setattr("diffusers.DiffusionPipeline.to", lambda self, *_, **__: self)
+    if "clip-vit-large-patch14" in page.read_text(encoding="utf-8"):
+        save_clip(folder / "clip-vit-large-patch14")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, code in blocks(page, "python"):
+        # The line number is the page's own, so that a traceback points into it.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+# Shell
+
+
+def commands_of(page: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, words) of every command in the shell blocks of a page."""
+    for line, code in blocks(page, "sh"):
+        for command in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(command, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield line, words[:end]
+                words = words[end + 1 :]
+
+
+ON_A_GPU = {"--device", "--dtype"}
+"""Options that a machine without a GPU does not take, with one value each."""
+
+
+def prepare(folder: Path) -> None:
+    """Everything that commands of the docs name and that earlier commands did not make."""
+    tiny = tiny_pipeline()
+    config = small(EraseConfig())
+    config = replace(config, alignment=replace(config.alignment, enabled=False))
+    first = realera_fast.erase(tiny, ["cat"], config=config)
+    for name in ("no-cat", "no-rabbit", "no-van-gogh"):
+        first.save(folder / f"out/{name}/erasure.safetensors")
+        first.save_lora(folder / f"out/{name}/lora")
+    first.save(folder / "brands.safetensors")
+    realera_fast.erase(tiny, ["horse"], config=config).save(folder / "faces.safetensors")
+    (folder / "brands.csv").write_text("target\ncat\n")
+    (folder / "settings.json").write_text('{"seed": 1}')
+    save_file(to_ldm(tiny_pipeline().unet), folder / "xl.safetensors")
+    save_clip(folder / "clip")
+
+
+@pytest.fixture
+def tiny_command_line(
+    folder: Path, short_erase: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], int]:
+    """The command line, for which every model is a tiny one that takes text as it comes."""
+    from realera_fast import cli
+
+    [load_pipeline] = {
+        value
+        for name, module in list(sys.modules.items())
+        if name.startswith("realera_fast.")
+        for attribute, value in vars(module).items()
+        if attribute == "load_pipeline" and value.__module__.endswith("loading")
+    }
+    replace_everywhere(monkeypatch, load_pipeline, lambda *_, **__: tiny_pipeline())
+    prepare(folder)
+    detectors = ModuleType("mypackage.nudity")
+    detectors.__dict__["detect"] = lambda image: []
+    monkeypatch.setitem(sys.modules, detectors.__name__, detectors)
+
+    def run(arguments: list[str]) -> int:
+        words = iter(arguments)
+        kept = [word for word in words if word not in ON_A_GPU or not next(words)]
+        command = kept[0]
+        if command != "info":
+            kept += ["--quiet", *(["--force"] if command != "demo" else [])]
+        if command == "verify":
+            kept += ["--steps", "2", "--height", "64", "--width", "64", "--seeds", "0"]
+        # The demo has a test of its own, and takes minutes: its arguments are read here.
+        return cli.run(kept if command != "demo" else [*kept, "--help"])
+
+    return run
+
+
+def test_shell_commands_run(
+    tiny_command_line: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every `realera-fast ...` in README and docs, in order, on a tiny model."""
+    seen = set()
+    for page in PAGES:
+        for line, words in commands_of(page):
+            if words[:1] == ["realera-fast"]:
+                code = tiny_command_line(words[1:])
+                assert code == 0, (str(page), line, words, capsys.readouterr().err)
+                seen.add(words[1])
+    assert seen == {"erase", "apply", "verify", "info", "demo"}
+
+
+def test_other_shell_commands_exist() -> None:
+    """Targets of make, and scripts with their options; to run them takes minutes to hours."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    options = {path: path.read_text(encoding="utf-8") for path in (ROOT / "bench").rglob("*.py")}
+    named = set()
+    for page in PAGES:
+        for line, words in commands_of(page):
+            where = (str(page), line, words)
+            named.add(words[0])
+            if words[0] == "make":
+                assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), where
+            elif words[0] == "python" and words[1] != "-m":
+                assert words[1] == "bench/run.py" and words[2] in CASES, where
+                for word in words[3:]:
+                    if word.startswith("--"):
+                        assert any(f'"{word}"' in text for text in options.values()), where
+            else:
+                assert words[0] in {"realera-fast", "pip", "python", "."}, where
+    assert {"make", "python", "realera-fast"} <= named
+    targets = {words[1] for _, words in commands_of(README) if words[0] == "make"}
+    assert targets == {"demo", "test"}
+
+
+# Pages
+
+
+def test_readme_fits() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= LONGEST_README
+
+
+def test_links_of_the_repository_point_at_files() -> None:
+    """The site checks the links of its own pages; these are read on a forge."""
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+        assert links, name
+        for link in links:
+            if not re.match(r"[a-z]+:", link):
+                assert (ROOT / link).exists(), (name, link)
+
+
+SOURCES = ("realera_fast", "kernels", "csrc", "bench", "tests", "tools")
+CITATION = re.compile(r"(docs/[\w/.-]+\.(?:md|png))(?:,\s+section\s+(\d+(?:\.\d+)*))?")
+
+
+def test_cited_pages_and_sections_exist() -> None:
+    """A document is cited by its path in the repository, an equation by the section."""
+    found = 0
+    for folder in SOURCES:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in {".py", ".cpp", ".h", ".cu", ".cuh"} or path == Path(__file__):
+                continue
+            # A citation may be broken over two lines of a comment.
+            text = re.sub(r"\n\s*(#|//)?\s*", " ", path.read_text(encoding="utf-8"))
+            for document, section in CITATION.findall(text):
+                page = ROOT / document
+                assert page.is_file(), (str(path), document)
+                if section:
+                    headings = re.findall(r"^#+ (\d+(?:\.\d+)*)", page.read_text(), re.MULTILINE)
+                    assert section in headings, (str(path), document, section)
+                    found += 1
+    assert found >= 8
+
+
+def test_page_of_the_command_line_is_what_the_commands_say() -> None:
+    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "tools" / "cli_page.py")
+    assert spec is not None and spec.loader is not None
+    cli_page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cli_page)
+    committed = cli_page.PAGE.read_text(encoding="utf-8")
+    assert committed == cli_page.page(), "run python tools/cli_page.py"
+
+
+def test_site_builds_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every link, anchor, page and documented name of the site is there."""
+    for package in ("mkdocs", "mkdocstrings"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f'{package} is not installed: pip install -e ".[docs]"')
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
+    assert config.strict
+    build(config)
+    made = {path.relative_to(tmp_path / "site").as_posix() for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "changelog/index.html", "reference/config/index.html"} <= made
+    assert "negative_guidance" in (tmp_path / "site/reference/config/index.html").read_text()
