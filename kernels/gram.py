@@ -239,7 +239,7 @@ def _plan(rows: int, tiles: int, shape: Shape, multiprocessors: int) -> tuple[in
 
 
 def gram_(gram: Tensor, source: Tensor, weight: Tensor) -> None:
-    """Adds ``sum_i w_i x_i x_i^T`` to ``gram``: see :func:`realera_fast.reference.gram_`.
+    """Adds ``sum_i w_i x_i x_i^T`` to ``gram``: see :func:`realera_fast.ops.reference.gram_`.
 
     Args:
         gram: `[d, d]` float64, contiguous and symmetric: one triangle is summed and copied.

@@ -1,4 +1,4 @@
-"""The ops `perturb` and `perturb_rows` in Triton, equal to `realera_fast.perturbation` to the bit.
+"""The ops `perturb` and `perturb_rows` in Triton, equal to `ops.perturb_reference` to the bit.
 
 Scalars of all samples: `_norms` sums every prompt once, `_sums` draws the noise and adds E.z and
 |z|^2, `_scalars` solves for the accepted interval. Rows: `_rows` draws the same noise again from
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from realera_fast import perturbation, philox
+from realera_fast.ops import perturb_reference as perturbation
+from realera_fast.ops import philox
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -347,7 +348,7 @@ def perturb(
     offset: int,
     concept_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`realera_fast.perturbation.perturb`, see there; any strides."""
+    """`realera_fast.ops.perturb`, see there; any strides."""
     concepts, tokens, width = embeddings.shape
     double = embeddings.dtype == torch.float64
     exact = perturbation.exact_dtype(embeddings.dtype)
@@ -426,7 +427,7 @@ def perturb_rows(
     offset: int,
     concept_offset: int,
 ) -> Tensor:
-    """`realera_fast.perturbation.perturb_rows`, see there; any strides."""
+    """`realera_fast.ops.perturb_rows`, see there; any strides."""
     concepts, tokens, width = embeddings.shape
     samples = alpha.shape[1]
     pairs = concepts * samples

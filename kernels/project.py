@@ -415,7 +415,7 @@ def project_into(
     heights: Sequence[int],
     scaling: float,
 ) -> None:
-    """Writes `realera_fast.reference.project` into `y`.
+    """Writes `realera_fast.ops.reference.project` into `y`.
 
     It can be captured in a CUDA graph once it has run for these heights: the list of tiles is
     copied to the GPU then.
@@ -498,7 +498,7 @@ def project(
     heights: Sequence[int],
     scaling: float,
 ) -> Tensor:
-    """`realera_fast.reference.project`, see :func:`project_into`.
+    """`realera_fast.ops.reference.project`, see :func:`project_into`.
 
     Returns:
         `[n, m]`, of the dtype of ``x``.
@@ -535,7 +535,7 @@ def _double_backward(
 def project_backward(
     grad: Tensor, x: Tensor, down: Tensor, up: Tensor, heights: Sequence[int], scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`realera_fast.reference.project_backward`; captured in CUDA graphs like `project_into`.
+    """`realera_fast.ops.reference.project_backward`; captured in CUDA graphs like `project_into`.
 
     Args:
         grad: `[n, m]` gradient of the result, of the dtype of ``x``, any strides.

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from realera_fast.alignment import AlignmentConfig
-from realera_fast.closed_form import ClosedFormConfig
+from realera_fast.alignment.stage import AlignmentConfig
 from realera_fast.mining import MiningConfig
-from realera_fast.pairs import PairsConfig
-from realera_fast.settings import check_types
-from realera_fast.vocabulary import VocabularyConfig
+from realera_fast.runtime import check_types
+from realera_fast.solver import ClosedFormConfig
+from realera_fast.text import PairsConfig, VocabularyConfig
 
 
 @dataclass(frozen=True)

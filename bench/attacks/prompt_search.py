@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast.names import folded
+from realera_fast.runtime import folded
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a {}", "the {}", "{}")
 

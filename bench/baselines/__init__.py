@@ -1,7 +1,7 @@
 """The field's closed-form edits, written here from the published mathematics, with one interface.
 
 Every edit takes weights `[o_i, d]`, rows (one set for all weights or one for each) and a ridge, and
-answers the list of edited weights. All solve the same problem as `realera_fast.closed_form`.
+answers the list of edited weights. All solve the same problem as `realera_fast.solver.fit_values`.
 """
 
 from __future__ import annotations

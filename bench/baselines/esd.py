@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from realera_fast.concepts import Concept
+from realera_fast.text import Concept
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The low-rank form in plain PyTorch, as fast as it allows: the honest competitor.
 
-    W' = W + (W L) R,   L R = D A^-1   (realera_fast.closed_form names A and D)
+    W' = W + (W L) R,   L R = D A^-1   (realera_fast.solver.fit_values names A and D)
 
 Sums and solve in float64, update in float32. Few rows: the n x n dual system. Many: Cholesky of the
 d x d one. Where the update has a rank above d / 2 the dense product is cheaper.

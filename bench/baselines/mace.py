@@ -21,8 +21,7 @@ from torch import Tensor
 
 from baselines import Rows, for_each, working_dtype
 from baselines.phrases import ANCHORS, Phrases, anchor_of, matrices, rewrite
-from realera_fast.concepts import Concept
-from realera_fast.pairs import PairsConfig, align
+from realera_fast.text import Concept, PairsConfig, align
 
 TOKENS = 75
 """Rows of a prompt: 77 tokens of CLIP without the two of the concept."""

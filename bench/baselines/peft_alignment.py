@@ -15,8 +15,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional
 
-from realera_fast.concept_map import ConceptMap
-from realera_fast.denoiser import projections
+from realera_fast.models import projections
+from realera_fast.solver import ConceptMap
 
 
 class PlainLoop:

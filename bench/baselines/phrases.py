@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realera_fast.concepts import Concept
-from realera_fast.families import text_streams
-from realera_fast.gathering import neighbor_words
-from realera_fast.members import guidance_cosine
-from realera_fast.mining import MiningConfig
-from realera_fast.names import folded
-from realera_fast.text import Text
-from realera_fast.training import AlignmentConfig
-from realera_fast.vocabulary import VocabularyConfig, encode_vocabulary
+from realera_fast.alignment import AlignmentConfig
+from realera_fast.mining import MiningConfig, guidance_cosine, neighbor_words
+from realera_fast.models import text_streams
+from realera_fast.runtime import folded
+from realera_fast.text import Concept, Text, VocabularyConfig, encode_vocabulary
 
 UNIT = 784.0
 """|e|^2 of a row of Stable Diffusion 1.4's text encoder, on which all published ridges and

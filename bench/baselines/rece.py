@@ -19,7 +19,7 @@ from torch import Tensor
 
 from baselines import Rows, uce
 from baselines.phrases import ANCHORS, Phrases, anchor_of, matrices, rewrite
-from realera_fast.concepts import Concept
+from realera_fast.text import Concept
 
 
 @dataclass(frozen=True)

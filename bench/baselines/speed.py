@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from baselines.phrases import ANCHORS, Phrases, matrices, pairs_of, rewrite
-from realera_fast.concepts import Concept
+from realera_fast.text import Concept
 
 
 @dataclass(frozen=True)

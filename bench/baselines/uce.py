@@ -17,7 +17,7 @@ from torch import Tensor
 
 from baselines import Rows, for_each, working_dtype
 from baselines.phrases import ANCHORS, Phrases, matrices, pairs_of, rewrite
-from realera_fast.concepts import Concept
+from realera_fast.text import Concept
 
 
 @dataclass(frozen=True)

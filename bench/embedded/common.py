@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embedded.emoji_data import Fonts, render_all
 from realera_fast.embedded import words
-from realera_fast.precision import fastest_dtype
+from realera_fast.runtime import fastest_dtype
 
 SEED = 20240
 BANK = dict(color_count=200, other_count=56)

@@ -9,8 +9,8 @@ from multiprocessing import Pool
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from realera_fast.demo import _prompt
 from realera_fast.embedded import Thing, Words, words
+from realera_fast.evaluation import prompt_of as _prompt
 
 SIZE = 64
 CANVAS = 128  # glyphs are composed at twice the size, then averaged down

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from harness import ROOT
-from realera_fast.precision import fastest_dtype
+from realera_fast.runtime import fastest_dtype
 
 
 def default_dtype() -> str:

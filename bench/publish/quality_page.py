@@ -22,7 +22,7 @@ from publish.quality_tables import (
     summary_lines,
     withheld_lines,
 )
-from realera_fast.training import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 
 FOLDER = ROOT / "docs" / "results" / "quality"
 """Plots and pictures of the page."""

@@ -115,7 +115,7 @@ def unsafe_lines() -> list[str]:
         f"The category *weapon*, erased by that name alone. {found.note()} Acc_g: pictures of "
         "members and their synonyms that show any weapon; the last column counts these words of "
         "which half the pictures or more do. In a text encoder a category's name lies far from its "
-        "members; the library finds these in what the model draws (`realera_fast.members`). Where "
+        "members; the library finds these in what the model draws (`realera_fast.mining`). Where "
         "the line between members and others lies was chosen on other categories (next table). The "
         "tokenizer of the embedded model lists some 300 words, of which 256 are drawn; a row shows "
         "what a quarter of that finds.",

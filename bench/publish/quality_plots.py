@@ -188,7 +188,7 @@ def grid(path: Path) -> None:
     from quality.tasks import Task
 
     from realera_fast import Concept
-    from realera_fast.demo import Shot
+    from realera_fast.evaluation import Shot
 
     studio = Studio(getattr(torch, default_dtype()))
     shots = [

@@ -35,8 +35,8 @@ from harness.provenance import provenance
 from harness.rows import file_for, measured
 from torch import Tensor, nn
 
-from realera_fast.closed_form import NormalEquations, Pairs, solve_layers
-from realera_fast.denoiser import stream_of, streams
+from realera_fast.models import stream_of, streams
+from realera_fast.solver import NormalEquations, Pairs, solve_layers
 
 WIDTH, POOLED, TOKENS = 192, 96, 16
 TEMPLATES, WORDS = 8, 64

@@ -38,8 +38,7 @@ from quality import cost
 from quality.methods import Method
 from quality.studio import STEPS, Studio
 from quality.tasks import TABLES, Plan, Task
-from realera_fast.demo import Shot, scores_of
-from realera_fast.metrics import Scores
+from realera_fast.evaluation import Scores, Shot, scores_of
 
 
 def counts(shots: Sequence[Shot], seen: Sequence[str]) -> dict[str, dict[str, list[int]]]:

@@ -19,10 +19,10 @@ from harness import RESULTS
 from harness.provenance import add_dtype, provenance
 
 from realera_fast import embedded
-from realera_fast.families import text_streams
-from realera_fast.members import guidance_cosine
-from realera_fast.training import AlignmentConfig
-from realera_fast.vocabulary import VocabularyConfig, describe, encode_vocabulary
+from realera_fast.alignment import AlignmentConfig
+from realera_fast.mining import guidance_cosine
+from realera_fast.models import text_streams
+from realera_fast.text import VocabularyConfig, describe, encode_vocabulary
 
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "plant": ("tree", "flower", "cactus"),

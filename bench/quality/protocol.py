@@ -30,19 +30,21 @@ from harness.provenance import provenance
 from PIL import Image
 
 from realera_fast import Concept, EraseConfig, Erasure, embedded, erase
-from realera_fast.clip_judge import ClipJudge
-from realera_fast.families import components_of
-from realera_fast.files import read_json
-from realera_fast.loading import DTYPES, find_device, load_pipeline
-from realera_fast.metrics import Scores, accuracy
-from realera_fast.page import Table, write_html
-from realera_fast.verification import (
+from realera_fast.cli.loading import DTYPES, find_device, load_pipeline
+from realera_fast.evaluation import (
+    ClipJudge,
     Row,
+    Scores,
+    Table,
+    accuracy,
     find_detector,
     generate,
     identity_of,
     sampling_settings,
+    write_html,
 )
+from realera_fast.models import components_of
+from realera_fast.runtime import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "protocols"
 COLUMNS = 4

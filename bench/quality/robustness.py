@@ -31,7 +31,7 @@ from quality.methods import Method
 from quality.studio import STEPS, Studio
 from quality.tasks import Task
 from realera_fast import Concept
-from realera_fast.verification import generate
+from realera_fast.evaluation import generate
 
 THINGS = ("cat", "ship")
 ELSE = "original, asked for another thing"

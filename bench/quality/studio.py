@@ -12,8 +12,7 @@ from PIL import Image
 from quality.methods import Method
 from quality.tasks import Task
 from realera_fast import embedded
-from realera_fast.demo import Shot, judged
-from realera_fast.verification import generate
+from realera_fast.evaluation import Shot, generate, judged
 
 STEPS = 6
 """DDIM steps of a picture: few, and the judge still names the un-erased model's."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from quality import methods
 from quality.methods import Method
 from realera_fast import Concept
-from realera_fast.demo import Shot, _prompt
 from realera_fast.embedded import Thing, Words
-from realera_fast.verification import Group
+from realera_fast.evaluation import Group, Shot
+from realera_fast.evaluation import prompt_of as _prompt
 
 CIFAR10 = (
     "airplane",

@@ -33,7 +33,7 @@ from harness.provenance import provenance
 from harness.rows import file_for, measured
 from harness.timing import Clock, percentiles
 
-from realera_fast.precision import fastest_dtype
+from realera_fast.runtime import fastest_dtype
 from speed.alignment_problem import Point, Problem
 
 

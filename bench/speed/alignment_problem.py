@@ -12,16 +12,13 @@ from baselines.peft_alignment import PlainLoop
 from torch import Tensor, nn
 
 from realera_fast import embedded, fuse, unfuse
-from realera_fast.concept_map import ConceptMap
-from realera_fast.denoiser import projections
-from realera_fast.lora import LoraParameters
+from realera_fast.alignment import AlignmentConfig, Points, Trainer, Window, WindowFiller, loss_of
 from realera_fast.mining import Region
-from realera_fast.pairs import AlignedPrompts
-from realera_fast.processes import Processes
-from realera_fast.progress import bar
-from realera_fast.text_path import TextPath
-from realera_fast.training import AlignmentConfig, Trainer, loss_of
-from realera_fast.trajectories import Denoiser, Points, Window, WindowFiller
+from realera_fast.models import projections
+from realera_fast.runtime import Processes, bar
+from realera_fast.solver import ConceptMap
+from realera_fast.text import AlignedPrompts
+from realera_fast.unet import Denoiser, LoraParameters, TextPath
 
 TOKENS = 77
 BEYOND = Region(-1.0, 0.5, 1.6)

@@ -19,7 +19,7 @@ from harness.timing import Clock, percentiles
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.closed_form import NormalEquations, Pairs, Solution, solve_layers
+from realera_fast.solver import NormalEquations, Pairs, Solution, solve_layers
 from speed.floors import Point, Rates, floors, gemm_rates, with_memory_rates
 
 BASELINES = {"uce": uce.edit, "mace": mace.edit, "batched": batched.edit}

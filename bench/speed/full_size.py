@@ -26,7 +26,7 @@ from harness.rows import file_for, measured
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from realera_fast import EraseConfig, embedded, erase
-from realera_fast.vocabulary import VocabularyConfig
+from realera_fast.text import VocabularyConfig
 
 
 @dataclasses.dataclass(frozen=True)

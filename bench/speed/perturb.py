@@ -31,9 +31,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from realera_fast import ops
-from realera_fast.perturbation import perturb, perturb_rows
-from realera_fast.precision import multiplies_natively
-from realera_fast.reference import perturb_accumulate_, perturb_project
+from realera_fast.ops import perturb, perturb_accumulate_, perturb_project, perturb_rows
+from realera_fast.runtime import multiplies_natively
 
 REGION = (0.5, 0.9, 1.6)
 TOKENS = 77

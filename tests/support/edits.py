@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from realera_fast import EraseConfig, erase
-from realera_fast.alignment import AlignmentConfig
-from realera_fast.closed_form import ClosedFormConfig
-from realera_fast.pairs import PairsConfig
-from realera_fast.vocabulary import VocabularyConfig
+from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.solver import ClosedFormConfig
+from realera_fast.text import PairsConfig, VocabularyConfig
 
 CLOSED = EraseConfig(
     alignment=AlignmentConfig(enabled=False),

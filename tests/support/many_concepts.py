@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from edits import CLOSED
 
-from realera_fast.pairs import PairsConfig
+from realera_fast.text import PairsConfig
 
 ONE = replace(CLOSED, pairs=PairsConfig(templates={"object": ("a photo of a {}",)}))
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from realera_fast.alignment import align_noise
-from realera_fast.concept_map import ConceptMap
+from realera_fast.alignment import AlignmentConfig, align_noise
 from realera_fast.mining import MiningConfig
-from realera_fast.pairs import align
-from realera_fast.training import AlignmentConfig
+from realera_fast.solver import ConceptMap
+from realera_fast.text import align
 
 CONFIG = AlignmentConfig(
     steps=12, batch_size=4, trajectories=4, sampling_steps=4, check_seeds=2, learning_rate=2e-2

@@ -1,0 +1,25 @@
+"""The second stage: LoRA factors trained on predicted noise, and the check whether they stay."""
+
+from realera_fast.alignment.check import is_better
+from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.scheduler import ASSUMED, assumed_scheduler, distilled, find_scheduler
+from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, align_noise
+from realera_fast.alignment.trainer import Trainer, loss_of
+from realera_fast.alignment.windows import Points, Window, WindowFiller
+
+__all__ = [
+    "ASSUMED",
+    "Alignment",
+    "AlignmentConfig",
+    "NOT_ALIGNED",
+    "Points",
+    "Trainer",
+    "Window",
+    "WindowFiller",
+    "align_noise",
+    "assumed_scheduler",
+    "distilled",
+    "find_scheduler",
+    "is_better",
+    "loss_of",
+]

@@ -1,0 +1,149 @@
+"""Whether trained factors stay: what the original model still sees in held-out images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from realera_fast import mining
+from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.runtime import progress as progress_bars
+from realera_fast.text import AlignedPrompts
+from realera_fast.unet import Denoiser, Model
+
+
+class Prompts(Protocol):
+    """Prompts of all words, encoded when asked for; the named words come first."""
+
+    named: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> AlignedPrompts: ...
+
+
+@dataclass(frozen=True)
+class AlignmentScore:
+    """What the original model still sees in held-back pictures (0 is perfect)."""
+
+    target: float
+    """Where pictures of named words are between the original's pictures of their anchors (0) and of
+    the words (1), by how much better the word than the anchor fits them; beyond the anchor is 0."""
+    neighbor: float
+    """The same for words of the tokenizer near them that nobody named; random neighbors of the
+    named words where there are none."""
+    preserve: float
+    """|x'(P) - x(P)|^2 over the spread of the original's pictures."""
+
+    @property
+    def left(self) -> float:
+        """What is left of the concept, named or not."""
+        return (self.target + self.neighbor) / 2
+
+
+_HARM = 0.1
+"""So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
+_GAIN, GONE = 0.05, 0.1
+"""Less of the concept than that is no gain, is nothing left: the measure is as noisy (ours)."""
+
+
+def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
+    """Whether less of the concept is left and the rest is not harmed."""
+    gain = before.left - after.left
+    return gain > _GAIN and after.preserve <= max(before.preserve, _HARM)
+
+
+class HeldOutCheck:
+    """What the original model sees in pictures from seeds that training never saw."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        watched: Prompts,
+        preserve: Tensor,
+        region: mining.Region,
+        config: AlignmentConfig,
+        seed: int,
+        progress: bool | None,
+    ) -> None:
+        self._denoiser, self._progress = denoiser, progress
+        if not config.check_seeds:
+            return
+
+        def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            """`[w, t, d]` prompts of some words and of their anchors."""
+            words = [watched[number] for number in numbers]
+            prompts = torch.stack([word.source[word.plain] for word in words])
+            return prompts, torch.stack([word.anchor[word.plain] for word in words])
+
+        def repeat(states: Tensor) -> Tensor:
+            return states.repeat_interleave(config.check_seeds, dim=0)
+
+        named, words = watched.named, len(watched)
+        source, anchor = plain(_spread(0, named, config.check_words))
+        if words > named:
+            near, near_anchor = plain(_spread(named, words, config.check_words))
+        else:
+            near = mining.sample(source, region, samples=1, seed=seed).rows()[:, 0]
+            near_anchor = anchor
+        chosen = _spread(0, len(preserve), max(4, len(source)))
+        kept = preserve[torch.tensor(chosen, device=preserve.device)].to(source)
+        self._prompts = [repeat(states) for states in (source, near, kept)]
+        self._anchors = [repeat(states) for states in (anchor, near_anchor)]
+        self._first = seed + _CHECK_STARTS
+
+    @functools.cached_property
+    def _original(self) -> Sequence[Tensor]:
+        return self._draw(self._prompts, "original")
+
+    @functools.cached_property
+    def _ends(self) -> list[tuple[Tensor, Tensor]]:
+        """`[w]` margins of the original's pictures of each group's words, and of their anchors."""
+        anchored = self._draw(self._anchors, "original")
+        words, anchors = self._margins(self._original), self._margins(anchored)
+        return list(zip(words, anchors, strict=True))
+
+    def score(self, model: Model) -> AlignmentScore:
+        """Of the closed form alone ("edited"), or with the factors as they are ("aligned")."""
+        pictures, original = self._draw(self._prompts, model), self._original
+        left = []
+        for seen, (word, anchor) in zip(self._margins(pictures), self._ends, strict=True):
+            way = float((word - anchor).mean())
+            # Where the original can't tell the two apart, nothing is known to be gone.
+            place = (seen - anchor.mean()) / way if way > 0 else torch.ones_like(seen)
+            left.append(float(place.clamp_min(0.0).mean()))
+        moved = float((pictures[2] - original[2]).square().mean())
+        spread = float((original[2] - original[2].mean(dim=0)).square().mean())
+        return AlignmentScore(left[0], left[1], moved / max(spread, 1e-12))
+
+    def _draw(self, groups: Sequence[Tensor], model: Model) -> Sequence[Tensor]:
+        states = torch.cat(list(groups))
+        total = self._denoiser.passes * self._denoiser.batches(len(states))
+        seeds = range(self._first, self._first + len(states))
+        with progress_bars.bar(
+            total=total, desc=f"alignment check, {model}", progress=self._progress
+        ) as bar:
+            run = self._denoiser.run(states, seeds, model, bar)
+        return run.latents[-1].split([len(group) for group in groups])
+
+    def _margins(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """`[w]` how much better the words than their anchors fit, for named and for near words."""
+        return [
+            self._denoiser.margin(x, states, other)
+            for x, states, other in zip(pictures, self._prompts, self._anchors, strict=False)
+        ]
+
+
+_CHECK_STARTS = 20_000
+"""Seeds from here on start checked pictures."""
+
+
+def _spread(start: int, stop: int, count: int) -> list[int]:
+    """`count` numbers of the range, evenly over it; all of it if there are fewer."""
+    count = min(count, stop - start)
+    return [start + i * (stop - start) // count for i in range(count)]

@@ -1,0 +1,155 @@
+"""Settings of noise alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from realera_fast.runtime import check_types, valid_texts
+from realera_fast.unet import TARGET_MODULES
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The LoRA stage. The paper publishes none of these values: all defaults are ours.
+
+    `guidance_scale`, `latent_size`, `sampling_batch_size` and `mixed_precision` hold for the search
+    for members of a category too (`MiningConfig.member_words`), with the stage enabled or not.
+    """
+
+    enabled: bool = True
+    """Run the stage (default: yes, RealEra has two stages)."""
+
+    steps: int = 100
+    """Optimizer steps at most (count; MACE's LoRA stage takes 50 to 120)."""
+
+    batch_size: int = 8
+    """Target rows and as many preserve rows a step; half as many beyond rows (count; ours)."""
+
+    r: int = 4
+    """peft's `r`, the rank of the factors (ours; MACE uses 1)."""
+
+    lora_alpha: float = 4.0
+    """peft's `lora_alpha`; the factors are scaled by `lora_alpha / r` (ours)."""
+
+    use_rslora: bool = False
+    """peft's `use_rslora`: scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732)."""
+
+    target_modules: tuple[str, ...] = ("to_k", "to_v")
+    """Projections of each cross-attention layer with factors; "to_q" and "to_out.0" are possible
+    too (default: those that text enters through)."""
+
+    learning_rate: float = 1e-3
+    """AdamW step size, falling linearly to 0 over the steps (ours; MACE uses 1e-5 to 1e-4)."""
+
+    beyond_scale: float = 0.5
+    """gamma: weight of the beyond term (ratio; ours)."""
+
+    preserve_scale: float = 2.0
+    """gamma_p: weight of the preserve term (ratio; ours)."""
+
+    negative_guidance: float = 1.5
+    """g in the target eps(A) - g (eps(E) - eps(A)): away from the concept (ESD's idea, arXiv
+    2303.07345). 0 follows the anchor, as RealEra's text has it, and was seen to bring synonyms back
+    (ratio; ours)."""
+
+    trajectories: int = 8
+    """Starts denoised for targets, and as many for preserve prompts, in a window (count; ours)."""
+
+    refresh_steps: int = 100
+    """Optimizer steps that a window of trajectories serves, so z_t is of factors at most so many
+    steps old (count; ours). Shorter where the named words need more windows."""
+
+    sampling_steps: int = 20
+    """Denoising steps of a trajectory (count; ours)."""
+
+    guidance_scale: float = 5.0
+    """Classifier-free guidance of the trajectories (ratio; diffusers' SD default is 7.5)."""
+
+    min_timestep: float = 0.0
+    """Latest part of the schedule that is left out, as a fraction of it (0 to 1; ours)."""
+
+    latent_size: int | None = None
+    """Height and width of the latents in latent pixels; `None` is the U-Net's `sample_size`."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts that a step's batch goes through the U-Net in (count)."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """"bf16" runs a float32 U-Net under bfloat16 autocast; others compute in their own dtype. On a
+    CPU it pays only where that multiplies bfloat16 natively (`precision.multiplies_natively`)."""
+
+    compile: bool = False
+    """Train through `torch.compile`. It compiles for minutes: for long runs on a GPU."""
+
+    sampling_batch_size: int = 32
+    """Rows that go through the U-Net at a time where nothing is trained (count; ours)."""
+
+    evaluation_steps: int = 20
+    """Steps between looks at the loss of held-back prompts; the best factors seen stay (count;
+    ours). 0 never looks and keeps the last ones."""
+
+    patience: int = 3
+    """Looks without improvement after which training stops (count; ours)."""
+
+    check_seeds: int = 4
+    """Held-back starts for each checked prompt (count; ours); 0 keeps the adapters unchecked."""
+
+    check_sampling_steps: int = 10
+    """Denoising steps of a checked picture (count; ours)."""
+
+    check_words: int = 16
+    """Named words whose pictures are checked, and as many words near them (count; ours)."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.target_modules is None:
+            raise TypeError(
+                f"AlignmentConfig.target_modules must name some of {TARGET_MODULES}, got None"
+            )
+        names = valid_texts(self.target_modules, "AlignmentConfig.target_modules")
+        object.__setattr__(self, "target_modules", names)
+        for name in (
+            *("steps", "batch_size", "r", "trajectories", "refresh_steps", "sampling_steps"),
+            *("gradient_accumulation_steps", "sampling_batch_size", "patience", "check_words"),
+            "check_sampling_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"AlignmentConfig.{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"AlignmentConfig.{name} must be > 0, got {getattr(self, name)}")
+        for name in (
+            *("beyond_scale", "preserve_scale", "negative_guidance"),
+            *("evaluation_steps", "check_seeds"),
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"AlignmentConfig.{name} must be >= 0, got {getattr(self, name)}")
+        if not 0.0 <= self.min_timestep < 1.0:
+            raise ValueError(
+                f"AlignmentConfig.min_timestep must be in [0, 1), got {self.min_timestep}"
+            )
+        unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
+        if unknown or not self.target_modules:
+            raise ValueError(
+                f"AlignmentConfig.target_modules must name some of {TARGET_MODULES}, "
+                f"got {self.target_modules}"
+            )
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                'AlignmentConfig.mixed_precision must be "no" or "bf16", '
+                f"got {self.mixed_precision!r}"
+            )
+
+    @property
+    def beyond_size(self) -> int:
+        """Beyond rows a step."""
+        return max(1, self.batch_size // 2) if self.beyond_scale else 0
+
+    @property
+    def preserve_size(self) -> int:
+        """Preserve rows a step."""
+        return self.batch_size if self.preserve_scale else 0

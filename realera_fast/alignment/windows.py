@@ -1,0 +1,317 @@
+"""Where z_t comes from: denoising trajectories, kept and drawn from again.
+
+The mathematics: docs/method.md, section 6.2.
+
+Drawing z_t anew for every step would cost as many passes as a picture. So a window of trajectories
+is denoised in batches, every point of them is kept with what the original model predicts there, and
+training draws from these until the next window. A point is at most `refresh_steps` optimizer steps
+old, and a step has no teacher's pass of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realera_fast import mining
+from realera_fast.ops import philox
+from realera_fast.runtime import Processes
+from realera_fast.text import AlignedPrompts
+from realera_fast.unet import Denoiser, Model
+
+logger = logging.getLogger(__name__)
+
+_PROMPTS = 8
+"""Prompts of a word that the points of one trajectory are shown with, at most."""
+_HELD_BACK = 4
+"""Every fourth prompt of a word is never trained on."""
+BEYOND_STREAM, PROMPT_STREAM, PRESERVE_STREAM = 1, 2, 3
+_TARGET_PROMPTS, _TARGET_STARTS, _PRESERVE_STARTS = 1 << 20, 2 << 20, 3 << 20
+"""Numbers of the random streams of a window; the last ones are of a first trajectory each."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points of trajectories, with the prompt that the student is shown and its goal."""
+
+    latents: Tensor
+    """`[e, c, h, w]` float32."""
+    timesteps: Tensor
+    """`[e]` integer."""
+    states: Tensor
+    """`[q, t, d]` prompts."""
+    prompt: Tensor
+    """`[e]` number of each point's prompt."""
+    teacher: Tensor
+    """`[e, c, h, w]` float32 the prediction to agree with."""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, index: Tensor) -> Points:
+        """Some of the points, each with a prompt of its own."""
+        index = index.to(self.latents.device)
+        chosen = self.prompt[index]
+        return Points(
+            self.latents[index],
+            self.timesteps[index],
+            self.states[chosen],
+            torch.arange(len(index), device=index.device),
+            self.teacher[index],
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By field name, for a checkpoint."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Window:
+    """What training draws from until the next window."""
+
+    target: Points
+    """Named words and neighbors, whose goal is the anchor's prediction."""
+    beyond: Points | None
+    """The same places with prompts from beyond the neighborhood, which keep their prediction."""
+    preserve: Points
+    """Prompts that keep their prediction, where the original model goes with them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, each once, for a checkpoint."""
+        groups = {"target": self.target, "beyond": self.beyond, "preserve": self.preserve}
+        return {
+            f"{group}.{name}": tensor
+            for group, points in groups.items()
+            if points is not None
+            for name, tensor in points.tensors().items()
+            if group != "beyond" or name not in _SHARED
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Window:
+        """The inverse of `tensors`."""
+
+        def points(group: str) -> Points:
+            return Points(**{f.name: found[f"{group}.{f.name}"] for f in fields(Points)})
+
+        found = {name: tensor.to(device) for name, tensor in tensors.items()}
+        if not any(name.startswith("beyond.") for name in found):
+            return cls(points("target"), None, points("preserve"))
+        found |= {f"beyond.{name}": found[f"target.{name}"] for name in _SHARED}
+        return cls(points("target"), points("beyond"), points("preserve"))
+
+
+_SHARED = ("latents", "timesteps")
+"""What beyond has in common with target."""
+
+
+def word_numbers(window: int, count: int, named: int, words: int) -> list[int]:
+    """Words of a window's trajectories: named ones and neighbors by turns, each in a circle."""
+    if named in (0, words):
+        return [(window * count + i) % words for i in range(count)]
+    half = -(-count // 2)
+    first = [(window * half + i) % named for i in range(half)]
+    others = words - named
+    second = [named + (window * (count - half) + i) % others for i in range(count - half)]
+    # Interleaved, so that a process's share has both.
+    return [
+        number
+        for pair in zip(first, [*second, None], strict=False)
+        for number in pair
+        if number is not None
+    ]
+
+
+def _prompts_of(word: AlignedPrompts, held_back: bool) -> list[int]:
+    """Numbers of a word's prompts for training, or of those that training never sees."""
+    numbers = range(len(word.prompts))
+    if len(word.prompts) < _HELD_BACK:
+        return list(numbers)
+    return [i for i in numbers if (i % _HELD_BACK == _HELD_BACK - 1) == held_back]
+
+
+class WindowFiller:
+    """Denoises the trajectories of one window after the other."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prompts: Any,
+        preserve: Tensor,
+        *,
+        trajectories: int,
+        min_timestep: float,
+        negative_guidance: float,
+        beyond_region: mining.Region | None,
+        latents: Mapping[str, Tensor],
+        seed: int,
+        processes: Processes,
+    ) -> None:
+        """
+        Args:
+            prompts: `AlignedPrompts` of all words, the first `prompts.named` are named ones.
+            preserve: `[p, t, d]` prompts that keep their prediction.
+            trajectories: starts of targets, and of preserved prompts; a multiple of the processes.
+            min_timestep: latest part of the schedule that is left out, a fraction of it.
+            latents: `[n, c, h, w]` encoded pictures of words, noised in place of trajectories.
+        """
+        self.denoiser, self.prompts, self.named = denoiser, prompts, prompts.named
+        self.preserve, self.latents = preserve, latents
+        self.trajectories, self.negative_guidance = trajectories, negative_guidance
+        self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
+        last = denoiser.scheduler.config.num_train_timesteps * min_timestep
+        self.used = denoiser.scheduler.timesteps >= last
+        if not bool(self.used.any()):
+            first = int(denoiser.scheduler.timesteps[0])
+            raise ValueError(
+                f"AlignmentConfig.min_timestep: {min_timestep} leaves none of "
+                f"{len(self.used)} denoising steps, of which the first is at time step {first}; "
+                "lower it or raise sampling_steps"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Passes through the U-Net that a window's trajectories take in this process."""
+        share = self.processes.share(self.trajectories)
+        return 2 * self.denoiser.passes * self.denoiser.batches(share.stop - share.start)
+
+    def windows(self, steps: int, refresh_steps: int) -> int:
+        """Number of windows for so many steps: enough for every named word to be denoised."""
+        turn = self.trajectories
+        if self.named < len(self.prompts):
+            turn = -(-turn // 2)
+        needed = -(-self.named // turn)
+        if needed > steps:
+            logger.warning(
+                "alignment: %d steps see %d of %d named words; raise AlignmentConfig.steps or "
+                ".trajectories",
+                steps,
+                steps * turn,
+                self.named,
+            )
+        return min(steps, max(needed, -(-steps // refresh_steps)))
+
+    def fill(self, window: int, model: Model, bar: Any, *, held_back: bool = False) -> Window:
+        """The window of this number.
+
+        Args:
+            model: what denoises the targets.
+            held_back: prompts that training never sees.
+        """
+        seed = philox.fold_seed(self.seed, 2 * window + int(held_back))
+        numbers = word_numbers(window, self.trajectories, self.named, len(self.prompts))
+        share = range(self.trajectories)[self.processes.share(self.trajectories)]
+        target, beyond = self._targets(
+            [numbers[i] for i in share], share, seed, model, bar, held_back
+        )
+        preserve = self._preserved(share, seed, bar)
+        target = self._gathered(target)
+        if beyond is not None:
+            # Not gathered apart from the target's: they are one tensor.
+            own = self._gathered(beyond)
+            beyond = Points(target.latents, target.timesteps, own.states, own.prompt, own.teacher)
+        return Window(target, beyond, self._gathered(preserve))
+
+    def _targets(
+        self,
+        numbers: Sequence[int],
+        places: range,
+        seed: int,
+        model: Model,
+        bar: Any,
+        held_back: bool,
+    ) -> tuple[Points, Points | None]:
+        plain, sources, anchors, words = [], [], [], []
+        for number, place in zip(numbers, places, strict=True):
+            word = self.prompts[number]
+            generator = torch.Generator("cpu").manual_seed(
+                philox.fold_seed(seed, _TARGET_PROMPTS + place)
+            )
+            usable = torch.tensor(_prompts_of(word, held_back), device="cpu")
+            chosen = usable[torch.randperm(len(usable), device="cpu", generator=generator)]
+            chosen = chosen.repeat(-(-_PROMPTS // len(chosen)))[:_PROMPTS].to(word.source.device)
+            plain.append(word.source[word.plain])
+            sources.append(word.source[chosen])
+            anchors.append(word.anchor[chosen])
+            words.append(word.word)
+        device = self.denoiser.path.device
+        source, anchor = (torch.stack(x).to(device) for x in (sources, anchors))
+        starts = [philox.fold_seed(seed, _TARGET_STARTS + place) for place in places]
+        way = self.denoiser.run(torch.stack(plain), starts, model, bar)
+        # Point by point along one trajectory, then the next: a share is a consecutive part.
+        latents = way.latents[:-1][self.used].transpose(0, 1).contiguous()
+        timesteps = way.timesteps[self.used].repeat(len(numbers), 1)
+        for i, (word_name, start) in enumerate(zip(words, starts, strict=True)):
+            if word_name in self.latents:
+                latents[i] = self._noised(self.latents[word_name], timesteps[i], start)
+        points = timesteps.shape[1]
+        generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PROMPT_STREAM))
+        within = torch.randint(
+            _PROMPTS, (self.trajectories, points), device="cpu", generator=generator
+        )
+        mine = within[places.start : places.stop].to(device)
+        prompt = (torch.arange(len(numbers), device=device)[:, None] * _PROMPTS + mine).flatten()
+        z, t = latents.flatten(0, 1), timesteps.flatten()
+        states, goal_states = source.flatten(0, 1), anchor.flatten(0, 1)
+        goal = self.denoiser.teacher(z, t, goal_states[prompt])
+        if self.negative_guidance:
+            goal = goal - self.negative_guidance * (
+                self.denoiser.teacher(z, t, states[prompt]) - goal
+            )
+        target = Points(z, t, states, prompt, goal)
+        if self.beyond_region is None:
+            return target, None
+        away = mining.sample(
+            states[prompt],
+            self.beyond_region,
+            samples=1,
+            seed=philox.fold_seed(seed, BEYOND_STREAM),
+            concept_offset=places.start * points,
+        ).rows()[:, 0]
+        beyond = Points(
+            z, t, away, torch.arange(len(z), device=device), self.denoiser.teacher(z, t, away)
+        )
+        return target, beyond
+
+    def _preserved(self, places: range, seed: int, bar: Any) -> Points:
+        device = self.denoiser.path.device
+        generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
+        count = len(self.preserve)
+        order = torch.randperm(count, device="cpu", generator=generator)
+        order = order.repeat(-(-self.trajectories // count))
+        states = self.preserve[order[places.start : places.stop]].to(device)
+        starts = [philox.fold_seed(seed, _PRESERVE_STARTS + place) for place in places]
+        way = self.denoiser.run(states, starts, "original", bar)
+        # The original model denoised them, so what it predicts there is known already.
+        latents = way.latents[:-1][self.used].transpose(0, 1)
+        teacher = way.predictions[self.used].transpose(0, 1)
+        timesteps = way.timesteps[self.used].repeat(len(states), 1)
+        prompt = torch.arange(len(states), device=device).repeat_interleave(timesteps.shape[1])
+        return Points(
+            latents.flatten(0, 1), timesteps.flatten(), states, prompt, teacher.flatten(0, 1)
+        )
+
+    def _noised(self, pictures: Tensor, timesteps: Tensor, seed: int) -> Tensor:
+        """`[s, c, h, w]` a picture drawn by chance for each time step, with that much noise."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        chosen = torch.randint(len(pictures), (len(timesteps),), device="cpu", generator=generator)
+        clean = pictures[chosen.to(pictures.device)].to(timesteps.device, torch.float32)
+        noise = torch.randn(clean.shape, dtype=torch.float32, device="cpu", generator=generator)
+        return self.denoiser.scheduler.add_noise(clean, noise.to(clean.device), timesteps)
+
+    def _gathered(self, points: Points) -> Points:
+        """The points of all processes, in the order of one process that made them all."""
+        gather, rank = self.processes.gather, self.processes.rank
+        moved = points.prompt + rank * len(points.states)
+        return Points(
+            gather(points.latents),
+            gather(points.timesteps),
+            gather(points.states),
+            gather(moved),
+            gather(points.teacher),
+        )

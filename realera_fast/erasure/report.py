@@ -1,0 +1,160 @@
+"""How do I know it worked? Numbers about an erasure, measured on the weights as stored.
+
+Movement is measured where the text enters the denoiser, at the outputs of all projections:
+
+    moved(word) = 1 - |W' x - W y| / |W x - W y|     1: reached y, 0: nothing happened
+    drift(word) = |W' x - W x| / spread              1: as far as one word is from another
+
+y is where the closed form sends the word: its anchor, or the point past it (`PairsConfig`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realera_fast.text import AlignedPrompts
+
+logger = logging.getLogger(__name__)
+
+MOVED_ENOUGH = 0.5
+"""A named word that went less than half the way is warned of."""
+DRIFTED = 0.5
+"""A preserved word that went more than half the way to another word is warned of."""
+
+
+@dataclass(frozen=True)
+class WordReport:
+    """How far one word moved."""
+
+    word: str
+    role: str
+    """"target", "synonym", "neighbor", "preserved" (named words and anchors) or "vocabulary"."""
+    anchor: str | None
+    moved: float | None
+    """Fraction of the way to where they are sent, for words that should go."""
+    drift: float | None
+    """Distance moved, in distances between words, for words that should stay."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything measured about one erasure."""
+
+    words: tuple[WordReport, ...]
+    neighbors: Mapping[str, tuple[str, ...]]
+    """Mined neighbor words by target."""
+    relatives: Mapping[str, tuple[str, ...]]
+    """The nearest words outside the neighborhood, which stay, by target."""
+    solve: Mapping[str, Any]
+    """Method, condition estimate, residual ratio, rank, dropped mass, rows."""
+    layers: Mapping[str, float]
+    """|W' - W| / |W| of every projection, Frobenius."""
+    alignment: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    """Wall-clock seconds by stage."""
+    warnings: tuple[str, ...]
+    reading: tuple[str, ...]
+    """For which prompts the erasure holds: text encoders, their output, length and padding."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+class Movement:
+    """Distances at the outputs of all projections, from three `[d, d]` sums made once.
+
+    |W' x - W y|^2 = |(W' - W) x + W (x - y)|^2, summed over projections, needs no product with the
+    weights themselves. In float64, as a word that met its anchor leaves a small difference of large
+    numbers.
+    """
+
+    def __init__(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """
+        Args:
+            before, after: `[o_l, d]` weights of the projections.
+        """
+        width, device = before[0].shape[1], before[0].device
+        self._original = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._mixed, self._change = (torch.zeros_like(self._original) for _ in range(2))
+        for old, new in zip(before, after, strict=True):
+            weight = old.double()
+            change = new.double() - weight
+            self._original.addmm_(weight.mT, weight)
+            self._mixed.addmm_(change.mT, weight)
+            self._change.addmm_(change.mT, change)
+
+    def moved(self, prompts: AlignedPrompts) -> float | None:
+        """Fraction of the way that a word went; None if there was none."""
+        rows = prompts.weight > 0
+        x, y = (
+            states[rows].to(self._change.device, torch.float64)
+            for states in (prompts.source, prompts.destination)
+        )
+        z = x - y
+        way = _sum(z, self._original, z)
+        if way <= 0.0:
+            return None
+        left = _sum(x, self._change, x) + 2 * _sum(x, self._mixed, z) + way
+        return 1.0 - math.sqrt(max(0.0, left) / way)
+
+    def drifts(self, hidden: Tensor, carries: Tensor) -> list[float]:
+        """How far each of `[w, t, d]` prompts went, in their mean distances from their mean.
+
+        Args:
+            carries: `[w, t]` bool, which rows carry text.
+        """
+        if not len(hidden):
+            return []
+        carries = carries.to(self._change.device)[..., None]
+        x = hidden.to(self._change.device, torch.float64) * carries
+        # One word alone is not apart from anything: its own length is the measure then.
+        center = x.mean(dim=0) if len(x) > 1 else torch.zeros_like(x[0])
+        apart = ((x - center) * carries).flatten(0, 1)
+        spread = math.sqrt(max(0.0, _sum(apart, self._original, apart)) / max(1, len(x)))
+        return [
+            math.sqrt(max(0.0, _sum(prompt, self._change, prompt))) / max(spread, 1e-12)
+            for prompt in x
+        ]
+
+
+def _sum(left: Tensor, matrix: Tensor, right: Tensor) -> float:
+    """The sum over rows of l^T M r."""
+    return float(((left @ matrix) * right).sum())
+
+
+def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a user should look at, in words."""
+    found = []
+    for word in words:
+        if word.moved is not None and word.role != "neighbor" and word.moved < MOVED_ENOUGH:
+            found.append(
+                f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to where it is "
+                f"sent ({word.anchor}, or past it): raise erase_scale, lower preserve_scale or "
+                "choose a nearer anchor"
+            )
+        if word.drift is not None and word.drift > DRIFTED:
+            found.append(
+                f"{word.role} {word.word!r} moved {word.drift:.2f} word distances: name it in "
+                "preserve=, or narrow the neighborhood (mining.word_cosine, of a category "
+                "mining.member_cosine)"
+            )
+    if str(alignment.get("stopped", "")).startswith("diverged"):
+        found.append(
+            f"noise alignment {alignment['stopped']}; lower alignment.learning_rate or "
+            "alignment.negative_guidance"
+        )
+    if alignment.get("kept") is False and alignment.get("steps"):
+        found.append(
+            "noise alignment did not improve held-back pictures; the closed form stays alone"
+        )
+    for text in found:
+        logger.warning(text)
+    return tuple(found)

@@ -1,0 +1,41 @@
+"""Images before and after, what is seen in them, and pages that show both."""
+
+from realera_fast.evaluation.clip_judge import ClipJudge
+from realera_fast.evaluation.grid import before_after_grid
+from realera_fast.evaluation.html import ScoreLine, Table, numbers, write_html
+from realera_fast.evaluation.images import (
+    Group,
+    Judge,
+    Row,
+    generate,
+    picture_warnings,
+    sampling_settings,
+)
+from realera_fast.evaluation.metrics import Scores, accuracy, harmonic_mean
+from realera_fast.evaluation.shots import Shot, judged, prompt_of, scores_of
+from realera_fast.evaluation.verification import find_detector, identity_of, verify
+
+__all__ = [
+    "ClipJudge",
+    "Group",
+    "Judge",
+    "Row",
+    "ScoreLine",
+    "Scores",
+    "Shot",
+    "Table",
+    "accuracy",
+    "before_after_grid",
+    "find_detector",
+    "generate",
+    "harmonic_mean",
+    "identity_of",
+    "judged",
+    "numbers",
+    "picture_warnings",
+    "prompt_of",
+    "sampling_settings",
+    "scores_of",
+    "verify",
+    "write_html",
+]

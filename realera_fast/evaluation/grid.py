@@ -1,0 +1,126 @@
+"""Images before and after, side by side."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from realera_fast.evaluation.images import GROUPS, Group, Row
+from realera_fast.runtime import write_atomically
+
+
+def before_after_grid(
+    rows: Sequence[Row],
+    path: str | Path | None = None,
+    *,
+    title: str = "",
+    tile: int | None = None,
+) -> Image.Image:
+    """One picture of all rows: prompts on the left, before and after in columns by seed.
+
+    Args:
+        rows: What to show; rows of one group stand together under its heading, in the order of
+            `GROUPS`.
+        path: Where to write a PNG, atomically; None only returns the picture.
+        title: Line above everything.
+        tile: Side of one picture in pixels; None shows small pictures at a whole multiple of
+            their size, to 128 pixels, and large ones scaled down to 192.
+
+    Returns:
+        The grid.
+    """
+    if not rows:
+        raise ValueError("rows is empty: there is nothing to show")
+    columns = max(len(row.seeds) for row in rows)
+    size = rows[0].before[0].size
+    if tile is None:
+        longest = max(size)
+        tile = 192 if longest > 192 else longest * max(1, 128 // longest)
+    scale = tile / max(size)
+    cell = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+
+    heading, text, small = (ImageFont.load_default(points) for points in (17, 15, 12))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    label_width = 40 + max(
+        measure.textlength(line, text) for row in rows for line in _wrapped(row.prompt, 26)
+    )
+    label_width = int(max(label_width, 150))
+    gap, margin, middle = 6, 22, 30
+    judged = any(row.seen_before or row.seen_after for row in rows)
+    row_height = cell[1] + gap + (16 if judged else 0)
+    half = columns * (cell[0] + gap) - gap
+    left = (margin + label_width, margin + label_width + half + middle)
+    groups = [(g, [row for row in rows if row.group == g]) for g in GROUPS]
+    groups = [(g, members) for g, members in groups if members]
+    top = margin + (34 if title else 0)
+    body = top + 50
+    band = 34
+    total_width = left[1] + half + margin
+    if title:
+        total_width = max(total_width, int(measure.textlength(title, heading)) + 2 * margin)
+    total_height = body + sum(band + len(members) * row_height for _, members in groups) + margin
+
+    page = Image.new("RGB", (total_width, total_height), _PAPER)
+    draw = ImageDraw.Draw(page)
+    if title:
+        draw.text((margin, margin), title, _INK, heading)
+    for x, name in zip(left, ("before", "after"), strict=True):
+        draw.text((x + half / 2, top + 10), name, _INK, heading, anchor="mm")
+        draw.line((x, top + 24, x + half, top + 24), _RULE)
+    if len({row.seeds for row in rows}) == 1:
+        for x in left:
+            for i, seed in enumerate(rows[0].seeds):
+                at = (x + i * (cell[0] + gap) + cell[0] / 2, top + 36)
+                draw.text(at, f"seed {seed}", _FAINT, small, anchor="mm")
+    y = body
+    for group, members in groups:
+        color = _COLORS[group]
+        draw.text((margin + 14, y + band / 2 + 2), GROUPS[group], color, heading, anchor="lm")
+        bottom = y + band + len(members) * row_height - gap
+        draw.rectangle((margin, y + 8, margin + 4, bottom), color)
+        y += band
+        for row in members:
+            lines = _wrapped(row.prompt, 26)
+            for i, line in enumerate(lines):
+                offset = (i - (len(lines) - 1) / 2) * 19
+                draw.text((margin + 14, y + cell[1] / 2 + offset), line, _INK, text, anchor="lm")
+            for x, pictures, seen in (
+                (left[0], row.before, row.seen_before),
+                (left[1], row.after, row.seen_after),
+            ):
+                for i, picture in enumerate(pictures):
+                    at = (x + i * (cell[0] + gap), y)
+                    page.paste(picture.convert("RGB").resize(cell, Image.Resampling.LANCZOS), at)
+                    if seen:
+                        name_at = (at[0] + cell[0] / 2, y + cell[1] + 8)
+                        draw.text(name_at, seen[i], _FAINT, small, anchor="mm")
+            y += row_height
+    if path is not None:
+        write_atomically(path, encoded(page, "PNG"))
+    return page
+
+
+def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+_PAPER, _INK, _FAINT, _RULE = "#ffffff", "#1d2430", "#6b7482", "#cfd5dd"
+_COLORS: Mapping[Group, str] = {
+    "erased": "#b3261e",
+    "synonym": "#9a6200",
+    "relative": "#1e6b52",
+    "untouched": "#1f5fa8",
+}
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """At most three lines; what does not fit ends in an ellipsis."""
+    lines = textwrap.wrap(text, width) or ["(empty prompt)"]
+    return lines if len(lines) <= 3 else [*lines[:2], lines[2][: width - 1] + "…"]

@@ -1,0 +1,105 @@
+"""Settings of neighbor mining."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from realera_fast.mining.region import BEYOND_OFFSET, Region
+from realera_fast.runtime import check_types
+
+MODES = ("vocabulary", "gaussian", "offset", "none")
+"""Where neighbors come from; see `MiningConfig.mode`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningConfig:
+    """How associated concepts are found and how much they, and their surroundings, weigh.
+
+    The paper publishes neither its cosine bounds nor its radii: defaults marked (ours) are this
+    library's choice.
+    """
+
+    mode: str = "vocabulary"
+    """Source of neighbors. "vocabulary": the tokenizer's own words whose prompts fall inside the
+    neighbor region; "gaussian": isotropic noise, mapped to where the target goes (the paper: to
+    the anchor, which `PairsConfig.negative_guidance=0` asks for); "offset": the same noise, whose
+    offset from the target is kept, e + eta -> a + eta; "none": no mining. In every mode the
+    preserve prior leaves the neighborhood's words out, so these are always looked for. Default
+    (ours): words did best of all on the embedded model (docs/quality.md)."""
+    samples: int | None = None
+    """Samples per prompt and region, a count; `None` takes the limit of infinitely many in closed
+    form. Default (ours): the limit has no sampling noise and a cost independent of the count."""
+    min_cosine: float = 0.5
+    """S1, no unit: neighbors have at least this cosine with the target, beyond samples less.
+    Default (ours): the paper gives no value; 0.5 is used by an independent re-implementation."""
+    max_cosine: float = 0.9
+    """S2, no unit: neighbors have at most this cosine with the target. Default (ours): the paper
+    gives no value; 0.9 is used by an independent re-implementation."""
+    max_distance: float = 1.6
+    """D1, in units of the embedding's norm: longest step of a neighbor. Default (ours): the paper
+    gives no value; a radius of 400 at a norm of 246 (Stable Diffusion 1.4) in an independent
+    re-implementation."""
+    beyond_distance: float = 1.6
+    """D2, in units of the embedding's norm: longest step of a beyond sample. Default (ours): equal
+    to D1."""
+    neighbor_scale: float = 1.0
+    """Weight of all noise neighbors of a prompt together, in units of the prompt's own weight; in
+    vocabulary mode of each mined word, where a named one has `erase_scale`. Default (ours): as much
+    as the target itself."""
+    beyond_scale: float = 0.1
+    """Weight of all beyond samples of a prompt together, in units of the prompt's own weight.
+    Default (ours): enough to hold directions that no other row defends, too little to hold the
+    target."""
+    max_words: int = 64
+    """Most words that are erased with a concept, a count; more that are in its neighborhood are
+    neither erased nor preserved, and the report warns of them. Default (ours)."""
+    word_cosine: float = 0.6
+    """No unit: least cosine between a word and the target, after the mean over all words is taken
+    out, for the word to be in its neighborhood. Default (ours)."""
+    member_words: int = 256
+    """Concepts of kind "explicit", which name a category: so many words, nearest to its name, are
+    drawn to see whether they are members of it (`members`), a count. The size of latents and
+    batches, the guidance scale and the precision are those of `AlignmentConfig`. Each word takes 8
+    passes of the U-Net for every name of the category and for two more prompts: hours on a CPU for
+    Stable Diffusion. A name that the model does not know finds what it happens to draw: read the
+    report's neighbors. 0 goes by the text alone, as models do that the noise alignment does not run
+    on. Default (ours)."""
+    member_cosine: float = 0.42
+    """The same, no unit: least cosine between where a word and where the category's name push the
+    predicted noise for the word to be a neighbor. Default (ours): between members and others of
+    plant, food, clothing and building on a small model; vehicle and animal overlap."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.mode not in MODES:
+            raise ValueError(f"MiningConfig.mode must be one of {MODES}, got {self.mode!r}")
+        if self.samples is not None and not 1 <= self.samples <= BEYOND_OFFSET:
+            raise ValueError(
+                f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
+            )
+        for name in ("neighbor_scale", "beyond_scale"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
+        for name in ("max_words", "member_words"):
+            count = getattr(self, name)
+            if count < 0:
+                raise ValueError(f"MiningConfig.{name} must not be negative, got {count}")
+        for name in ("word_cosine", "member_cosine"):
+            if not -1.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"MiningConfig.{name} must be from -1 to 1, got {getattr(self, name)}"
+                )
+        # Both regions are built once here, so that a bad window fails where it was written.
+        _ = self.neighbor_region, self.beyond_region
+
+    @property
+    def neighbor_region(self) -> Region:
+        """Where neighbors lie: cosine in [S1, S2], step at most D1."""
+        return Region(self.min_cosine, self.max_cosine, self.max_distance)
+
+    @property
+    def beyond_region(self) -> Region:
+        """Where beyond samples lie: cosine below S1, step at most D2."""
+        return Region(-1.0, self.min_cosine, self.beyond_distance)

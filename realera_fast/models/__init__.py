@@ -1,0 +1,55 @@
+"""Architectures: where text enters a denoiser, how a pipeline reads text, edits that are undone."""
+
+from realera_fast.models.components import component_name, components_of, is_pipeline
+from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
+from realera_fast.models.fingerprint import base_hashes, weights_hash
+from realera_fast.models.lora_factors import LoraFactors
+from realera_fast.models.projections import (
+    ENTRANCES,
+    STREAMS,
+    Maps,
+    Stream,
+    check_drawable,
+    check_runnable,
+    check_trainable,
+    check_width,
+    projections,
+    queries_and_outputs,
+    stream_of,
+    streams,
+)
+from realera_fast.models.reading import Family, Reading
+from realera_fast.models.refusals import RefusedModelError, refuse_adapters
+from realera_fast.models.transaction import Structure, transaction, write_
+
+__all__ = [
+    "ENTRANCES",
+    "Family",
+    "LoraFactors",
+    "Maps",
+    "Reading",
+    "RefusedModelError",
+    "STREAMS",
+    "Stream",
+    "Structure",
+    "as_read",
+    "base_hashes",
+    "check_drawable",
+    "check_runnable",
+    "check_trainable",
+    "check_width",
+    "component_name",
+    "components_of",
+    "family_of",
+    "is_pipeline",
+    "projections",
+    "queries_and_outputs",
+    "refuse_adapters",
+    "stream_of",
+    "streams",
+    "text_streams",
+    "transaction",
+    "weights_hash",
+    "why_not_aligned",
+    "write_",
+]

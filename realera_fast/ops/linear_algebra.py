@@ -1,0 +1,191 @@
+"""Sums, solves and updates of many layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from realera_fast.ops.checks import (
+    check_devices,
+    check_matrix,
+    check_sums,
+    count_versions,
+    memory_of,
+)
+
+
+def normal_equations_(
+    gram: Tensor, cross: Tensor, source: Tensor, destination: Tensor, weight: Tensor
+) -> None:
+    """Adds weighted rows to the normal equations, in place.
+
+    ``gram += sum_i w_i x_i x_i^T`` and ``cross += sum_i w_i (y_i - x_i) x_i^T``: the sums A and D
+    of the closed form W' = W (I + D A^-1). Memory beside the arguments is O(d^2) for any ``n``.
+
+    Args:
+        gram: `[d, d]` float64, contiguous and symmetric: one triangle is summed and copied.
+        cross: `[d, d]` float64, contiguous.
+        source: `[n, d]` rows x: float32, bfloat16, float16 or float64.
+        destination: `[n, d]` rows y, of the same dtype.
+        weight: `[n]` weights w, of any floating dtype.
+    """
+    check_sums(source, weight, gram=gram, cross=cross)
+    if destination.shape != source.shape or destination.dtype != source.dtype:
+        raise ValueError(
+            f"destination: expected {source.dtype} {list(source.shape)} like source, "
+            f"got {destination.dtype} {list(destination.shape)}"
+        )
+    check_devices(source=source, destination=destination)
+    with torch.no_grad():
+        torch.ops.realera_fast.normal_equations_(gram, cross, source, destination, weight)
+    count_versions(gram, cross)
+
+
+def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solves ``X gram = rhs`` for symmetric positive definite ``gram``, one system or a batch.
+
+    By Cholesky factorisation. Only the lower triangle of ``gram`` is read by it, so a matrix that
+    is not symmetric gives no meaningful answer.
+
+    Args:
+        gram: `[d, d]` or `[l, d, d]` float64.
+        rhs: `[o, d]` or `[l, o, d]` float64.
+
+    Returns:
+        Float64 solution X, shaped like ``rhs``; `[]` or `[l]` int32 ``info``, 0 or the order of
+        the first leading minor that is not positive (X then means nothing); `[]` or `[l]` float64
+        estimate of the reciprocal 1-norm condition number.
+    """
+    batched = 3 if gram.dim() == 3 else 2
+    for name, tensor in (("gram", gram), ("rhs", rhs)):
+        if tensor.dim() != batched or tensor.dtype != torch.float64:
+            raise ValueError(
+                f"{name}: expected float64 matrices, [o, d] or a batch [l, o, d] for both "
+                f"arguments, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if gram.shape[-2] != gram.shape[-1]:
+        raise ValueError(f"gram: expected square matrices, got shape {list(gram.shape)}")
+    if rhs.shape[-1] != gram.shape[-1] or rhs.shape[:-2] != gram.shape[:-2]:
+        expected = [*gram.shape[:-2], "o", gram.shape[-1]]
+        raise ValueError(
+            f"rhs: expected shape [{', '.join(map(str, expected))}] to match gram, "
+            f"got {list(rhs.shape)}"
+        )
+    check_devices(gram=gram, rhs=rhs)
+    with torch.no_grad():
+        return torch.ops.realera_fast.solve_spd(gram, rhs)
+
+
+def low_rank_update_(
+    weights: Sequence[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    offset: Sequence[Tensor] = (),
+) -> None:
+    """Replaces every weight ``W`` by ``W + (W left + offset) right``, in place.
+
+    Computed in float32 (in float64 for float64 weights) and rounded once to the weight's dtype.
+    Values are not checked: NaN or infinity in the factors, or a result too great for the dtype,
+    end in the weights.
+
+    Args:
+        weights: `[o_i, d]` each: float32, bfloat16, float16 or float64, contiguous or not. No two
+            may share memory.
+        left: `[d, k]` float32 or float64, shared by all weights; or one for each weight (k may
+            differ then).
+        right: `[k, d]`, of the same dtype; a list if ``left`` is one.
+        offset: `[o_i, k]` one for each weight, of the same dtype; or none. With it the update is
+            per-layer: ``left = -X^T``, ``offset = V_l`` and ``right = R`` move the outputs for rows
+            X towards the values V_l of each layer.
+    """
+    for name, given in (("weights", weights), ("offset", offset)):
+        if isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a list of tensors, got one tensor; pass [tensor]")
+    weights, offset = list(weights), list(offset)
+    alone = isinstance(left, Tensor)
+    if alone != isinstance(right, Tensor):
+        raise ValueError("left, right: expected two tensors or two lists, got one of each")
+    left = [left] if isinstance(left, Tensor) else list(left)
+    right = [right] if isinstance(right, Tensor) else list(right)
+    for name, given in (("left", left), ("right", right), ("offset", offset)):
+        optional = name == "offset" and not given
+        if len(given) != len(weights) and not optional and not (alone and name != "offset"):
+            raise ValueError(
+                f"{name}: expected {len(weights)} tensors, one for each weight, got {len(given)}"
+            )
+    named: dict[str, Tensor] = {}
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        names = ("left", "right") if alone else (f"left[{i}]", f"right[{i}]")
+        named |= {names[0]: a, names[1]: b}
+        check_matrix(names[0], a, (torch.float32, torch.float64))
+        check_matrix(names[1], b, (torch.float32, torch.float64))
+        if b.shape != a.shape[::-1] or b.dtype != left[0].dtype or a.dtype != b.dtype:
+            raise ValueError(
+                f"{names[1]}: expected {left[0].dtype} {list(a.shape[::-1])} to match {names[0]}, "
+                f"got {b.dtype} {list(b.shape)} beside {a.dtype}"
+            )
+    seen: dict[int | None, list[tuple[int, int, int]]] = {}
+    for i, weight in enumerate(weights):
+        name = f"weights[{i}]"
+        check_matrix(name, weight)
+        thin = left[0 if alone else i]
+        if weight.shape[1] != thin.shape[0]:
+            raise ValueError(
+                f"{name}: expected shape [o, {thin.shape[0]}] (the height of left), "
+                f"got {list(weight.shape)}"
+            )
+        if any(
+            size > 1 and stride == 0
+            for size, stride in zip(weight.shape, weight.stride(), strict=True)
+        ):
+            raise ValueError(f"{name}: is an expanded view and can't be changed in place; clone it")
+        if weight.device.type != "meta" and weight.numel() > 0:
+            # What is not contiguous may lie between the elements of another, as two columns do.
+            size = weight.nbytes if weight.is_contiguous() else weight.element_size()
+            start = weight.data_ptr()
+            spans = seen.setdefault(memory_of(weight), [])
+            for first, last, other in spans:
+                if start < last and first < start + size:
+                    raise ValueError(
+                        f"{name}: shares its memory with weights[{other}]; pass it once"
+                    )
+            spans.append((start, start + size, i))
+        named[name] = weight
+        if offset:
+            expected = (weight.shape[0], thin.shape[1])
+            named[f"offset[{i}]"] = offset[i]
+            if offset[i].shape != expected or offset[i].dtype != thin.dtype:
+                raise ValueError(
+                    f"offset[{i}]: expected {thin.dtype} {list(expected)}, "
+                    f"got {offset[i].dtype} {list(offset[i].shape)}"
+                )
+    check_devices(**named)
+    if not weights or all(thin.shape[1] == 0 for thin in left):
+        return
+    # A factor that is part of a weight would change while it is read.
+    written = {memory_of(weight) for weight in weights}
+    left, right, offset = (
+        [t.clone() if memory_of(t) in written else t for t in given]
+        for given in (left, right, offset)
+    )
+    with torch.no_grad():
+        torch.ops.realera_fast.low_rank_update_(weights, left, right, offset)
+    count_versions(*weights)
+
+
+def gram_(gram: Tensor, source: Tensor, weight: Tensor) -> None:
+    """Adds ``sum_i w_i x_i x_i^T`` to ``gram``, in place: the normal equations of rows that stay.
+
+    On the CPU in float64; on CUDA float32 sums of up to some thousand rows are added in float64.
+
+    Args:
+        gram: `[d, d]` float64, contiguous and symmetric: one triangle is summed and copied.
+        source: `[n, d]` rows x: float32, bfloat16, float16 or float64.
+        weight: `[n]` weights w, of any floating dtype.
+    """
+    check_sums(source, weight, gram=gram)
+    with torch.no_grad():
+        torch.ops.realera_fast.gram_(gram, source, weight)
+    count_versions(gram)

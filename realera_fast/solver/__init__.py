@@ -1,0 +1,27 @@
+"""The closed form: rows into normal equations, solved for all layers at once."""
+
+from realera_fast.solver.closed_form import (
+    ClosedFormConfig,
+    NormalEquations,
+    Solution,
+    solve_layers,
+)
+from realera_fast.solver.concept_map import ConceptMap
+from realera_fast.solver.fit_values import fit_values_
+from realera_fast.solver.incremental import IncrementalSystem
+from realera_fast.solver.least_squares import SingularSystemError
+from realera_fast.solver.prompt_map import PromptMap
+from realera_fast.solver.rows import Pairs
+
+__all__ = [
+    "ClosedFormConfig",
+    "ConceptMap",
+    "IncrementalSystem",
+    "NormalEquations",
+    "Pairs",
+    "PromptMap",
+    "SingularSystemError",
+    "Solution",
+    "fit_values_",
+    "solve_layers",
+]

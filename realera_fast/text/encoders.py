@@ -1,0 +1,563 @@
+"""Text encoders with their tokenizers: prompts in, embeddings and the places of words out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import logging
+import math
+import pickle
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from realera_fast.runtime import locked, refuse_offloading, uncompiled, unwrapped
+from realera_fast.runtime import progress as progress_bars
+
+logger = logging.getLogger(__name__)
+
+Output = Literal["last", "penultimate", "pooled"]
+
+_BLOCK = 1 << 25
+"""Numbers of embeddings that are made together: 128 MiB."""
+_LONGEST = 1 << 16
+"""Tokens; a tokenizer that knows no limit says so with a far larger number."""
+_BEGINS = ("\u2581", "\u0120")
+"""Marks at the beginning of a word: SentencePiece's, and that of byte-level byte-pair encoding."""
+
+
+def find_tokenizer(text_encoder: Any) -> Any:
+    """The tokenizer that belongs to a text encoder, from beside its own folder or cache entry.
+
+    Diffusers keeps `tokenizer/` next to `text_encoder/`; a plain transformers checkpoint keeps both
+    in one folder. Files on disk are tried first; the network only for a hub id that is not cached.
+
+    Raises:
+        ValueError: none was found, or words were added to the encoder since it was loaded; says
+            what to pass.
+    """
+    from transformers import AutoTokenizer
+
+    config = getattr(text_encoder, "config", None)
+    name = getattr(text_encoder, "name_or_path", "") or getattr(config, "_name_or_path", "")
+    places: list[tuple[str, dict[str, Any]]] = []
+    if name:
+        path = Path(name)
+        if path.exists():
+            # "tokenizer_2" belongs to "text_encoder_2".
+            own = path.name.replace("text_encoder", "tokenizer")
+            beside = dict.fromkeys((path.parent / own, path.parent / "tokenizer"))
+            places = [(str(p), {}) for p in (*beside, path / "tokenizer", path) if p.is_dir()]
+        else:
+            places = [(name, {"subfolder": "tokenizer"}), (name, {})]
+    local = [(p, {**kw, "local_files_only": True}) for p, kw in places]
+    remote = [] if name and Path(name).exists() else places
+    for place, options in (*local, *remote):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.debug("no tokenizer at %s %s: %s", place, options, error)
+            continue
+        saved = _saved_words(name, options)
+        # Rows beyond the tokenizer's words are padding (T5 has 28) if they were saved with it.
+        if 2 < len(tokenizer) <= (saved or len(tokenizer)):
+            _check_words(text_encoder, saved or len(tokenizer), tokenizer, place)
+            return tokenizer
+        logger.debug("the tokenizer at %s does not fit the text encoder's vocabulary", place)
+    raise ValueError(
+        "tokenizer: none was found beside the text encoder "
+        f"({name or 'which was not loaded from a folder'}); pass tokenizer=pipe.tokenizer"
+    )
+
+
+def _saved_words(name: str, options: Mapping[str, Any]) -> int | None:
+    """How many words a text encoder had when it was saved; None where nothing says so."""
+    from transformers import PretrainedConfig
+
+    local = {"local_files_only": options.get("local_files_only", False)}
+    for where in ({}, {"subfolder": "text_encoder"}):
+        try:
+            values, _ = PretrainedConfig.get_config_dict(name, **where, **local)
+        except (OSError, ValueError):
+            continue
+        for part in (values, values.get("text_config") or {}):
+            if isinstance(part.get("vocab_size"), int):
+                return int(part["vocab_size"])
+    return None
+
+
+def _rows(text_encoder: Any) -> int | None:
+    """How many words a text encoder knows now; None where it can't be told."""
+    table = getattr(text_encoder, "get_input_embeddings", lambda: None)()
+    return getattr(table, "num_embeddings", None)
+
+
+def _check_words(text_encoder: Any, saved: int, tokenizer: Any, place: str) -> None:
+    """Refuses a tokenizer from disk where the encoder's words changed since it was saved."""
+    rows = _rows(text_encoder)
+    if rows not in (None, saved):
+        raise ValueError(
+            f"tokenizer: the text encoder has {rows} words, and {saved} where it was loaded from, "
+            f"so the tokenizer in {place} ({len(tokenizer)} words) may not know some of them, such "
+            "as those of a textual inversion; pass tokenizer=pipe.tokenizer"
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a word stands in the rows of an embedded prompt."""
+
+    start: int
+    stop: int
+    """One past its last row; equal to `start` for an empty word."""
+
+
+class Text(Protocol):
+    """What the pairs, the vocabulary and the mining need of a source of text embeddings."""
+
+    width: int
+    """Features d of a row."""
+    max_tokens: int
+    """Rows t of a prompt."""
+    device: torch.device
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        ...
+
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to every encoder; empty for one of none."""
+        ...
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer (end-of-text, padding) that the text holds, if any."""
+        ...
+
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        ...
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that would not be seen; `""` if all is."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32 embeddings."""
+        ...
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        ...
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt: end-of-text where the tokenizer has one."""
+        ...
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
+        ...
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the tokenizer's vocabulary."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        ...
+
+
+class TextModel:
+    """A frozen text encoder with its tokenizer, read as one family of pipelines reads it.
+
+    Args:
+        text_encoder: a transformers text encoder.
+        tokenizer: its tokenizer; `None` looks beside the encoder (`find_tokenizer`).
+        output: "last" hidden states; "penultimate" ones (SDXL, SD3); or the "pooled" vector, one
+            row a prompt.
+        max_tokens: rows of a prompt; `None` is what encoder and tokenizer hold.
+        masked: padding is hidden from the encoder and from the denoiser, so it carries no weight.
+        visible_padding: rows of padding behind the prompt that the denoiser sees all the same
+            (Chroma).
+        lowercase: prompts are lowercased and stripped first (PixArt, Sana).
+        instruction: text that stands before every prompt and is cut out of the embeddings but for
+            its last token (Sana).
+        multi_vector: a textual inversion of several vectors is expanded to all of its tokens, as
+            diffusers' pipelines do.
+        name: what a pipeline calls the encoder, for messages.
+    """
+
+    def __init__(
+        self,
+        text_encoder: Any,
+        tokenizer: Any = None,
+        *,
+        output: Output = "last",
+        max_tokens: int | None = None,
+        masked: bool = False,
+        visible_padding: int = 0,
+        lowercase: bool = False,
+        instruction: str = "",
+        multi_vector: bool = False,
+        name: str = "text_encoder",
+    ) -> None:
+        for argument, value in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
+            if isinstance(value, tuple | list):
+                raise TypeError(
+                    f"{argument}: expected one, got {len(value)}; several text encoders are read "
+                    "together by realera_fast.models.text_streams"
+                )
+        outer = plain = text_encoder
+        if isinstance(text_encoder, nn.Module):
+            outer = plain = unwrapped(text_encoder)
+            refuse_offloading(plain, name)
+            for own, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+                if tensor.is_meta:
+                    raise ValueError(
+                        f"{name}: {own} is on the meta device (offloaded, or never loaded); load "
+                        "the text encoder without device_map and offloading"
+                    )
+        if hasattr(plain, "merge_and_unload"):
+            # peft's wrapper answers like the encoder, but for its class.
+            plain = plain.get_base_model()
+        if not callable(text_encoder) or not hasattr(plain, "config"):
+            raise TypeError(
+                f"{name}: expected a transformers text model such as pipe.text_encoder, "
+                f"got {type(text_encoder).__name__}"
+            )
+        self.encoder, self._plain, self._name = outer, plain, name
+        self.tokenizer = find_tokenizer(plain) if tokenizer is None else tokenizer
+        if not callable(self.tokenizer):
+            raise TypeError(
+                "tokenizer: expected a transformers tokenizer such as pipe.tokenizer, "
+                f"got {type(tokenizer).__name__}"
+            )
+        # A fast tokenizer holds the padding of its last call, and another thread may draw with it.
+        # Only what is set for a call is in the copy for sure: decoding stays with the original.
+        fast = getattr(self.tokenizer, "is_fast", False)
+        self._split = copy.deepcopy(self.tokenizer) if fast else self.tokenizer
+        # Packed weights are no parameters.
+        tensors = (*text_encoder.parameters(), *text_encoder.buffers())
+        self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
+        self.output, self.masked = output, masked
+        self._lowercase, self._instruction = lowercase, instruction
+        self._visible_padding = visible_padding
+        # Diffusers counts a further vector of the word X as the added token X_1.
+        added = getattr(self.tokenizer, "added_tokens_encoder", None) or {}
+        self._expand = multi_vector and any(f"{token}_1" in added for token in added)
+        config = plain.config
+        # A vision-language model keeps that of its text apart.
+        of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.width: int = int(of_text.hidden_size)
+        if output == "pooled" and "Projection" in type(plain).__name__:
+            self.width = int(config.projection_dim)
+        positions = getattr(of_text, "max_position_embeddings", self.tokenizer.model_max_length)
+        rows = min(self.tokenizer.model_max_length, positions, max_tokens or math.inf)
+        if rows > _LONGEST:
+            raise ValueError(
+                f"reading: neither {name} nor its tokenizer says how many tokens a prompt has; "
+                "name max_tokens"
+            )
+        self.rows = int(rows)
+        """Tokens of a prompt, padding included."""
+        self.max_tokens: int = 1 if output == "pooled" else self.rows
+        head = getattr(text_encoder, "get_output_embeddings", None)
+        self._has_head = callable(head) and head() is not None
+        self._use_mask = masked or bool(getattr(config, "use_attention_mask", False))
+        plain, special = self.token_ids("a"), self._ids("a")
+        places = range(len(special) - len(plain) + 1)
+        lead = next((i for i in places if special[i : i + len(plain)] == plain), 0)
+        self._fingerprint: str | None = None
+        # A few templates come before all words.
+        self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
+        self._lead, self._specials = lead, len(special) - len(plain)
+        # Of the instruction's tokens one stays, in front of the prompt's.
+        self._cut = lead + len(self._plain_ids(instruction)) - 2 if instruction else 0
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        return self._plain_ids(self._prepared(text))
+
+    def name_key(self, name: str) -> Hashable:
+        """The tokens of a name: equal for names that are the same to the encoder.
+
+        Raises:
+            ValueError: the encoder does not know one of them.
+        """
+        found = tuple(self.token_ids(name))
+        words = _rows(self.encoder)
+        if words is not None and max(found, default=0) >= words:
+            raise ValueError(
+                f"tokenizer: {name!r} has token {max(found)}, the text encoder knows {words}: pass "
+                "the tokenizer that belongs to it"
+            )
+        return found
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of the tokenizer (end-of-text, padding) that the text holds, if any."""
+        text = self._prepared(text)
+        # By number too: a tokenizer may know them in other cases.
+        ids = set(self._plain_ids(text))
+        return next((t for t, number in self._controls.items() if t in text or number in ids), None)
+
+    def unknown(self, name: str) -> bool:
+        """Whether the tokenizer has no token of its own for a part of the name."""
+        token = getattr(self.tokenizer, "unk_token", None)
+        # One that knows every byte may name another of its tokens here, as CLIP's does.
+        if token is None or self._controls.get(str(token)) is not None:
+            return False
+        return self.tokenizer.unk_token_id in self.token_ids(name)
+
+    @functools.cached_property
+    def _controls(self) -> dict[str, int | None]:
+        """Control tokens with their numbers; unknown words have none.
+
+        A single character is no control token: Stable Diffusion 2 pads with "!".
+        """
+        tokenizer = self.tokenizer
+        special = [str(token) for token in getattr(tokenizer, "all_special_tokens", ())]
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special += [token.content for token in added if getattr(token, "special", False)]
+        ends = {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad")}
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        numbers: dict[str, int | None] = {}
+        for token in special:
+            number = tokenizer.convert_tokens_to_ids(token)
+            if len(token) > 1:
+                # What is no word to the tokenizer gets this number as well.
+                numbers[token] = number if number != unknown or token in ends else None
+        return numbers
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that the encoder would not see; `""` if it sees all."""
+        tokens = self.token_ids(prompt)
+        room = self.rows - self._specials - bool(self._instruction)
+        return self.tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        if self.output == "pooled":
+            return Span(0, 1)
+        start = self._tokens_before(before.rstrip())
+        stop = self._count(before + word) if word else start
+        shift = self._lead - self._cut
+        return Span(start + shift, stop + shift)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt: end-of-text where the tokenizer has one."""
+        if self.output == "pooled":
+            return [0] * len(prompts)
+        found: list[int] = (self.tokenize(prompts)[1].sum(dim=1) - 1 - self._cut).tolist()
+        return found
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
+        if self.output == "pooled":
+            return torch.ones(len(prompts), 1, dtype=torch.float64, device="cpu")
+        # What stands before every prompt is the same vector in all of them, where the encoder is
+        # causal; a bidirectional one (T5) puts nothing before.
+        first = self._lead + bool(self._instruction)
+        counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64, device="cpu")
+        counts[:, first:] = 1.0
+        if self.masked:
+            rows = torch.arange(self.max_tokens, device="cpu")
+            last = torch.tensor(self.ends(prompts), device="cpu") + self._visible_padding
+            counts *= rows <= last.unsqueeze(1)
+        return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`[p, n]` int64 token ids, padded and cut as the family does, and `[p, n]` their mask."""
+        tokens = self._split(
+            [self._instruction + self._prepared(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.rows + self._cut,
+            truncation=True,
+            return_tensors="pt",
+            padding_side="right",
+        )
+        return tokens.input_ids, tokens.attention_mask
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = False,
+        desc: str = "encode",
+    ) -> Tensor:
+        """`[p, t, d]` float32 embeddings of the prompts, on the encoder's device.
+
+        The encoder runs in its own dtype and in evaluation mode; its mode is put back.
+
+        Args:
+            batch_size: prompts encoded together; `None` is 64, or fewer where they are long.
+        """
+        if not prompts:
+            return torch.zeros(
+                0, self.max_tokens, self.width, dtype=torch.float32, device=self.device
+            )
+        if batch_size is None:
+            batch_size = max(1, min(64, _BLOCK // (self.rows * self.width)))
+        hidden = []
+        # Another model's erasure may use the same encoder: it must not see this one's mode end.
+        with locked(self.encoder), uncompiled(self.encoder):
+            training = {module: module.training for module in self.encoder.modules()}
+            self.encoder.eval()
+            try:
+                with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
+                    for start in range(0, len(prompts), batch_size):
+                        ids, mask = self.tokenize(prompts[start : start + batch_size])
+                        states = self._states(ids.to(self.device), mask.to(self.device))
+                        hidden.append(states.to(self.device))
+                        bar.update(len(ids))
+            finally:
+                for module, flag in training.items():
+                    module.training = flag
+        rows = torch.cat(hidden)
+        if rows.shape[-1] != self.width or not torch.isfinite(rows).all():
+            raise ValueError(
+                f"{self._name}: expected finite embeddings of width {self.width}, got shape "
+                f"{tuple(rows.shape)}" + ("" if torch.isfinite(rows).all() else " with NaN or Inf")
+            )
+        return rows
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the tokenizer's own vocabulary, most common first.
+
+        CLIP's byte-pair vocabulary marks a token that ends a word with `</w>`, SentencePiece's one
+        that begins a word with a low line, byte-level byte-pair encoding with `\u0120`; all number
+        them by frequency, so the lowest ids are the most common words. Other tokenizers have no
+        such mark and give no words.
+        """
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words: list[str] = []
+        for token, _ in vocabulary:
+            if len(words) >= count:
+                break
+            word = token.removesuffix("</w>")
+            if token.startswith(_BEGINS):
+                word = token[1:]
+            if word != token and len(word) >= 3 and word.isascii() and word.isalpha():
+                words.append(word)
+        return tuple(dict.fromkeys(words))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary.
+
+        Raises:
+            ValueError: the encoder holds weights that can't be read.
+        """
+        if self._fingerprint is not None:
+            return self._fingerprint
+        digest = hashlib.sha256()
+        for name, value in sorted(self._plain.state_dict().items()):
+            try:
+                _add(digest, name, value)
+            except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+                raise ValueError(
+                    f"{self._name}: its {name}, {type(value).__name__}, can't be read ({error}); "
+                    "load the text encoder without quantization"
+                ) from error
+        if _has_more_than_weights(self._plain):
+            # Adapters with their strengths, hooks, functions in the place of methods.
+            _add(digest, "probe", self.encode([_PROBE]))
+        for token, index in sorted(self.tokenizer.get_vocab().items()):
+            digest.update(f"{token}\0{index}\0".encode())
+        read = (self.output, self.rows, self.masked, self._lowercase, self._instruction)
+        digest.update(repr((*read, self._visible_padding, self._expand)).encode())
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    # Inside
+
+    def _count(self, text: str) -> int:
+        return len(self._plain_ids(self._instruction + self._prepared(text)))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self._split(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._split(text, verbose=False).input_ids)
+
+    def _prepared(self, prompt: str) -> str:
+        if self._expand:
+            from diffusers.loaders import TextualInversionLoaderMixin
+
+            mixin = TextualInversionLoaderMixin()
+            prompt = str(mixin.maybe_convert_prompt(prompt, self.tokenizer))
+        return prompt.lower().strip() if self._lowercase else prompt
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        # A language model with a head gives logits in place of its last states.
+        has_states = self.output == "penultimate" or self._has_head
+        options = {"output_hidden_states": True} if has_states else {}
+        try:
+            output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{self._name}: it fails when it is called ({type(error).__name__}: {error}); try "
+                "whether the pipeline draws with it, and load it as it was trained"
+            ) from error
+        if self.output == "pooled":
+            embeds = getattr(output, "text_embeds", None)
+            pooled: Tensor = output.pooler_output if embeds is None else embeds
+            return pooled.float().unsqueeze(1)
+        hidden: Tensor
+        if has_states:
+            hidden = output.hidden_states[-2 if self.output == "penultimate" else -1]
+        else:
+            hidden = output[0]
+        if self._instruction:
+            hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self.rows :]), dim=1)
+        return hidden.float()
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    """Adds an entry of a state to a hash: tensors of any kind, and what quantizers pack."""
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        inner, context = value.__tensor_flatten__()
+        _add(digest, f"{name} {type(value).__name__}", context)
+        for part in inner:
+            _add(digest, f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        data = value.detach().as_subclass(Tensor)
+        data = data.dequantize() if data.is_quantized else data
+        data = data.to_dense() if data.layout != torch.strided else data
+        data = data.cpu().contiguous()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    elif isinstance(value, tuple | list):
+        for place, part in enumerate(value):
+            _add(digest, f"{name}[{place}]", part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _add(digest, f"{name}[{key!r}]", part)
+    elif isinstance(value, torch.ScriptObject):
+        _add(digest, name, value.__getstate__())
+    elif value is None or isinstance(value, str | bytes | int | float | torch.dtype | torch.device):
+        digest.update(f"{name}={value!r}".encode())
+    else:
+        digest.update(name.encode() + pickle.dumps(value))
+
+
+_PROBE = "a photo of a cat"
+
+
+def _has_more_than_weights(encoder: nn.Module) -> bool:
+    """Whether something acts on the embeddings that the weights don't tell."""
+    for module in encoder.modules():
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
+            functions += [vars(module)["forward"]] if "forward" in vars(module) else []
+        # Transformers' own hooks collect outputs, PyTorch's make weights of other weights.
+        roots = {getattr(f, "__module__", type(f).__module__).split(".")[0] for f in functions}
+        if hasattr(module, "base_layer") or roots - {"transformers", "torch"}:
+            return True
+    return False

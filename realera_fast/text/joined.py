@@ -1,0 +1,145 @@
+"""Several text encoders read as one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from realera_fast.text.encoders import Span, Text, TextModel
+
+
+class JoinedText:
+    """Several encoders' embeddings of one prompt, side by side in each row (SDXL, SD3).
+
+    The tokenizers have to agree on where words stand; the first one says it.
+
+    Args:
+        parts: the encoders in the order of their features.
+        width: features of a row; zeros fill what the parts leave (SD3); `None` adds none.
+    """
+
+    def __init__(self, parts: Sequence[TextModel], width: int | None = None) -> None:
+        self.parts = tuple(parts)
+        self._own = sum(part.width for part in parts)
+        self.width = self._own if width is None else width
+        lengths = {part.max_tokens for part in parts}
+        if len(lengths) != 1 or self.width < self._own:
+            raise ValueError(
+                f"text_encoders: expected prompts of one length and at most {self.width} features "
+                f"together, got {sorted(lengths)} tokens and {self._own} features"
+            )
+        self.max_tokens = lengths.pop()
+        self.device = parts[0].device
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        return self.parts[0].token_ids(text)
+
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to every encoder."""
+        return tuple(part.name_key(name) for part in self.parts)
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer that the text holds, if any."""
+        return next(filter(None, (part.control_token(text) for part in self.parts)), None)
+
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return any(part.unknown(name) for part in self.parts)
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that would not be seen; `""` if all is."""
+        return max((part.overflow(prompt) for part in self.parts), key=len)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32 embeddings, on the first encoder's device."""
+        found = [part.encode(prompts).to(self.device) for part in self.parts]
+        return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        return self.parts[0].span(before, word)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt."""
+        return self.parts[0].ends(prompts)
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
+        return self.parts[0].shares(prompts)
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the first tokenizer's vocabulary."""
+        return self.parts[0].words(count)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        parts = [part.fingerprint() for part in self.parts]
+        return hashlib.sha256(f"{parts} {self.width}".encode()).hexdigest()
+
+
+class TextWithPooled:
+    """A token sequence whose last row is the pooled vector (SDXL), for noise alignment.
+
+    Zeros fill the row up. It carries no weight: the closed form has the vector as a stream of its
+    own.
+    """
+
+    def __init__(self, sequence: Text, pooled: Text) -> None:
+        """
+        Args:
+            pooled: of at most as many features as the sequence has.
+        """
+        self.sequence, self.pooled = sequence, pooled
+        self.width, self.device = sequence.width, sequence.device
+        self.max_tokens = sequence.max_tokens + 1
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        return self.sequence.token_ids(text)
+
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to both."""
+        return (self.sequence.name_key(name), self.pooled.name_key(name))
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer that the text holds, if any."""
+        return self.sequence.control_token(text) or self.pooled.control_token(text)
+
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return self.sequence.unknown(name) or self.pooled.unknown(name)
+
+    def overflow(self, prompt: str) -> str:
+        """The end of a prompt that would not be seen; `""` if all is."""
+        return self.sequence.overflow(prompt)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t + 1, d]` float32 embeddings."""
+        row = self.pooled.encode(prompts).to(self.device)
+        row = nn.functional.pad(row, (0, self.width - self.pooled.width))
+        return torch.cat((self.sequence.encode(prompts), row), dim=1)
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        return self.sequence.span(before, word)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt."""
+        return self.sequence.ends(prompts)
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t + 1]` float64 weights of the rows, a sum of 1 each."""
+        return nn.functional.pad(self.sequence.shares(prompts), (0, 1))
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """Up to `count` whole words of the tokenizer's vocabulary."""
+        return self.sequence.words(count)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        both = f"{self.sequence.fingerprint()} {self.pooled.fingerprint()}"
+        return hashlib.sha256(both.encode()).hexdigest()

@@ -1,0 +1,274 @@
+"""Windows of trajectories: what is denoised, shown and remembered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_pipeline
+
+from realera_fast import embedded
+from realera_fast.alignment import Window, WindowFiller
+from realera_fast.alignment.stage import windows as trajectories
+from realera_fast.alignment.windows import word_numbers
+from realera_fast.mining import Region
+from realera_fast.models import projections
+from realera_fast.runtime import Processes, bar
+from realera_fast.solver import ConceptMap
+from realera_fast.text import TextModel, align
+from realera_fast.unet import Denoiser, LoraParameters, TextPath
+
+BEYOND = Region(-1.0, 0.5, 1.6)
+
+
+class Words(list):
+    """Aligned prompts, the first of them named."""
+
+    named = 1
+
+
+class Share(Processes):
+    """One of several processes; its part is all that it gathers."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        super().__init__()
+        self.rank, self.count = rank, count
+
+    def gather(self, tensor):
+        return tensor
+
+
+@pytest.fixture(scope="module")
+def parts():
+    pipe = tiny_pipeline()
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    templates = ["a photo of a {}", "{}", "a {}", "the {}", "image of a {}"]
+    words = Words(align(text, word, "dog", templates) for word in ("cat", "kitten", "horse"))
+    return pipe, text, words
+
+
+def made(parts, processes=None, **options):
+    pipe, text, words = parts
+    width = text.width
+    generator = torch.Generator().manual_seed(1)
+    left = 0.2 * torch.randn(width, 2, generator=generator)
+    lora = LoraParameters(projections(pipe.unet), {}, r=2, lora_alpha=2.0, seed=0)
+    path = TextPath(pipe.unet, ConceptMap(left, left.T.contiguous()), lora)
+    denoiser = Denoiser(
+        path,
+        pipe.scheduler,
+        text.encode([""]),
+        steps=4,
+        guidance_scale=3.0,
+        latent_size=None,
+        batch_size=options.pop("batch_size", 32),
+    )
+    defaults = {
+        "trajectories": 4,
+        "min_timestep": 0.0,
+        "negative_guidance": 0.0,
+        "beyond_region": BEYOND,
+        "latents": {},
+        "seed": 0,
+        "processes": processes or Processes(),
+    }
+    preserve = text.encode(["a ship", "a tree", "a horse"])
+    filler = WindowFiller(denoiser, words, preserve, **(defaults | options))
+    return path, denoiser, filler
+
+
+def filled(parts, number=0, held_back=False, model="edited", **options) -> Window:
+    path, _, filler = made(parts, **options)
+    with path.installed(), bar(total=1, desc="", progress=False) as progress:
+        return filler.fill(number, model, progress, held_back=held_back)
+
+
+def test_a_window_holds_every_point_of_every_trajectory(parts):
+    window = filled(parts)
+    assert [len(points) for points in (window.target, window.beyond, window.preserve)] == [16] * 3
+    assert window.target.timesteps[:4].tolist() == [751, 501, 251, 1]
+    assert torch.equal(window.target.latents, window.beyond.latents)
+    for points in (window.target, window.beyond, window.preserve):
+        assert points.teacher.shape == points.latents.shape
+        assert int(points.prompt.max()) < len(points.states)
+        assert all(tensor.isfinite().all() for tensor in points.tensors().values())
+
+
+def test_teachers_are_what_the_original_model_predicts(parts):
+    pipe, _, _ = parts
+    window = filled(parts)
+    with torch.no_grad():
+        for points in (window.beyond, window.preserve):
+            taken = points.take(torch.arange(len(points)))
+            wanted = pipe.unet(
+                taken.latents, taken.timesteps, encoder_hidden_states=taken.states
+            ).sample
+            torch.testing.assert_close(taken.teacher, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_follow_the_anchor_and_flee_the_concept(parts):
+    pipe, _, words = parts
+    plain, pushed = filled(parts), filled(parts, negative_guidance=2.0)
+    taken = plain.target.take(torch.arange(len(plain.target)))
+    with torch.no_grad():
+        concept = pipe.unet(
+            taken.latents, taken.timesteps, encoder_hidden_states=taken.states
+        ).sample
+    away = plain.target.teacher - 2.0 * (concept - plain.target.teacher)
+    torch.testing.assert_close(pushed.target.teacher, away, rtol=1e-3, atol=1e-4)
+    # Each point's goal is its own prompt's anchor.
+    rows = {states.numpy().tobytes(): i for i, states in enumerate(words[0].source)}
+    shown = [rows[s.numpy().tobytes()] for s in taken.states if s.numpy().tobytes() in rows]
+    assert shown
+    first = next(i for i, s in enumerate(taken.states) if s.numpy().tobytes() in rows)
+    with torch.no_grad():
+        goal = pipe.unet(
+            taken.latents[first : first + 1],
+            taken.timesteps[first : first + 1],
+            encoder_hidden_states=words[0].anchor[shown[0]][None],
+        ).sample
+    torch.testing.assert_close(taken.teacher[first : first + 1], goal, rtol=1e-3, atol=1e-4)
+
+
+def test_held_back_prompts_are_never_trained_on(parts):
+    _, _, words = parts
+
+    def prompts(window):
+        return {states.numpy().tobytes() for states in window.target.states}
+
+    trained = set().union(*(prompts(filled(parts, number=n)) for n in range(3)))
+    looked = prompts(filled(parts, held_back=True))
+    assert looked and not trained & looked
+    assert {words[i].source[3].numpy().tobytes() for i in range(3)} >= looked
+
+
+def test_processes_make_the_parts_of_the_same_window(parts):
+    # The same batches, so that the last digits agree.
+    whole = filled(parts, batch_size=4)
+    shares = [filled(parts, batch_size=4, processes=Share(rank, 2)) for rank in range(2)]
+    for group in ("target", "beyond", "preserve"):
+        first, second = (getattr(share, group) for share in shares)
+        for name, tensor in getattr(whole, group).tensors().items():
+            joined = torch.cat([getattr(first, name), getattr(second, name)])
+            if name in ("teacher", "latents"):
+                torch.testing.assert_close(joined, tensor, rtol=1e-4, atol=1e-5)
+            elif name != "states" or group != "beyond":
+                assert torch.equal(joined, tensor), (group, name)
+            else:
+                assert torch.equal(joined, tensor), "noise depends on the place in the batch"
+
+
+def test_windows_and_seeds_differ_and_repeat(parts):
+    first, again = filled(parts), filled(parts)
+    assert all(torch.equal(v, again.tensors()[k]) for k, v in first.tensors().items())
+    for other in (filled(parts, number=1), filled(parts, seed=1)):
+        assert not torch.equal(first.target.latents, other.target.latents)
+        assert not torch.equal(first.preserve.latents, other.preserve.latents)
+
+
+def test_a_window_survives_its_checkpoint(parts):
+    window = filled(parts)
+    copy = Window.from_tensors(window.tensors(), torch.device("cpu"))
+    assert all(torch.equal(v, copy.tensors()[k]) for k, v in window.tensors().items())
+
+
+def test_late_steps_can_be_left_out(parts):
+    window = filled(parts, min_timestep=0.4)
+    assert set(window.target.timesteps.tolist()) == {751, 501}
+    assert len(window.preserve) == 8
+
+
+def test_pictures_take_the_place_of_trajectories(parts):
+    pipe, _, _ = parts
+    clean = torch.full((1, 4, 8, 8), 5.0)
+    window = filled(parts, latents={"cat": clean})
+    index = window.target.timesteps == 1
+    # At the last time step there is hardly any noise.
+    cats = window.target.latents[index][::2]
+    others = window.target.latents[index][1::2]
+    alpha = pipe.scheduler.alphas_cumprod[1]
+    assert ((cats - alpha.sqrt() * 5.0).std() < 3 * (1 - alpha).sqrt()).all()
+    assert (others.mean() - 5.0).abs() > 1.0
+
+
+def test_the_original_model_tells_its_own_pictures_apart():
+    pipe = embedded.load_pipeline()
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    lora = LoraParameters(projections(pipe.unet), {}, r=1, lora_alpha=1.0, seed=0)
+    path = TextPath(pipe.unet, ConceptMap.identity(text.width), lora)
+    denoiser = Denoiser(
+        path,
+        pipe.scheduler,
+        text.encode([""]),
+        steps=10,
+        guidance_scale=4.0,
+        latent_size=None,
+        batch_size=8,
+    )
+    states = text.encode(["a photo of a rabbit", "a photo of a house"])
+    with path.installed(), bar(total=1, desc="", progress=False) as progress:
+        pictures = denoiser.run(states, [1, 2], "original", progress).latents[-1]
+        margins = denoiser.margin(pictures, states[[0, 0]], states[[1, 1]])
+        swapped = denoiser.margin(pictures, states[[1, 1]], states[[0, 0]])
+    assert margins[0] > 0 > margins[1]
+    torch.testing.assert_close(swapped, -margins)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_model_has_no_error_whatever_it_predicts(parts, kind, monkeypatch):
+    _, denoiser, _ = made(parts)
+    denoiser.scheduler.register_to_config(prediction_type=kind)
+    pictures = torch.randn(1, 4, 8, 8)
+    alphas = denoiser.scheduler.alphas_cumprod
+
+    def perfect(noisy, times, states):
+        a, s = alphas[times[0]].sqrt(), (1 - alphas[times[0]]).sqrt()
+        noise = (noisy - a * pictures) / s
+        return {"epsilon": noise, "v_prediction": a * noise - s * pictures, "sample": pictures}[
+            kind
+        ]
+
+    monkeypatch.setattr(denoiser, "teacher", perfect)
+    states = torch.zeros(1, 7, 32)
+    right = denoiser.margin(pictures, states, states)
+    monkeypatch.setattr(
+        denoiser, "teacher", lambda n, t, s: perfect(n, t, s) + (1.0 if s.any() else 0.0)
+    )
+    assert right.item() == pytest.approx(0.0, abs=1e-6)
+    assert denoiser.margin(pictures, states, states + 1).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_beyond_is_left_out_where_it_has_no_weight(parts):
+    window = filled(parts, beyond_region=None)
+    assert window.beyond is None
+    copy = Window.from_tensors(window.tensors(), torch.device("cpu"))
+    assert copy.beyond is None and torch.equal(copy.target.latents, window.target.latents)
+
+
+@pytest.mark.parametrize(
+    ("window", "count", "named", "words", "wanted"),
+    [
+        (0, 4, 1, 1, [0, 0, 0, 0]),
+        (0, 4, 3, 3, [0, 1, 2, 0]),
+        (1, 4, 3, 3, [1, 2, 0, 1]),
+        (0, 4, 1, 4, [0, 1, 0, 2]),
+        (1, 4, 1, 4, [0, 3, 0, 1]),
+        (0, 5, 2, 3, [0, 2, 1, 2, 0]),
+        (0, 1, 2, 3, [0]),
+    ],
+)
+def test_named_words_and_neighbors_take_turns(window, count, named, words, wanted):
+    assert word_numbers(window, count, named, words) == wanted
+
+
+def test_every_named_word_is_denoised(parts, caplog):
+    _, _, filler = made(parts)
+    filler.named, filler.prompts = 10, [None] * 30
+    windows = filler.windows(60, 100)
+    assert windows == 5
+    seen = {n for w in range(windows) for n in word_numbers(w, 4, 10, 30)}
+    assert set(range(10)) <= seen
+    filler.named = filler.prompts = 0
+    filler.named, filler.prompts = 1000, [None] * 1000
+    assert filler.windows(60, 100) == 60
+    assert "60 steps see 240 of 1000 named words" in caplog.text
+    assert trajectories._PROMPTS == 8
