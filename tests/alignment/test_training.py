@@ -13,7 +13,7 @@ from tolerance import check
 from torch import Tensor
 
 from realera_fast.alignment import AlignmentConfig, Points, Trainer, Window, loss_of
-from realera_fast.alignment.stage import trainer as training
+from realera_fast.alignment import trainer as training
 from realera_fast.alignment.trainer import Batch, DivergedError
 from realera_fast.mining import Region
 from realera_fast.models import projections, queries_and_outputs

@@ -145,7 +145,7 @@ def test_every_thing_can_be_planned(thing: str) -> None:
 def test_no_held_out_word_reaches_the_eraser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from realera_fast.cli.app import demo_job as module
+    from realera_fast.cli import demo_job as module
 
     given: dict[str, Any] = {}
     original = module.erase
@@ -169,7 +169,7 @@ def test_no_held_out_word_reaches_the_eraser(
 def test_mined_held_out_words_are_said_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[str, ...]
 ) -> None:
-    from realera_fast.cli.app import demo_job as module
+    from realera_fast.cli import demo_job as module
 
     original = module.erase
 

@@ -543,7 +543,7 @@ def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypa
 def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
     import weakref
 
-    from realera_fast.text.encoders import prompts as pairs
+    from realera_fast.text import prompts as pairs
 
     living, most = weakref.WeakSet(), []
     made = pairs.AlignedPrompts.__init__

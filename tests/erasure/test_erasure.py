@@ -26,7 +26,9 @@ from typer.testing import CliRunner
 
 from realera_fast.cli.app import app
 from realera_fast.erasure import BaseModelMismatchError, Erasure, ErasureFileError
+from realera_fast.erasure import applied as history
 from realera_fast.erasure import erasure as erasures
+from realera_fast.erasure import file as file_format
 from realera_fast.models import (
     Family,
     LoraFactors,
@@ -164,7 +166,7 @@ def test_a_failure_at_any_write_leaves_the_model_bit_identical(monkeypatch, erro
     before = weights(unet)
     if at == 9:
         hashes = []
-        original = erasures.weights_hash
+        original = history.weights_hash
 
         def fail(*args):
             hashes.append(1)
@@ -172,7 +174,7 @@ def test_a_failure_at_any_write_leaves_the_model_bit_identical(monkeypatch, erro
                 raise error("after the last write")
             return original(*args)
 
-        monkeypatch.setattr(erasures, "weights_hash", fail)
+        monkeypatch.setattr(history, "weights_hash", fail)
     else:
         broken = list(projections(unet).values())[at - 1].weight
         copy_ = torch.Tensor.copy_
@@ -256,10 +258,10 @@ def test_nothing_keeps_a_model_alive():
     gc.collect()
     unet = tiny_unet()
     make(unet).apply_(unet)
-    alive, entries = weakref.ref(unet), len(erasures._history)
+    alive, entries = weakref.ref(unet), len(history.histories)
     del unet
     gc.collect()
-    assert alive() is None and len(erasures._history) == entries - 1
+    assert alive() is None and len(history.histories) == entries - 1
 
 
 def test_apply_refuses_another_base_and_names_both_hashes():
@@ -473,7 +475,7 @@ def test_a_failed_edit_of_queries_leaves_every_bit(monkeypatch):
     before = weights(unet)
 
     done: list[int] = []
-    states = erasures._States.of
+    states = history.WeightStates.of
 
     def counted(self, names):
         done.append(1)
@@ -482,7 +484,7 @@ def test_a_failed_edit_of_queries_leaves_every_bit(monkeypatch):
             raise KeyboardInterrupt
         return states(self, names)
 
-    monkeypatch.setattr(erasures._States, "of", counted)
+    monkeypatch.setattr(history.WeightStates, "of", counted)
     with pytest.raises(KeyboardInterrupt):
         make(unet, hidden=True).apply_(unet)
     assert same(unet, before)
@@ -560,7 +562,7 @@ def test_names_in_files_stay_as_earlier_releases_wrote_them(tmp_path, target):
     assert [c.words for c in loaded.concepts] == [("dog", "Chat\u200b"), (target, "Chat\u200b")]
     assert loaded.fingerprint == erasure.fingerprint
     assert loaded.save(tmp_path / "again").read_bytes() == path.read_bytes()
-    described = erasures.read_description(path)
+    described = read_description(path)
     assert [concept["target"] for concept in described["concepts"]] == ["dog", target]
     told = CliRunner().invoke(app, ["info", str(path)])
     assert told.exit_code == 0 and "dog" in told.output and "\x1b" not in told.output
@@ -831,9 +833,9 @@ def test_files_that_are_something_else(tmp_path):
 
 def test_files_that_are_too_large(tmp_path, monkeypatch):
     path = make(tiny_unet()).save(tmp_path / "a")
-    monkeypatch.setattr(erasures, "_MAX_FILE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(file_format, "MAX_FILE_BYTES", path.stat().st_size)
     assert Erasure.load(path)
-    monkeypatch.setattr(erasures, "_MAX_FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(file_format, "MAX_FILE_BYTES", path.stat().st_size - 1)
     with pytest.raises(ErasureFileError, match="is too large"):
         Erasure.load(path)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from tiny_families import denoise, sd1, sdxl
 from tiny_models import tiny_pipeline
 
 from realera_fast import Erasure, erase
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.cli.app import app as cli
 from realera_fast.erasure import BaseModelMismatchError, ErasureFileError, applied, read_description
 from realera_fast.evaluation import verify

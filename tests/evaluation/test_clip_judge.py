@@ -112,7 +112,8 @@ def test_it_is_loaded_offline_and_pinned(clip, tmp_path):
 def test_the_embedded_judge_is_whole_or_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from realera_fast.embedded.judge import FOLDER, Judge
+    from realera_fast.embedded import FOLDER
+    from realera_fast.embedded.judge import Judge
 
     state = load_file(FOLDER / "judge.safetensors")
     assert Judge.load().thing_head.weight.any()

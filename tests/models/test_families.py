@@ -18,7 +18,7 @@ from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from torch import nn
 
 from realera_fast import Concept, EraseConfig, Erasure, erase
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.evaluation import verify
 from realera_fast.models import (
     check_width,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from realera_fast import EraseConfig, Erasure, erase
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.models import components_of, projections
 
 TRAINED = EraseConfig(

@@ -394,8 +394,9 @@ def sanitized(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Sanitiz
         (package / NATIVE.name).write_bytes(archive.read(f"realera_fast/{NATIVE.name}"))
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tests" / "support", folder / "tests" / "support", ignore=ignore)
-    for name in ("conftest.py", "test_ops.py", "test_hostile_numerics.py", "test_perturbation.py"):
-        shutil.copy(Path(__file__).with_name(name), folder / "tests")
+    for name in SANITIZED:
+        (folder / "tests" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
     kept = {"-g1", "-O1"}
     flags = [

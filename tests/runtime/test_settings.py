@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.cli.demo_plan import DemoConfig
 from realera_fast.config import EraseConfig
 from realera_fast.mining import MiningConfig

@@ -36,7 +36,7 @@ from torch.utils._device import _device_constructors
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure, erase
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.erasure import applied
 from realera_fast.evaluation import verification, verify
 from realera_fast.models import components_of, projections, transaction
@@ -736,7 +736,9 @@ class Watch(TorchFunctionMode):
         result = function(*args, **kwargs)
         if function in _device_constructors():
             frame = sys._getframe(1)
-            ours = Path(frame.f_code.co_filename).parent == Path(realera_fast.__file__).parent
+            ours = Path(frame.f_code.co_filename).is_relative_to(
+                Path(realera_fast.__file__).parent
+            )
             drawn = kwargs.get("generator") is not None
             unsaid = [w for w in ("device", "dtype") if kwargs.get(w) is None]
             if not result.is_floating_point():

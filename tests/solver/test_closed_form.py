@@ -12,13 +12,14 @@ from torch import Tensor
 from realera_fast import ops
 from realera_fast.solver import (
     ClosedFormConfig,
+    ConceptMap,
     NormalEquations,
     Pairs,
+    SingularSystemError,
     concept_map,
     fit_values_,
     solve_layers,
 )
-from realera_fast.solver.fit_values import ConceptMap, SingularSystemError
 
 WIDTH, MOVED, KEPT = 48, 3, 60
 F64 = torch.float64

@@ -12,8 +12,7 @@ from tolerance import check, product_error
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.solver import NormalEquations, Pairs, Solution
-from realera_fast.solver.fit_values import ConceptMap, SingularSystemError
+from realera_fast.solver import ConceptMap, NormalEquations, Pairs, SingularSystemError, Solution
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps

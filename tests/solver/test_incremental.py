@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.solver import IncrementalSystem, NormalEquations, Pairs, least_squares
-from realera_fast.solver.fit_values import SingularSystemError
+from realera_fast.solver import (
+    IncrementalSystem,
+    NormalEquations,
+    Pairs,
+    SingularSystemError,
+    least_squares,
+)
 
 F64 = torch.float64
 WIDTH, RIDGE = 64, 0.3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from realera_fast import EraseConfig, erase
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.solver import ClosedFormConfig
 from realera_fast.text import PairsConfig, VocabularyConfig
 

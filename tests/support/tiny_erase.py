@@ -6,7 +6,7 @@ import dataclasses
 
 import realera_fast
 from realera_fast import EraseConfig
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.text import VocabularyConfig
 
 FAST = AlignmentConfig(steps=2, batch_size=2, trajectories=2, sampling_steps=2, check_seeds=0)

@@ -13,7 +13,7 @@ from realera_fast.text import (
     encode_vocabulary,
     preserve_gram,
 )
-from realera_fast.text.encoders import vocabulary as module
+from realera_fast.text import vocabulary as module
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tiny_models import tiny_pipeline
 
 from realera_fast import embedded
 from realera_fast.alignment import Window, WindowFiller
-from realera_fast.alignment.stage import windows as trajectories
+from realera_fast.alignment import windows as trajectories
 from realera_fast.alignment.windows import word_numbers
 from realera_fast.mining import Region
 from realera_fast.models import projections
