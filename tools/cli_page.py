@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from realera_fast.cli.app import app
+from realera_fast.cli import app
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 

@@ -25,17 +25,6 @@ from torch import Tensor, nn
 
 from realera_fast import ops
 from realera_fast.erasure.adapters import Layout, in_layout
-from realera_fast.erasure.applied import (
-    Application,
-    BaseModelMismatchError,
-    WeightStates,
-    applications_of,
-    forget_undone,
-    histories,
-    history_entry,
-    history_lock,
-    place_of,
-)
 from realera_fast.erasure.file import (
     FORMAT_VERSION,
     LORA_FILE,
@@ -49,6 +38,17 @@ from realera_fast.erasure.file import (
     names_with_lora,
     parse_field,
     read_file,
+)
+from realera_fast.erasure.history import (
+    Application,
+    BaseModelMismatchError,
+    WeightStates,
+    applications_of,
+    forget_undone,
+    histories,
+    history_entry,
+    history_lock,
+    place_of,
 )
 from realera_fast.erasure.model_card import Use, write_card
 from realera_fast.erasure.single_file import find_weights

@@ -1,10 +1,7 @@
 """Architectures: where text enters a denoiser, how a pipeline reads text, edits that are undone."""
 
 from realera_fast.models.components import component_name, components_of, is_pipeline
-from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
-from realera_fast.models.fingerprint import base_hashes, weights_hash
-from realera_fast.models.lora_factors import LoraFactors
-from realera_fast.models.projections import (
+from realera_fast.models.entrances import (
     ENTRANCES,
     STREAMS,
     Maps,
@@ -18,9 +15,12 @@ from realera_fast.models.projections import (
     stream_of,
     streams,
 )
+from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
+from realera_fast.models.fingerprint import base_hashes, weights_hash
+from realera_fast.models.lora_factors import LoraFactors
 from realera_fast.models.reading import Family, Reading
 from realera_fast.models.refusals import RefusedModelError, refuse_adapters
-from realera_fast.models.transaction import Structure, transaction, write_
+from realera_fast.models.transactions import Structure, transaction, write_
 
 __all__ = [
     "ENTRANCES",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from realera_fast.models.projections import (
+from realera_fast.models.entrances import (
     COMPANIONS,
     class_of,
 )

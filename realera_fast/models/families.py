@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from realera_fast.models.components import BESIDE
-from realera_fast.models.projections import (
+from realera_fast.models.entrances import (
     Stream,
     check_drawable,
     class_of,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from realera_fast.models.projections import Maps, projections
+from realera_fast.models.entrances import Maps, projections
 from realera_fast.models.refusals import WEIGHT_DTYPES
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from realera_fast.models.projections import (
+from realera_fast.models.entrances import (
     STREAMS,
     Maps,
 )

@@ -17,7 +17,7 @@ from tiny_models import tiny_pipeline
 
 import realera_fast
 from realera_fast import Erasure
-from realera_fast.cli.app import app as cli
+from realera_fast.cli import program as cli
 from realera_fast.runtime.files import MARKER
 
 FAST = ["--mining", "none", "--no-align"]
@@ -465,7 +465,7 @@ def test_unwritable_output_fails_before_the_model_loads(
 
     # Root may write anywhere, so the refusal of the file system is simulated.
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr("realera_fast.cli.loading.load_pipeline", load)
     result = run("erase", model, "-c", "cat", "-o", tmp_path / "out")
     failed(result, "cannot write --out")
     assert "Permission denied" in result[2]
@@ -481,7 +481,7 @@ def test_full_disk_is_found_before_the_work(
         raise AssertionError("the work began")
 
     monkeypatch.setattr("shutil.disk_usage", tiny)
-    monkeypatch.setattr(cli, "erase_concepts", work)
+    monkeypatch.setattr("realera_fast.eraser.erase", work)
     failed(run("erase", model, "-c", "cat", "-o", tmp_path / "out"), "GB free")
     assert list(tmp_path.iterdir()) == []
 
@@ -585,10 +585,10 @@ def test_signals_leave_nothing_behind(
     out = tmp_path / "out"
     # The real process, stopped in the middle of the work, which waits there to be stopped.
     program = (
-        "import time, signal; from realera_fast import cli\n"
+        "import time, signal; from realera_fast import cli, eraser\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def work(*_, **__): print('working', flush=True); time.sleep(60)\n"
-        "cli.erase_concepts = work\n"
+        "eraser.erase = work\n"
         f"cli.main(['erase', {model!r}, '-c', 'cat', '-o', {str(out)!r}])"
     )
     with subprocess.Popen(

@@ -14,7 +14,7 @@ from tiny_families import denoise, flux, pixart_sigma, sd1
 from tiny_models import aligned
 
 from realera_fast import Erasure
-from realera_fast.cli.app import app as cli
+from realera_fast.cli import program as cli
 
 SETTINGS = {
     "vocabulary": {"words": 6, "cache": False},

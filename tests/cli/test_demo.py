@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import tiny_pipeline
 
 from realera_fast import Concept, EraseConfig, Erasure, embedded
-from realera_fast.cli.app import app as cli
+from realera_fast.cli import program as cli
 from realera_fast.cli.demo_job import FILES, run_demo
 from realera_fast.cli.demo_plan import ERASE_CONFIG, DemoConfig, plan
 

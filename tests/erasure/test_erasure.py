@@ -24,9 +24,14 @@ from tiny_models import tiny_pipeline, tiny_unet
 from tolerance import check
 from typer.testing import CliRunner
 
-from realera_fast.cli.app import app
-from realera_fast.erasure import BaseModelMismatchError, Erasure, ErasureFileError
-from realera_fast.erasure import applied as history
+from realera_fast.cli import app
+from realera_fast.erasure import (
+    BaseModelMismatchError,
+    Erasure,
+    ErasureFileError,
+    history,
+    read_description,
+)
 from realera_fast.erasure import erasure as erasures
 from realera_fast.erasure import file as file_format
 from realera_fast.models import (

@@ -18,7 +18,7 @@ from tiny_models import tiny_pipeline
 
 from realera_fast import Erasure, erase
 from realera_fast.alignment import AlignmentConfig
-from realera_fast.cli.app import app as cli
+from realera_fast.cli import program as cli
 from realera_fast.erasure import BaseModelMismatchError, ErasureFileError, applied, read_description
 from realera_fast.evaluation import verify
 from realera_fast.models import LoraFactors

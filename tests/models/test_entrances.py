@@ -40,8 +40,8 @@ from realera_fast.models import (
     text_streams,
 )
 from realera_fast.models.components import Components
+from realera_fast.models.entrances import COMPANIONS, UNSUPPORTED
 from realera_fast.models.families import FAMILIES as BY_CLASS
-from realera_fast.models.projections import COMPANIONS, UNSUPPORTED
 from realera_fast.text import TextModel
 
 HERE = re.escape(__name__)

@@ -407,6 +407,15 @@ def sanitized(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Sanitiz
     return Sanitized(folder, common, build.compiler, ":".join(build.runtimes))
 
 
+SANITIZED = (
+    "conftest.py",
+    "ops/test_ops.py",
+    "solver/test_hostile_numerics.py",
+    "ops/test_perturb_reference.py",
+)
+"""Tests that run in the instrumented library."""
+
+
 class TestSanitizers:
     def test_every_source_is_instrumented(self, sanitized: Sanitized) -> None:
         assert {
@@ -455,10 +464,10 @@ class TestSanitizers:
     def test_the_operations_are_clean(self, threads: int, sanitized: Sanitized) -> None:
         # One thread runs everything; with two only what divides the work differently, which is the
         # same for every set of loops.
-        chosen = [f"tests/test_{n}.py" for n in ("ops", "hostile_numerics", "perturbation")]
+        chosen = [f"tests/{name}" for name in SANITIZED[1:]]
         chosen += ["-k", "not opcheck"]
         if threads > 1:
-            chosen = ["tests/test_ops.py", "-k", "baseline and (sums or update or batch)"]
+            chosen = ["tests/ops/test_ops.py", "-k", "baseline and (sums or update or batch)"]
         code = (
             "import sys, pytest; from realera_fast import ops\n"
             "print('using', ops.__file__, ops.implementations(), flush=True)\n"

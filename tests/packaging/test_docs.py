@@ -201,7 +201,7 @@ def tiny_command_line(
     folder: Path, short_erase: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[list[str]], int]:
     """The command line, for which every model is a tiny one that takes text as it comes."""
-    from realera_fast.cli.app import app as cli
+    from realera_fast.cli import program as cli
 
     [load_pipeline] = {
         value

@@ -12,7 +12,7 @@ from tiny_models import tiny_pipeline
 
 from realera_fast import Concept, EraseConfig, erase
 from realera_fast.alignment import AlignmentConfig
-from realera_fast.cli.app import app as cli
+from realera_fast.cli import program as cli
 from realera_fast.evaluation import verification
 from realera_fast.runtime import precision
 from realera_fast.text import VocabularyConfig

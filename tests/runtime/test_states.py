@@ -736,9 +736,7 @@ class Watch(TorchFunctionMode):
         result = function(*args, **kwargs)
         if function in _device_constructors():
             frame = sys._getframe(1)
-            ours = Path(frame.f_code.co_filename).is_relative_to(
-                Path(realera_fast.__file__).parent
-            )
+            ours = Path(frame.f_code.co_filename).is_relative_to(Path(realera_fast.__file__).parent)
             drawn = kwargs.get("generator") is not None
             unsaid = [w for w in ("device", "dtype") if kwargs.get(w) is None]
             if not result.is_floating_point():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realera_fast.models.projections import projections
+from realera_fast.models.entrances import projections
 from realera_fast.runtime import unwrapped
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,183 @@
+"""`realera-fast erase`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from realera_fast.cli.inputs import check_concept_tokens, concepts_of, settings_of
+from realera_fast.cli.options import (
+    KIND_NAMES,
+    Base,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Mining,
+    Model,
+    NoAlign,
+    Out,
+    Quiet,
+    Variant,
+    check_placement,
+    save_list,
+    usage_error,
+)
+from realera_fast.cli.output import check_output, check_space, output_folder, write_report
+from realera_fast.cli.program import app, start_logging
+from realera_fast.cli.tables import echo_plan, summary
+
+
+@app.command()
+def erase(
+    model: Model,
+    out: Out,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            "-c",
+            metavar="WORDS[=ANCHOR]",
+            help="What to erase, and what it becomes; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    concepts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--concepts",
+            metavar="FILE",
+            help="A list of concepts: .csv, .tsv, .json, .jsonl, .yaml or .txt.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help=f"Kind of the concepts ({', '.join(KIND_NAMES)}): "
+            "their templates and default anchor.",
+        ),
+    ] = "object",
+    synonym: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="Another name of the one concept, erased with it; may be given several times.",
+        ),
+    ] = None,
+    preserve: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS", help="What must keep its meaning; may be given several times."
+        ),
+    ] = None,
+    save: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="What to write: pipeline (folder), delta (small file), lora (adapter), kohya "
+            "(the same for A1111 and ComfyUI), weights (edited tensors), single-file.",
+        ),
+    ] = "pipeline,delta",
+    mining: Mining = None,
+    no_align: NoAlign = False,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of all randomness.", min=0)
+    ] = None,
+    config: ConfigFile = None,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    variant: Variant = None,
+    base: Base = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep checkpoints of the run here; with one in it, go on from there.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Erase concepts from a model and write the result.
+
+    \b
+    Writes into DIR, as --save asks:
+      pipeline/            the edited model, for DiffusionPipeline.from_pretrained
+      erasure.safetensors  the delta, for 'apply', 'verify' and Erasure.load
+      lora/                an adapter, for pipe.load_lora_weights
+      kohya.safetensors    the same with the keys of A1111 and ComfyUI
+      weights.safetensors  the edited tensors
+      model.safetensors    a single-file checkpoint, where MODEL is one
+      report.html, report.json
+
+    \b
+    Examples:
+      realera-fast erase embedded -c cat -o out/no-cat
+      realera-fast erase ./sd14 -c "Van Gogh=art" -c "Picasso=art" --kind style \\
+          --preserve Monet --save delta,lora --device cuda -o out/no-artists
+      realera-fast erase CompVis/stable-diffusion-v1-4 -c cat --synonym kitten \\
+          --config settings.json --no-align --seed 7 -o out/no-cat
+      realera-fast erase ./xl.safetensors --base ./sdxl --concepts brands.csv \\
+          --save delta,single-file --checkpoint out/run -o out/no-brands
+    """
+    wanted = save_list(save)
+    if "single-file" in wanted and not Path(model).expanduser().is_file():
+        raise usage_error("--save", "single-file needs a MODEL that is a single file")
+    check_placement(dtype, device)
+    concepts, preserved = concepts_of(
+        concept or [], concepts_file, kind, synonym or [], preserve or []
+    )
+    settings = settings_of(config, mining=mining, no_align=no_align, seed=seed)
+    from realera_fast.cli.loading import DTYPES, load_pipeline
+    from realera_fast.eraser import erase as erase_concepts
+    from realera_fast.models import component_name, components_of
+
+    start_logging(quiet)
+    if dry_run:
+        check_output(out, force)
+        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        check_concept_tokens(pipe, concepts, preserved, settings)
+        echo_plan(pipe, concepts, preserved, settings, out, wanted)
+        return
+    with output_folder(out, force) as folder:
+        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        check_concept_tokens(pipe, concepts, preserved, settings)
+        if "pipeline" in wanted:
+            check_space(pipe, folder)
+        edited = components_of(pipe).model
+        erasure = erase_concepts(
+            pipe,
+            concepts,
+            preserve=preserved,
+            config=settings,
+            checkpoint_dir=checkpoint,
+            resume=checkpoint is not None,
+            progress=False if quiet else None,
+        )
+        if "delta" in wanted:
+            erasure.save(folder / "erasure.safetensors")
+        if "lora" in wanted:
+            erasure.save_lora(folder / "lora", edited)
+        if "kohya" in wanted:
+            erasure.save_lora(folder / "kohya.safetensors", edited, layout="kohya")
+        if "weights" in wanted:
+            erasure.save_weights(folder / "weights.safetensors", edited)
+        if "single-file" in wanted:
+            erasure.save_single_file(folder / "model.safetensors", Path(model).expanduser(), edited)
+        if "pipeline" in wanted:
+            pipe.save_pretrained(folder / "pipeline", safe_serialization=True)
+            erasure.annotate(folder / "pipeline" / component_name(pipe))
+        write_report(erasure, folder, model)
+        written = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    typer.echo(summary(erasure))
+    typer.echo(f"\nwrote {', '.join(written)} to {out}")

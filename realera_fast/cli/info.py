@@ -1,0 +1,56 @@
+"""`realera-fast info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from realera_fast.cli.options import Debug
+from realera_fast.cli.program import app
+from realera_fast.cli.tables import columns, echo_file, json_text, system_info
+
+
+@app.command(short_help="Print what a file holds, or versions and devices.")
+def info(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A file that this program wrote: a delta, an adapter, weights, a model.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what was erased in a FILE, how, and on top of what; without one, versions, devices,
+    and which implementation serves each operation.
+
+    \b
+    Examples:
+      realera-fast info
+      realera-fast info out/no-cat/erasure.safetensors
+      realera-fast info out/no-cat/lora/pytorch_lora_weights.safetensors --json
+    """
+    if file is not None:
+        from realera_fast.erasure import read_description
+
+        described = read_description(file)
+        typer.echo(json_text(described) if as_json else echo_file(described), nl=not as_json)
+        return
+    found = system_info()
+    if as_json:
+        typer.echo(json_text(found), nl=False)
+        return
+    typer.echo("versions")
+    typer.echo(columns([("", name, text or "-") for name, text in found["versions"].items()]))
+    typer.echo("\ndevices")
+    typer.echo(columns([("", d["name"], d["description"]) for d in found["devices"]]))
+    typer.echo("\noperations")
+    served = found["operations"]
+    names = list(dict.fromkeys(device for entry in served.values() for device in entry))
+    lines = [("", "", *names)]
+    lines += [("", op, *(entry.get(n, "-") for n in names)) for op, entry in served.items()]
+    typer.echo(columns(lines))

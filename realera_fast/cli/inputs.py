@@ -1,0 +1,90 @@
+"""What commands read: concepts, settings, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realera_fast.cli.options import KIND_NAMES, option_of, usage_error
+
+if TYPE_CHECKING:
+    from realera_fast.config import EraseConfig
+    from realera_fast.text import Concept
+
+
+def concepts_of(
+    words: Sequence[str],
+    file: Path | None,
+    kind: str,
+    synonyms: Sequence[str],
+    preserve: Sequence[str],
+) -> tuple[tuple[Concept, ...], list[str]]:
+    if kind not in KIND_NAMES:
+        raise usage_error("--kind", f"expected one of {', '.join(KIND_NAMES)}, got {kind!r}")
+    if bool(words) == (file is not None):
+        raise usage_error("--concept", "expected --concept, or --concepts with a file")
+    if synonyms and len(words) != 1:
+        raise usage_error("--synonym", f"needs exactly one --concept, got {len(words)}")
+    from realera_fast.runtime import clean_names
+    from realera_fast.text import parse_concept, parse_concepts, read_concepts
+
+    try:
+        preserve = clean_names(preserve, "preserve")
+    except ValueError as error:
+        raise usage_error("--preserve", str(error)) from error
+    if file is not None:
+        return parse_concepts(read_concepts(file, kind=kind), preserve=preserve), list(preserve)
+    try:
+        concepts = [parse_concept(word, kind=kind) for word in words]
+        if synonyms:
+            concepts = [replace(concepts[0], synonyms=tuple(synonyms))]
+        return parse_concepts(concepts, preserve=preserve), list(preserve)
+    except ValueError as error:
+        raise usage_error(option_of(error), str(error)) from error
+
+
+def check_concept_tokens(
+    pipe: Any, concepts: Sequence[Concept], preserve: Sequence[str], config: EraseConfig
+) -> None:
+    """What only the model's tokenizers can tell of the names is wrong usage like all else."""
+    from realera_fast.eraser import check_tokens
+    from realera_fast.models import components_of, text_streams
+
+    parts = components_of(pipe)
+    texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
+    try:
+        check_tokens(texts, concepts, preserve, config)
+    except ValueError as error:
+        raise usage_error(option_of(error), str(error)) from error
+
+
+def settings_of(
+    file: Path | None,
+    *,
+    mining: str | None,
+    no_align: bool,
+    seed: int | None,
+    defaults: EraseConfig | None = None,
+) -> EraseConfig:
+    """`EraseConfig` from a file, or `defaults` without one, and the options that override it."""
+    from realera_fast.config import EraseConfig
+    from realera_fast.runtime import read_json
+
+    config = defaults or EraseConfig()
+    if file is not None:
+        try:
+            config = EraseConfig.from_dict(read_json(file.read_bytes()))
+        except OSError as error:
+            raise usage_error("--config", f"{file}: {error.strerror}") from error
+        except ValueError as error:
+            raise usage_error("--config", f"{file}: {error}") from error
+    try:
+        if mining is not None:
+            config = replace(config, mining=replace(config.mining, mode=mining))
+    except ValueError as error:
+        raise usage_error("--mining", str(error)) from error
+    if no_align:
+        config = replace(config, alignment=replace(config.alignment, enabled=False))
+    return config if seed is None else replace(config, seed=seed)
