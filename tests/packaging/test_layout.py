@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, what an import costs, what is public and built."""
+"""The shape of the package: rooms in one line, what an import costs, what is public and built."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,102 +20,87 @@ from realera_fast import ops
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "realera_fast"
 
-ORDER = (
-    *(
-        "metrics",
-        "precision",
-        "progress",
-        "names",
-        "settings",
-        "files",
-        "safetensors_file",
-        "processes",
-        "philox",
-        "perturbation",
-        "reference",
-        "streamed",
-        "ops",
-        "denoiser",
-        "states",
-        "attention",
-        "prompt_cache",
-        "concept_map",
-        "prompt_map",
-        "least_squares",
-    ),
-    *(
-        "closed_form",
-        "mining",
-        "incremental",
-        "concepts",
-        "concept_file",
-        "text",
-        "families",
-        "pairs",
-        "vocabulary",
-    ),
-    *("lora", "text_path", "trajectories", "training"),
-    *("checkpoint", "members", "alignment", "config"),
-    *("gathering", "report", "adapters", "single_file", "model_card"),
-    *(
-        "erasure",
-        "erase",
-        "clip_judge",
-        "verification",
-        "page",
-        "embedded",
-        "loading",
-        "demo",
-        "cli",
-        "__main__",
-    ),
+ROOMS = (
+    "runtime",
+    "ops",
+    "solver",
+    "text",
+    "models",
+    "erasure",
+    "unet",
+    "mining",
+    "alignment",
+    "eraser",
+    "evaluation",
+    "embedded",
+    "cli",
 )
-"""Every module; each may import only those before it. `__init__` belongs to the last ones."""
+"""Each room imports only what stands left of it. "eraser" are the modules beside the folders."""
 
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "triton", "typer", "PIL", "numpy")
-"""What the package may name only inside functions, but for the modules below."""
+"""What the package may name only inside functions, but in the rooms and modules below."""
 LAZY_EXCEPT = {
-    "verification": {"numpy", "PIL"},
-    "page": {"numpy", "PIL"},
-    "demo": {"numpy", "PIL"},
+    "evaluation": {"numpy", "PIL"},
     "embedded": {"numpy", "PIL"},
     "cli": {"typer", "numpy", "PIL"},
 }
 
-
-def modules() -> dict[str, ast.Module]:
-    """The syntax tree of every module of the package."""
-    paths = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")]
-    return {
-        (
-            path.parent.name if path.parent != PACKAGE and path.stem == "__init__" else path.stem
-        ): ast.parse(path.read_text())
-        for path in paths
-    }
+LONG_FILES: dict[str, str] = {}
+"""Files over 500 lines, and why."""
+LONG_BODIES: dict[str, str] = {}
+"""Functions over 80 lines without their docstring, and why."""
 
 
-def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
+def modules() -> list[Path]:
+    """Every module of the package, however deep. `kernels` is a link to a folder of its own."""
+    return sorted(
+        path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts
+    )
+
+
+EVERY = modules()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else "eraser"
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """Modules that are imported, each with the names that are taken of it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, []
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, [alias.name for alias in node.names]
+
+
+def imported(tree: ast.AST) -> set[str]:
     """Dotted names that the statements import, those of `from a import b` as "a" and "a.b"."""
     names: set[str] = set()
-    for top in nodes.body if isinstance(nodes, ast.Module) else nodes:
-        for node in ast.walk(top):
-            if isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module)
-                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    for module, taken in imports(tree):
+        names |= {module, *(f"{module}.{name}" for name in taken)}
     return names
 
 
 def at_import(tree: ast.Module) -> set[str]:
     """What is imported when the module is: functions' bodies and `if TYPE_CHECKING` left out."""
-    statements = [
-        node
-        for node in tree.body
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-    ]
-    return imported(statements)
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            names |= imported(node)
+    return names
 
 
 def run(code: str, cwd: Path) -> str:
@@ -126,62 +112,115 @@ def run(code: str, cwd: Path) -> str:
     return result.stdout.strip()
 
 
-def test_every_module_has_its_place() -> None:
-    assert set(modules()) - {"__init__"} == set(ORDER)
+def test_every_folder_is_a_room() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert folders - {"kernels"} == set(ROOMS) - {"eraser"}
+    assert len(EVERY) > 80, "the folders were not looked into"
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_import_direction(name: str) -> None:
-    for target in imported(modules()[name]):
-        parts = target.split(".")
-        if parts[0] != "realera_fast" or len(parts) < 2 or parts[1] not in ORDER:
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_a_room_sees_only_rooms_left_of_it(path: Path) -> None:
+    here = room_of(path)
+    for module, taken in imports(tree_of(path)):
+        parts = module.split(".")
+        if parts[0] != "realera_fast" or path == PACKAGE / "__main__.py":
             continue
-        if name == parts[1] == "embedded":
-            continue  # a folder: its files may import one another
-        assert ORDER.index(parts[1]) < ORDER.index(name), f"{name} imports {parts[1]}"
+        rooms = [parts[1]] if len(parts) > 1 else taken
+        for room in rooms:
+            room = room if room in ROOMS else "eraser"
+            if path == PACKAGE / "__init__.py" or room == here:
+                continue
+            assert ROOMS.index(room) < ROOMS.index(here), f"{here} imports {room}: {module}"
+            assert len(parts) < 3, f"{module}: import of its room, from realera_fast.{room}"
 
 
-def test_only_ops_names_the_native_code_and_the_kernels() -> None:
-    for name, tree in modules().items():
-        if name == "ops":
+@pytest.mark.parametrize("room", [r for r in ROOMS if r != "eraser"])
+def test_a_face_offers_what_it_names(room: str) -> None:
+    face = importlib.import_module(f"realera_fast.{room}")
+    assert face.__doc__ and list(face.__all__) == sorted(set(face.__all__))
+    for name in face.__all__:
+        assert hasattr(face, name), name
+
+
+def test_only_the_registry_names_the_native_code_and_the_kernels() -> None:
+    for path in EVERY:
+        if path == PACKAGE / "ops" / "registry.py":
             continue
-        # `streamed` is written of operations; `ops` registers what it defines.
-        calls = name == "streamed"
+        tree = tree_of(path)
         named = {
             n for n in imported(tree) if n.startswith(("realera_fast.kernels", "torch.library"))
         }
-        assert not named, f"{name} imports {named}"
-        assert calls or "torch.ops.realera_fast" not in ast.unparse(tree), name
+        assert not named, f"{name_of(path)} imports {named}"
+        # The room calls the operations that its registry registers.
+        assert room_of(path) == "ops" or "torch.ops.realera_fast" not in ast.unparse(tree), path
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_heavy_libraries_are_imported_lazily(name: str) -> None:
-    roots = {target.split(".")[0] for target in at_import(modules()[name])}
-    assert not roots & set(HEAVY) - LAZY_EXCEPT.get(name, set())
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_heavy_libraries_are_imported_lazily(path: Path) -> None:
+    roots = {target.split(".")[0] for target in at_import(tree_of(path))}
+    assert not roots & set(HEAVY) - LAZY_EXCEPT.get(room_of(path), set())
 
 
 def test_nothing_imports_peft() -> None:
-    users = {
-        name for name, tree in modules().items() for n in imported(tree) if n.startswith("peft")
-    }
+    users = [path for path in EVERY for n in imported(tree_of(path)) if n.startswith("peft")]
     assert not users, "adapters are written in its format, factors are trained without it"
 
 
 def test_kernels_stand_below_the_operations() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
-        names = imported(ast.parse(path.read_text()))
-        ours = {".".join(n.split(".")[:2]) for n in names if n.startswith("realera_fast")}
+        ours = {n for n in imported(tree_of(path)) if n.startswith("realera_fast")}
         # They may name what they must agree with bit for bit, and nothing above it.
-        assert ours <= {f"realera_fast{n}" for n in ("", ".philox", ".perturbation")}, path
+        allowed = ("", ".ops", ".ops.philox", ".ops.perturb_reference")
+        assert {".".join(n.split(".")[:3]) for n in ours} <= {
+            f"realera_fast{n}" for n in allowed
+        }, path
+
+
+def bodies(tree: ast.Module, name: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods by qualified name; those inside functions count with these."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from bodies(node, f"{name}{node.name}.")  # type: ignore[arg-type]
+        elif isinstance(node, ast.FunctionDef):
+            yield f"{name}{node.name}", node
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    start = first.end_lineno + 1 if documented and first.end_lineno else first.lineno
+    return (function.end_lineno or start) - start + 1
+
+
+def sources() -> list[Path]:
+    """All Python that the project is written in."""
+    folders = ("kernels", "bench", "tools", "tests")
+    return [*EVERY, *(p for f in folders for p in sorted((ROOT / f).rglob("*.py")))]
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_sizes(path: Path) -> None:
+    name = name_of(path)
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert (lines > 500) == (name in LONG_FILES), f"{name}: {lines} lines"
+    for function, node in bodies(tree_of(path)):
+        where = f"{name}:{function}"
+        assert (body_lines(node) > 80) == (where in LONG_BODIES), f"{where}: {body_lines(node)}"
+
+
+def test_exceptions_of_size_exist() -> None:
+    known = {name_of(path) for path in sources()}
+    assert set(LONG_FILES) <= known
+    assert {where.split(":")[0] for where in LONG_BODIES} <= known
 
 
 def test_no_environment_variables_and_no_print() -> None:
-    for name, tree in modules().items():
-        for node in ast.walk(tree):
+    for path in EVERY:
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute):
-                assert ast.unparse(node) not in ("os.environ", "os.getenv"), name
-            if isinstance(node, ast.Call) and name != "cli":
-                assert ast.unparse(node.func) != "print", name
+                assert ast.unparse(node) not in ("os.environ", "os.getenv"), path
+            if isinstance(node, ast.Call) and room_of(path) != "cli":
+                assert ast.unparse(node.func) != "print", path
 
 
 def test_import_is_lean(tmp_path: Path) -> None:
@@ -198,13 +237,33 @@ def test_public_names() -> None:
     assert names == sorted(names) and len(set(names)) == len(names)
     for name in names:
         assert hasattr(realera_fast, name), name
-    public = {
-        name
-        for name, value in vars(realera_fast).items()
-        if not name.startswith("_") and not isinstance(value, type(realera_fast))
-    }
-    # `erase` is the function, although a module has that name as well.
-    assert public | {"__version__"} == set(names)
+    assert set(names) <= set(dir(realera_fast))
+    # Rooms answer without being imported; nothing else is public.
+    public = {name for name in dir(realera_fast) if not name.startswith("_")}
+    assert public - set(ROOMS) <= set(names) | {"TYPE_CHECKING", "config", "equations"}
+
+
+def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
+    """Help and wrong usage answer before anything heavy is imported."""
+    for arguments in (
+        ["--help"],
+        ["erase", "--help"],
+        ["erase", "embedded", "-o", "x"],
+        ["erase", "embedded", "-c", "cat", "-o", "x", "--device", "gpu"],
+        ["erase", "embedded", "-c", "cat", "-o", "x", "--dtype", "int8"],
+        ["erase", "embedded", "-c", "cat", "-o", "x", "--kind", "brand"],
+        ["erase", "embedded", "-c", "cat", "-o", "x", "--save", "all"],
+        ["verify", "embedded", "delta", "-o", "x", "--seeds", "one"],
+        ["apply"],
+        ["nothing"],
+    ):
+        code = (
+            "import sys; from realera_fast import cli\n"
+            f"code = cli.program.run({arguments!r})\n"
+            "print(code, 'torch' in sys.modules)"
+        )
+        wanted = 0 if "--help" in arguments else 2
+        assert run(code, tmp_path).splitlines()[-1] == f"{wanted} False", arguments
 
 
 def test_kernels_is_not_a_package_of_its_own() -> None:
@@ -249,7 +308,9 @@ class TestNativeLibrary:
             "eye = torch.eye(3, dtype=torch.float64); ops.solve_spd(eye, eye)\n"
             "print(ops.implementations()['solve_spd']['cpu'], ops.__file__)"
         )
-        assert run(code, tmp_path) == f"reference {tmp_path / 'realera_fast' / 'ops.py'}"
+        assert (
+            run(code, tmp_path) == f"reference {tmp_path / 'realera_fast' / 'ops' / '__init__.py'}"
+        )
 
 
 def edits_sys_path(node: ast.AST) -> bool:
