@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from realera_fast import ops
-from realera_fast.ops import perturb, perturb_accumulate_, perturb_project, perturb_rows
+from realera_fast.ops.perturb_reference import perturb, perturb_rows
+from realera_fast.ops.reference import perturb_accumulate_, perturb_project
 from realera_fast.runtime import multiplies_natively
 
 REGION = (0.5, 0.9, 1.6)

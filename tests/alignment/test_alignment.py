@@ -16,7 +16,7 @@ from tiny_alignment import CONFIG, UNCHECKED, Words, run
 from tiny_models import tiny_pipeline
 
 from realera_fast import alignment, embedded
-from realera_fast.alignment import Trainer, WindowFiller, align_noise, find_scheduler
+from realera_fast.alignment import Trainer, WindowFiller, align_noise, check, find_scheduler
 from realera_fast.alignment.check import AlignmentScore
 from realera_fast.mining import MiningConfig
 from realera_fast.runtime import checkpoint
@@ -111,7 +111,7 @@ def test_queries_and_outputs_can_have_factors(parts):
 def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch, aligned, better):
     closed = AlignmentScore(0.5, 0.5, 0.2)
     scores = {"edited": closed, "aligned": aligned}
-    monkeypatch.setattr(alignment._Check, "score", lambda self, model: scores[model])
+    monkeypatch.setattr(check.HeldOutCheck, "score", lambda self, model: scores[model])
     result = run(parts)
     assert result.kept is better and bool(result.lora) is better
 
@@ -193,7 +193,7 @@ def test_scores_of_a_model_that_draws_the_anchor():
 
 def test_nothing_is_trained_where_nothing_is_left(parts, monkeypatch):
     gone = AlignmentScore(0.0, 0.1, 0.3)
-    monkeypatch.setattr(alignment._Check, "score", lambda self, model: gone)
+    monkeypatch.setattr(check.HeldOutCheck, "score", lambda self, model: gone)
     result = run(parts)
     assert not result.kept and not result.losses and result.aligned is None
     assert result.stopped == "the closed form left nothing to remove"
@@ -272,7 +272,7 @@ def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
 
     monkeypatch.setattr(WindowFiller, "fill", measured)
     some = AlignmentScore(0.5, 0.5, 0.0)
-    monkeypatch.setattr(alignment._Check, "score", lambda self, model: some)
+    monkeypatch.setattr(check.HeldOutCheck, "score", lambda self, model: some)
     pipe, _ = parts
     align_noise(
         pipe.unet,
@@ -324,7 +324,7 @@ KILLED = """
     import os, signal, traceback
     from pathlib import Path
     import torch
-    from realera_fast import alignment
+    from realera_fast.alignment import stage
     from realera_fast.alignment.config import AlignmentConfig
     from realera_fast.alignment.trainer import Trainer
     from safetensors.torch import save_file
@@ -355,7 +355,7 @@ KILLED = """
         factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)
         save_file(factors, out)
 
-    alignment._CHECKPOINT_SECONDS = 0.0
+    stage._CHECKPOINT_SECONDS = 0.0
     for job in {jobs!r}:
         # Each in a process of its own, without importing everything again.
         child = os.fork()

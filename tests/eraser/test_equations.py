@@ -15,8 +15,8 @@ from tiny_families import FAMILIES, flux, sd1
 from torch.testing import assert_close
 
 from realera_fast import Concept, Erasure, erase
-from realera_fast import equations as gathering_module
-from realera_fast.mining import MiningConfig
+from realera_fast import equations as equations_module
+from realera_fast.mining import MiningConfig, vocabulary_neighbors
 from realera_fast.runtime.checkpoint import CheckpointError
 from realera_fast.solver import NormalEquations, Pairs
 from realera_fast.text import ConceptFileError, TextModel, Vocabulary, align, read_concepts
@@ -86,18 +86,18 @@ def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
     )
     resumed, whole = FAMILIES[family](), FAMILIES[family]()
     seen = []
-    original = gathering_module.add_word
+    original = equations_module.add_word
 
     def counting(*arguments, **options):
         if options["number"] is not None:
             seen.append(1)
         return original(*arguments, **options)
 
-    gathering_module.add_word = counting
+    equations_module.add_word = counting
     try:
         got = erase(resumed, LIST, config=ONE, checkpoint_dir=folder, resume=True, progress=False)
     finally:
-        gathering_module.add_word = original
+        equations_module.add_word = original
     streams = 2 if family == "flux" else 1
     assert len(seen) == streams * len(LIST) - kill_at, "what was read is not read again"
     expected = erase(whole, LIST, config=ONE, progress=False)
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
 
 
 def test_a_checkpoint_of_another_list_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(gathering_module, "SECONDS", 0.0)
+    monkeypatch.setattr(equations_module, "SECONDS", 0.0)
     monkeypatch.setattr("realera_fast.runtime.checkpoint.remove", lambda folder, name: None)
     erase(sd1(), LIST[:5], config=ONE, checkpoint_dir=tmp_path, progress=False)
     assert os.listdir(tmp_path) == ["sequence.safetensors"]
@@ -222,7 +222,7 @@ def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
     gram = torch.zeros(4, 4, dtype=torch.float64)
     vocabulary = Vocabulary(words, descriptors, gram, 1, "")
     monkeypatch.setattr(
-        gathering_module,
+        vocabulary_neighbors,
         "describe",
         lambda text, asked: torch.tensor([rows[word] for word in asked]),
     )
@@ -233,7 +233,7 @@ def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
     def found(keep=()):
         config = MiningConfig(word_cosine=threshold)
         concepts = [Concept("target")]
-        return gathering_module.neighbor_words(None, vocabulary, concepts, config, keep=keep)
+        return vocabulary_neighbors.neighbor_words(None, vocabulary, concepts, config, keep=keep)
 
     assert found().near["target"] == ("near", "far")
     # A kept word is no neighbor, so it points at nothing.
@@ -248,7 +248,7 @@ def test_members_of_a_category_are_those_that_the_model_draws_as_it(monkeypatch,
     gram = torch.zeros(3, 3, dtype=torch.float64)
     vocabulary = Vocabulary(("member", "other", "opposite", "kept"), descriptors, gram, 1, "")
     monkeypatch.setattr(
-        gathering_module, "describe", lambda text, asked: torch.tensor([[1.0, 0.1, 0.0]])
+        vocabulary_neighbors, "describe", lambda text, asked: torch.tensor([[1.0, 0.1, 0.0]])
     )
     config = MiningConfig(word_cosine=0.99, member_words=asked, member_cosine=0.4)
     shown = []
@@ -258,7 +258,7 @@ def test_members_of_a_category_are_those_that_the_model_draws_as_it(monkeypatch,
         shown.extend(words)
         return torch.tensor([{"member": 0.5, "opposite": 0.39}.get(word, 0.1) for word in words])
 
-    found = gathering_module.neighbor_words(
+    found = vocabulary_neighbors.neighbor_words(
         None,
         vocabulary,
         [Concept("name", anchor="x", kind=kind)],
@@ -280,11 +280,11 @@ def around(scores, concepts, config, drawn=None, monkeypatch=None):
     gram = torch.zeros(3, 3, dtype=torch.float64)
     vocabulary = Vocabulary(tuple(scores), descriptors, gram, 1, "")
     monkeypatch.setattr(
-        gathering_module,
+        vocabulary_neighbors,
         "describe",
         lambda text, asked: torch.tensor([[1.0, 0.0, 0.0]] * len(asked)),
     )
-    return gathering_module.neighbor_words(
+    return vocabulary_neighbors.neighbor_words(
         None,
         vocabulary,
         concepts,
@@ -343,7 +343,7 @@ def test_noise_weighs_what_its_word_weighs(mode, samples):
     word = align(text, "cat", "dog", ["a photo of a {}"])
     config = replace(ONE, mining=MiningConfig(mode=mode, samples=samples))
     grams = [
-        gathering_module.add_word(
+        equations_module.add_word(
             NormalEquations(text.width), word, replace(config, erase_scale=scale), number=0
         ).gram
         for scale in (1.0, 10.0)

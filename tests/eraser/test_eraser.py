@@ -108,7 +108,7 @@ def test_same_seed_same_bits(pipe):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
 @pytest.mark.parametrize(
-    "where", ["realera_fast.erase.align_noise", "realera_fast.erasure.report.Movement"]
+    "where", ["realera_fast.eraser.align_noise", "realera_fast.erasure.report.Movement"]
 )
 def test_any_failure_leaves_the_model_bit_identical(pipe, monkeypatch, where, error):
     before = weights(pipe.unet)
@@ -405,10 +405,9 @@ def improving(check, model):
 
 
 def test_a_run_that_was_cut_off_goes_on(pipe, tmp_path, monkeypatch):
-    from realera_fast import alignment
-    from realera_fast.alignment import Trainer
+    from realera_fast.alignment import Trainer, stage
 
-    monkeypatch.setattr(alignment, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stage, "_CHECKPOINT_SECONDS", 0.0)
     config = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, steps=5))
     whole = run(tiny_pipeline(), ["cat"], config)
     step, before = Trainer.step, weights(pipe.unet)
@@ -524,9 +523,9 @@ def test_alignment_can_work_alone(pipe):
 
 
 def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypatch):
-    from realera_fast import alignment
+    from realera_fast.alignment import check
 
-    monkeypatch.setattr(alignment._Check, "score", improving)
+    monkeypatch.setattr(check.HeldOutCheck, "score", improving)
     before = weights(pipe.unet)
     targets = ("to_k", "to_v", "to_q", "to_out.0")
     fast = dataclasses.replace(
@@ -561,10 +560,10 @@ def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
 
 
 def test_an_interrupt_at_the_last_moment_undoes_queries_and_outputs_too(pipe, monkeypatch):
-    from realera_fast import alignment
+    from realera_fast.alignment import check
     from realera_fast.erasure import erasure as erasure
 
-    monkeypatch.setattr(alignment._Check, "score", improving)
+    monkeypatch.setattr(check.HeldOutCheck, "score", improving)
 
     def interrupt(message, *_):
         if message.startswith("applied"):

@@ -32,7 +32,6 @@ from realera_fast.erasure import (
     history,
     read_description,
 )
-from realera_fast.erasure import erasure as erasures
 from realera_fast.erasure import file as file_format
 from realera_fast.models import (
     Family,
@@ -844,7 +843,7 @@ def test_files_that_are_too_large(tmp_path, monkeypatch):
     with pytest.raises(ErasureFileError, match="is too large"):
         Erasure.load(path)
     monkeypatch.undo()
-    monkeypatch.setattr(erasures, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(file_format, "MAX_HEADER_BYTES", 100)
     with pytest.raises(ErasureFileError, match="header of"):
         Erasure.load(path)
     monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", 100)

@@ -207,7 +207,7 @@ def test_the_whole_model_loads_with_stock_diffusers(tmp_path, name):
     marker = json.loads((folder / MARKER).read_text())["files"]
     assert set(marker) == {p.name for p in folder.iterdir()} - {MARKER}
     with safe_open(folder / "diffusion_pytorch_model.safetensors", framework="pt") as opened:
-        assert json.loads(opened.metadata()["realera_fast.text.concepts"])[0]["target"] == "cat"
+        assert json.loads(opened.metadata()["realera_fast.concepts"])[0]["target"] == "cat"
     with pytest.raises(ValueError, match="not what was applied to it last"):
         erasure.save_pretrained(tmp_path / "other", base)
     with pytest.raises(FileExistsError, match="is not empty"):
@@ -265,7 +265,7 @@ def test_a_single_file_comes_in_and_goes_out(tmp_path, stored):
     assert len(changed) == len(projections(loaded))
     assert all(key.endswith((".to_k.weight", ".to_v.weight")) for key in changed)
     assert read_header(out).metadata["title"] == "mine"
-    assert "realera_fast.text.concepts" in read_header(out).metadata
+    assert "realera_fast.concepts" in read_header(out).metadata
     # From the edited model too, whose original weights are remembered.
     same = erasure.save_single_file(tmp_path / "b.safetensors", tmp_path / "base.safetensors")
     assert same.read_bytes() == out.read_bytes()

@@ -136,7 +136,7 @@ def test_in_another_process_the_rest_is_put_on_the_base_model(tmp_path):
 def test_a_hostile_history_is_refused(tmp_path, monkeypatch, history):
     (erasure,) = erased(sd1(), "cat=dog")
     odd = dataclasses.replace(erasure, provenance={**erasure.provenance, "history": history})
-    monkeypatch.setattr("realera_fast.erasure.describe.write_card", lambda *_, **__: None)
+    monkeypatch.setattr("realera_fast.erasure.erasure.write_card", lambda *_, **__: None)
     file = odd.save(tmp_path / "odd.safetensors")
     for read in (Erasure.load, read_description):
         with pytest.raises(ErasureFileError, match="a history that is none"):

@@ -166,7 +166,7 @@ def asked(monkeypatch):
         found.append(arguments[3])
         return guidance_cosine(*arguments, **options)
 
-    monkeypatch.setattr(importlib.import_module("realera_fast.erase"), "guidance_cosine", counting)
+    monkeypatch.setattr(importlib.import_module("realera_fast.eraser"), "guidance_cosine", counting)
     return found
 
 
@@ -256,7 +256,7 @@ def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
     assert len(drawn) > 2 and all(len(words) <= 4 for words in drawn)
     asked.clear()
     options = {"config": config, "checkpoint_dir": tmp_path, "progress": False}
-    module = importlib.import_module("realera_fast.erase")
+    module = importlib.import_module("realera_fast.eraser")
     counting = module.guidance_cosine
 
     def cut(*arguments, **more):
@@ -281,7 +281,7 @@ def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
 def test_without_resume_all_is_drawn_anew_and_other_drawings_are_refused(
     asked, tmp_path, monkeypatch
 ):
-    module, pipe = importlib.import_module("realera_fast.erase"), FAMILIES["sd1"]()
+    module, pipe = importlib.import_module("realera_fast.eraser"), FAMILIES["sd1"]()
     monkeypatch.setattr(module, "solve", cut_off)
     options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
     for _ in range(2):
@@ -296,7 +296,7 @@ def test_without_resume_all_is_drawn_anew_and_other_drawings_are_refused(
 
 def test_sums_of_other_members_are_refused(tmp_path, monkeypatch):
     """A search that finds other words than the one whose sums are in the checkpoint."""
-    module, pipe = importlib.import_module("realera_fast.erase"), FAMILIES["sd1"]()
+    module, pipe = importlib.import_module("realera_fast.eraser"), FAMILIES["sd1"]()
     solve = module.solve
     options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from realera_fast import mining
-from realera_fast.mining import MiningConfig, Region, add_neighbors, moments, sample
+from realera_fast.mining import MiningConfig, Region, add_neighbors, moments, rows, sample
 from realera_fast.ops import perturb_reference as perturbation
 from realera_fast.solver import NormalEquations
 
@@ -223,12 +223,12 @@ def test_no_noise_is_used_twice(monkeypatch):
         counters.extend(range(offset, offset + samples))
         return sample(source, region, samples=samples, offset=offset, **kwargs)
 
-    monkeypatch.setattr(mining, "sample", recorded)
+    monkeypatch.setattr(rows, "sample", recorded)
     whole = accumulate("gaussian", 20)
     assert len(counters) == len(set(counters)) == 40
     counters.clear()
     # Blocks of a few samples draw the same ones.
-    monkeypatch.setattr(mining, "_SCALARS_PER_BLOCK", 7)
+    monkeypatch.setattr(rows, "SCALARS_PER_BLOCK", 7)
     blocks = accumulate("gaussian", 20)
     assert torch.allclose(whole.gram, blocks.gram) and torch.allclose(whole.cross, blocks.cross)
     assert len(counters) == len(set(counters)) == 40

@@ -609,7 +609,7 @@ def test_a_failing_thread_takes_back_its_own_edit_alone(monkeypatch):
         raise RuntimeError("stop")
 
     def fail() -> None:
-        monkeypatch.setattr(sys.modules["realera_fast.erase"], "_report", stuck)
+        monkeypatch.setattr(sys.modules["realera_fast.eraser"], "_report", stuck)
         with pytest.raises(RuntimeError, match="stop"):
             run(pipe, word="horse")
 
@@ -1209,7 +1209,7 @@ def test_a_scheduler_that_noises_otherwise_is_refused(scheduler, message, monkey
 
     config = replace(ALIGNED, alignment=replace(ALIGNED.alignment, sampling_steps=4))
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["realera_fast.erase"], "encode_vocabulary", worked)
+        patch.setattr(sys.modules["realera_fast.eraser"], "encode_vocabulary", worked)
         with pytest.raises(ValueError, match=f"^(scheduler|AlignmentConfig): .*{message}") as error:
             run(pipe, config)
     assert equal(weights(pipe.unet), before)
