@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from realera_fast.alignment.stage import AlignmentConfig
+from realera_fast.alignment import AlignmentConfig
 from realera_fast.mining import MiningConfig
 from realera_fast.runtime import check_types
 from realera_fast.solver import ClosedFormConfig

