@@ -203,14 +203,7 @@ def tiny_command_line(
     """The command line, for which every model is a tiny one that takes text as it comes."""
     from realera_fast.cli import program as cli
 
-    [load_pipeline] = {
-        value
-        for name, module in list(sys.modules.items())
-        if name.startswith("realera_fast.")
-        for attribute, value in vars(module).items()
-        if attribute == "load_pipeline" and value.__module__.endswith("loading")
-    }
-    replace_everywhere(monkeypatch, load_pipeline, lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("realera_fast.cli.loading.load_pipeline", lambda *_, **__: tiny_pipeline())
     prepare(folder)
     detectors = ModuleType("mypackage.nudity")
     detectors.__dict__["detect"] = lambda image: []
