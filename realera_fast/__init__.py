@@ -24,7 +24,7 @@ _HOMES = {
 }
 _ROOMS = (
     *("runtime", "ops", "solver", "text", "models", "erasure", "unet", "mining", "alignment"),
-    *("evaluation", "embedded", "cli"),
+    *("eraser", "evaluation", "embedded", "cli"),
 )
 
 

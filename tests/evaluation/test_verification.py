@@ -312,7 +312,7 @@ def test_verify_restores_the_model_when_drawing_fails(
             raise KeyboardInterrupt
         return [noise(0)]
 
-    monkeypatch.setattr("realera_fast.evaluation.images.generate", broken)
+    monkeypatch.setattr("realera_fast.evaluation.verification.generate", broken)
     with pytest.raises(KeyboardInterrupt):
         verify(pipe, erasure, ["a cat"], seeds=[0])
     assert calls[0] == before != calls[1]

@@ -673,7 +673,7 @@ def test_a_reading_may_shorten_the_prompts():
 @pytest.mark.parametrize(
     ("reading", "error", "message"),
     [
-        (dict, TypeError, "reading: expected a realera_fast.models.reading.Family, got dict"),
+        (dict, TypeError, "reading: expected a realera_fast.models.Family, got dict"),
         (lambda: Family("x", ()), ValueError, "sections is empty"),
         (lambda: Family("x", (Reading(0),)), ValueError, "sections: expected tuples of Reading"),
         (lambda: Family("x", ((0,),)), ValueError, "sections: expected a Reading, got int"),

@@ -490,7 +490,7 @@ class TestSanitizers:
         assert not reports, reports[:10_000]
         assert status == 0, output[-10_000:]
         path, found = re.findall(r"using (.*?) ({.*})", output)[0]
-        assert path == str(sanitized.folder / "realera_fast" / "ops.py")
+        assert path == str(sanitized.folder / "realera_fast" / "ops" / "__init__.py")
         assert ast.literal_eval(found)["solve_spd"]["cpu"] == "native"
         assert int(re.findall(r"(\d+) passed", output)[-1]) > 20
 

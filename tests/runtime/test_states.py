@@ -1337,7 +1337,7 @@ def test_a_scheduler_beside_the_model_that_cannot_be_made(
 
 def test_page_of_schedulers_says_what_the_messages_say():
     page = PAGE.read_text(encoding="utf-8").split("## The noise scheduler")[1]
-    source = (PAGE.parents[2] / "realera_fast" / "trajectories.py").read_text(encoding="utf-8")
+    source = (PAGE.parents[1] / "realera_fast" / "unet" / "sampler.py").read_text(encoding="utf-8")
     spoken = re.sub(r'"\s+f?"', "", source)
     for sentence in re.findall("refused: `(.+?)`", page):
         assert sentence in spoken, sentence
