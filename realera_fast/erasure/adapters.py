@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from realera_fast.erasure.edit import Edit
 from realera_fast.runtime import encode_json
 
 Layout = Literal["diffusers", "kohya"]
@@ -28,6 +29,40 @@ _FLUX = {
     "context_embedder": "txt_in",
     "time_text_embed.text_embedder.linear_1": "vector_in_in_layer",
 }
+
+
+def adapter_factors(edit: Edit, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`[o, q]` and `[q, d]` float32 factors of the whole update of each changed projection.
+
+    Args:
+        weights: `[o, d]` un-edited weight of each layer that the edit changes; empty without a
+            closed form, which is all that they are needed for.
+    """
+    found = {}
+    for name in weights or edit.lora:
+        ups, downs = [], []
+        concept_map = edit.map_of(name)
+        if concept_map is not None and concept_map.rank:
+            weight = weights[name].to("cpu", torch.float64)
+            ups.append(weight[:, : concept_map.width] @ concept_map.left.to(weight))
+            downs.append(concept_map.right.to(weight))
+        if name in edit.lora:
+            ups.append(edit.lora[name].up.to("cpu", torch.float64))
+            downs.append(edit.lora[name].down.to("cpu", torch.float64))
+        up, down = torch.cat(ups, 1), torch.cat(downs, 0)
+        if name in weights:
+            down = functional.pad(down, (0, weights[name].shape[1] - down.shape[1]))
+        if down.shape[0] >= min(up.shape[0], down.shape[1]):
+            u, s, vh = torch.linalg.svd(up @ down, full_matrices=False)
+            floor = s[0] * torch.finfo(torch.float64).eps * max(up.shape[0], down.shape[1])
+            rank = max(1, int((s > floor).sum()))
+            up, down = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vh[:rank]
+        # Equal sizes on both sides, for fp16's narrow range; powers of two round nothing.
+        ratio = down.norm(dim=1) / up.norm(dim=0)
+        usable = ratio.isfinite() & (ratio > 0)
+        scale = torch.where(usable, ratio, 1.0).sqrt().log2().round().exp2()
+        found[name] = ((up * scale).float(), (down / scale[:, None]).float())
+    return found
 
 
 def in_layout(

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from realera_fast.models import STREAMS, Family, Stream, stream_of
-from realera_fast.runtime import MAX_HEADER_BYTES, read_json
+from realera_fast.erasure.edit import MAP_KEYS, Edit
+from realera_fast.models import Family, LoraFactors, Stream, stream_of
+from realera_fast.runtime import MAX_HEADER_BYTES, encode_json, read_json, write
+from realera_fast.solver import ConceptMap, IncrementalSystem
 from realera_fast.text import Concept
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 """Raised when older files can no longer be read."""
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""Where ``load_lora_weights`` looks in a folder."""
 
 MAX_FILE_BYTES = 2 << 30
 _MAX_DEPTH = 32
 _MAX_NAME = 256
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 _HASH = re.compile(r"[0-9a-f]{64}")
-SYSTEM_FIELDS = ("system", "pooled_system")
+SYSTEM_FIELDS: Mapping[Stream, str] = {"sequence": "system", "pooled": "pooled_system"}
+"""What the kept equations are called, by the text that they are about."""
 METADATA_FIELDS = ("concepts", "config", "provenance", "report")
 
 
@@ -38,7 +40,99 @@ def check_name(name: str) -> None:
         raise ValueError(f"not a module name: {name[:_MAX_NAME]!r}")
 
 
+def save(
+    path: Path,
+    edit: Edit,
+    fields: Mapping[str, Any],
+    systems: Mapping[Stream, IncrementalSystem],
+) -> Path:
+    """Writes the file, as `Erasure.save`.
+
+    Args:
+        edit: the factors.
+        fields: plain JSON values of `METADATA_FIELDS`.
+        systems: the kept equations.
+
+    Returns:
+        The path written.
+    """
+    for concept_map in edit.maps.values():
+        if concept_map.rank > concept_map.width:
+            raise ValueError(
+                f"map: its rank {concept_map.rank} exceeds its width; save a compressed() one"
+            )
+    for name in (*edit.lora, *(edit.takes or ())):
+        check_name(name)
+    metadata = {
+        "format": "pt",
+        "realera_fast": str(FORMAT_VERSION),
+        **{field: encode_json(fields[field]) for field in METADATA_FIELDS},
+    }
+    tensors = edit.tensors()
+    for stream, system in systems.items():
+        field = SYSTEM_FIELDS[stream]
+        metadata[field] = encode_json(system.state())
+        tensors |= {f"{field}.{name}": t for name, t in system.tensors().items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > MAX_FILE_BYTES - MAX_HEADER_BYTES:
+            raise ValueError(
+                f"system: {size} bytes of equations, more than the {MAX_FILE_BYTES} of a file "
+                "that can be loaded; save dataclasses.replace(erasure, system=None, "
+                "pooled_system=None)"
+            )
+    return write(path, tensors, metadata)
+
+
 # Reading: nothing in a file is trusted
+
+
+def load(path: Path, build: Callable[..., T]) -> T:
+    """Reads what `save` wrote, as `Erasure.load`.
+
+    Args:
+        build: makes the erasure of its fields, given by name; it may refuse their values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ErasureFileError: it is not a valid erasure.
+    """
+    try:
+        metadata, tensors = read_file(path)
+        fields = {field: parse_field(field, metadata[field]) for field in METADATA_FIELDS}
+        concepts = concepts_of(fields.pop("concepts"))
+        check_provenance(fields["provenance"])
+        lora = {
+            name: LoraFactors(tensors[f"lora.{name}.down"], tensors[f"lora.{name}.up"])
+            for name in names_with_lora(tensors)
+        }
+        maps = {
+            stream: ConceptMap(tensors[f"{key}.left"], tensors[f"{key}.right"])
+            for stream, key in MAP_KEYS.items()
+            if f"{key}.left" in tensors
+        }
+        systems: dict[str, Any] = {}
+        for field in SYSTEM_FIELDS.values():
+            if field in metadata:
+                start = f"{field}."
+                inner = {
+                    key.removeprefix(start): tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith(start)
+                }
+                state = parse_field(field, metadata[field])
+                systems[field] = IncrementalSystem.from_tensors(inner, state)
+        return build(
+            map=maps["sequence"],
+            lora=lora,
+            concepts=concepts,
+            **fields,
+            pooled_map=maps.get("pooled"),
+            **systems,
+        )
+    except ErasureFileError as error:
+        raise ErasureFileError(f"{path}: {error}") from error.__cause__
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ErasureFileError(f"{path}: {error}") from error
 
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -68,7 +162,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
                 shapes[name] = (view.get_dtype(), tuple(view.get_shape()))
             _check_metadata(metadata)
             inner: dict[str, Any] = {}
-            for field in SYSTEM_FIELDS:
+            for field in SYSTEM_FIELDS.values():
                 own = [key for key in shapes if key.startswith(f"{field}.")]
                 if bool(own) > (field in metadata):
                     raise ErasureFileError(f"has tensors of a {field}, but no description of it")
@@ -93,19 +187,24 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
             f"has format version {version[:20]!r}, this release reads {FORMAT_VERSION}; update it"
         )
     expected = {"format", "realera_fast", *METADATA_FIELDS}
-    if set(metadata) - set(SYSTEM_FIELDS) != expected:
-        odd = sorted((set(metadata) - set(SYSTEM_FIELDS)) ^ expected)[:5]
+    given = set(metadata) - set(SYSTEM_FIELDS.values())
+    if given != expected:
+        odd = sorted(given ^ expected)[:5]
         raise ErasureFileError(f"has missing or unknown metadata: {odd}")
 
 
 def names_with_lora(tensors: Iterable[str]) -> list[str]:
-    found = {key.removeprefix("lora.").rpartition(".")[0] for key in tensors if key[:5] == "lora."}
-    return sorted(found)
+    keys = [key.removeprefix("lora.") for key in tensors if key.startswith("lora.")]
+    return sorted({key.rpartition(".")[0] for key in keys})
 
 
 def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     names = names_with_lora(shapes)
-    maps = ["map", *(["pooled"] if "pooled.left" in shapes else [])]
+    maps: dict[str, Stream] = {
+        key: stream
+        for stream, key in MAP_KEYS.items()
+        if stream == "sequence" or f"{key}.left" in shapes
+    }
     expected = {f"{field}.{side}" for field in maps for side in ("left", "right")}
     for name in names:
         check_name(name)
@@ -120,7 +219,7 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         if len(shape) != 2:
             raise ErasureFileError(f"{key} has shape {list(shape)}, expected a matrix")
     widths: dict[Stream | None, int] = {}
-    for field, stream in zip(maps, STREAMS, strict=False):
+    for field, stream in maps.items():
         (left_dtype, left), (right_dtype, right) = shapes[f"{field}.left"], shapes[f"{field}.right"]
         width, rank = left
         if right != (rank, width) or right_dtype != left_dtype or width < 1 or rank > width:

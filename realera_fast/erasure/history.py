@@ -1,7 +1,12 @@
-"""Which erasures a model carries, in order."""
+"""Which erasures a model carries, in order: applying one, undoing it, taking it out again.
+
+What edits a model here is called by the verbs of `Erasure`, alone on that model.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,15 +15,15 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from realera_fast.models import weights_hash
-from realera_fast.runtime import unwrapped
+from realera_fast.erasure.base_model import BaseModelMismatchError, check_base, layers_of
+from realera_fast.erasure.edit import edit_of
+from realera_fast.models import base_hashes, projections, transaction, weights_hash, write_
+from realera_fast.runtime import exclusive, unwrapped
 
 if TYPE_CHECKING:
     from realera_fast.erasure.erasure import Erasure
 
-
-class BaseModelMismatchError(ValueError):
-    """The model is not the one the erasure was made for."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,3 +108,171 @@ def forget_undone(history: list[Application], now: WeightStates) -> None:
     place = place_of(history, now)
     if place is not None:
         del history[place + 1 :]
+
+
+def is_same(erasure: Erasure, other: Erasure) -> bool:
+    """The same factors for the same base: a loaded copy may undo what the original did."""
+    return erasure is other or erasure.fingerprint == other.fingerprint
+
+
+def is_last(erasure: Erasure, model: nn.Module) -> bool:
+    """Whether the weights of now are what this erasure made, with none applied after it."""
+    history = applications_of(model)
+    place = place_of(history, WeightStates(model))
+    return place is not None and place >= 0 and is_same(history[place].erasure, erasure)
+
+
+@exclusive
+def applied(model: nn.Module) -> tuple[Erasure, ...]:
+    """The erasures that are applied to a model object in this process, in order.
+
+    Those that were undone since are left out; where the weights were changed by something else,
+    nothing is known and the result is empty.
+    """
+    history = applications_of(model)
+    if not history:
+        return ()
+    place = place_of(history, WeightStates(model))
+    return () if place is None else tuple(entry.erasure for entry in history[: place + 1])
+
+
+def history_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What was erased from a model before, for the provenance of the next erasure."""
+    return [history_entry(erasure) for erasure in applied(model)]
+
+
+def apply_(erasure: Erasure, model: nn.Module) -> nn.Module:
+    """Edits a model in place, as `Erasure.apply_`."""
+    projections(model, edit_of(erasure).takes)
+    return _apply(erasure, model)
+
+
+def _apply(erasure: Erasure, model: nn.Module) -> nn.Module:
+    """`apply_`, however the model runs its layers."""
+    edit = edit_of(erasure)
+    layers = layers_of(model, edit)
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    history = applications_of(model)
+    now = WeightStates(model)
+    forget_undone(history, now)
+    before = now.of(layers)
+    top = history[-1] if history else None
+    if top and now.are(top.after) and top.after != top.before and is_same(top.erasure, erasure):
+        raise BaseModelMismatchError("model: this erasure is already applied to it")
+    check_base(model, erasure.provenance.get("base_hashes"), edit.takes)
+    edited = edit.edited(weights)
+    originals = {name: weights[name].to("cpu", copy=True) for name in edited if edit.changes(name)}
+    record: Application | None = None
+    try:
+        with transaction(model, layers):
+            for name in originals:
+                write_(layers[name].weight, edited[name])
+            after = WeightStates(model).of(layers)
+            record = Application(erasure, originals, before, after)
+            history.append(record)
+    except BaseException:
+        if record in history:
+            history.remove(record)
+        raise
+    logger.info("applied %r to %d layers", erasure, len(originals))
+    return model
+
+
+def restore_(erasure: Erasure, model: nn.Module, *, force: bool = False) -> nn.Module:
+    """Undoes an erasure bit for bit, as `Erasure.restore_`."""
+    layers = layers_of(model, edit_of(erasure))
+    history = applications_of(model)
+    known = any(is_same(entry.erasure, erasure) for entry in history)
+    place = place_of(history, WeightStates(model))
+    if not known:
+        raise ValueError(
+            "model: this erasure was not applied to this model in this process, so its "
+            "original weights are not known; reload the base model"
+        )
+    if place == -1:
+        raise ValueError(
+            "model: its weights changed since the erasure was applied: they are as before it, "
+            "so there is nothing to undo"
+        )
+    if place is None and force:
+        place = len(history) - 1
+    if place is None:
+        raise ValueError(
+            "model: its weights (or their dtype) changed since the erasure was applied, so "
+            "undoing it would lose that change; restore_(model, force=True) does so, or reload "
+            "the base model"
+        )
+    entry = history[place]
+    if not is_same(entry.erasure, erasure):
+        raise ValueError(f"model: {entry.erasure!r} was applied last; restore that one first")
+    with transaction(model, layers):
+        for name, original in entry.originals.items():
+            write_(layers[name].weight, original)
+    del history[place:]
+    return model
+
+
+def edited_state(erasure: Erasure, model: nn.Module) -> dict[str, Tensor]:
+    """The edited tensors alone, as `Erasure.state_dict`."""
+    edit = edit_of(erasure)
+    weights = {name: layer.weight.detach() for name, layer in layers_of(model, edit).items()}
+    if not is_last(erasure, model):
+        check_base(model, erasure.provenance.get("base_hashes"), edit.takes)
+        weights = edit.edited(weights)
+    return {f"{n}.weight": w.clone() for n, w in weights.items() if edit.changes(n)}
+
+
+def rebase(erasure: Erasure, model: nn.Module) -> Erasure:
+    """The same factors for other weights, as `Erasure.rebase`."""
+    kind, lora = type(unwrapped(model)).__name__, erasure.lora
+    if kind != erasure.provenance.get("model_class", kind):
+        if lora:
+            logger.warning(
+                "the alignment factors were trained for a %s: left out for the %s",
+                erasure.provenance["model_class"],
+                kind,
+            )
+        lora = {}
+    elif lora:
+        logger.warning("the alignment factors were trained on other weights: kept as they are")
+    history = [history_entry(entry.erasure) for entry in applications_of(model)]
+    provenance = {
+        **erasure.provenance,
+        "model_class": kind,
+        "base_hashes": base_hashes(model, edit_of(erasure).takes),
+        "history": history,
+    }
+    rebased = dataclasses.replace(erasure, provenance=provenance, lora=lora)
+    layers_of(model, edit_of(rebased))
+    return rebased
+
+
+def withdraw_(erasure: Erasure, model: nn.Module) -> tuple[Erasure, ...]:
+    """Takes an erasure out from under those applied after it, as `Erasure.withdraw_`."""
+    history = applications_of(model)
+    places = [i for i, entry in enumerate(history) if is_same(entry.erasure, erasure)]
+    if not places or place_of(history, WeightStates(model)) != len(history) - 1:
+        raise ValueError(
+            "model: this erasure is not applied to it, or its weights changed since; reload "
+            "the base model, and apply the others to it with rebase"
+        )
+    kept = list(history)
+    layers: dict[str, nn.Linear] = {}
+    for entry in history:
+        layers |= layers_of(model, edit_of(entry.erasure))
+    remaining = []
+    try:
+        with transaction(model, layers):
+            for entry in reversed(kept[places[-1] :]):
+                entry.erasure.restore_(model)
+            for entry in kept[places[-1] + 1 :]:
+                again = entry.erasure.rebase(model)
+                withdrawn = [*again.provenance["history"], history_entry(erasure, "withdrawn")]
+                provenance = {**again.provenance, "history": withdrawn}
+                again = dataclasses.replace(again, provenance=provenance)
+                _apply(again, model)
+                remaining.append(again)
+    except BaseException:
+        history[:] = kept
+        raise
+    return tuple(remaining)

@@ -561,7 +561,7 @@ def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
 
 def test_an_interrupt_at_the_last_moment_undoes_queries_and_outputs_too(pipe, monkeypatch):
     from realera_fast.alignment import check
-    from realera_fast.erasure import erasure as erasure
+    from realera_fast.erasure import history
 
     monkeypatch.setattr(check.HeldOutCheck, "score", improving)
 
@@ -569,7 +569,7 @@ def test_an_interrupt_at_the_last_moment_undoes_queries_and_outputs_too(pipe, mo
         if message.startswith("applied"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(erasure.logger, "info", interrupt)
+    monkeypatch.setattr(history.logger, "info", interrupt)
     targets = ("to_k", "to_v", "to_q", "to_out.0")
     fast = dataclasses.replace(
         FAST, steps=4, target_modules=targets, evaluation_steps=0, check_seeds=1

@@ -33,6 +33,7 @@ from realera_fast.erasure import (
     read_description,
 )
 from realera_fast.erasure import file as file_format
+from realera_fast.erasure.edit import edit_of
 from realera_fast.models import (
     Family,
     LoraFactors,
@@ -440,7 +441,7 @@ def test_erasures_with_and_without_them_stack(monkeypatch, alone):
     first.apply_(unet)
     states.append(weights(unet))
     # Its base check is about the original model: this stacks on an edited one.
-    monkeypatch.setattr(Erasure, "_check_base", lambda self, unet: None)
+    monkeypatch.setattr(history, "check_base", lambda *_: None)
     second.apply_(unet)
     with pytest.raises(BaseModelMismatchError, match="already applied"):
         second.apply_(unet)
@@ -520,9 +521,9 @@ def test_a_saved_erasure_comes_back_whole(tmp_path, rank, lora_rank):
     erasure = make(unet, rank=rank, lora_rank=lora_rank)
     path = erasure.save(tmp_path / "new" / "cat.safetensors")
     loaded = Erasure.load(path)
-    tensors = loaded._tensors()
-    assert set(tensors) == set(erasure._tensors())
-    assert all(torch.equal(t, tensors[n]) for n, t in erasure._tensors().items())
+    expected, tensors = edit_of(erasure).tensors(), edit_of(loaded).tensors()
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(t, tensors[n]) for n, t in expected.items())
     for field in ("concepts", "config", "provenance", "report"):
         assert getattr(loaded, field) == getattr(erasure, field)
     assert loaded.save(tmp_path / "again").read_bytes() == path.read_bytes()
@@ -637,7 +638,7 @@ def test_saved_bytes_are_the_same_in_another_process(tmp_path):
 def test_the_safetensors_package_reads_our_files(tmp_path):
     erasure = make(tiny_unet())
     path = erasure.save(tmp_path / "a")
-    assert set(load_file(path)) == set(erasure._tensors())
+    assert set(load_file(path)) == set(edit_of(erasure).tensors())
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["concepts"]) == [CAT.to_dict()]
         assert file.metadata()["format"] == "pt"

@@ -49,7 +49,6 @@ LAZY_EXCEPT = {
 LONG_FILES = {
     "kernels/project.py": "one op: its plan, its kernels and its gradient share their shapes",
     "realera_fast/text/encoders.py": "one class: what a text encoder and its tokenizer answer",
-    "realera_fast/erasure/erasure.py": "verbs of one object; its parts move beside it",
     "realera_fast/eraser.py": "one function in stages; its checks move beside it",
 }
 """Files over 500 lines, and why. Test files are as long as the list of what they hold."""
