@@ -30,10 +30,10 @@ from harness.provenance import provenance
 from PIL import Image
 
 from realera_fast import Concept, EraseConfig, Erasure, embedded, erase
-from realera_fast.cli.loading import DTYPES, find_device, load_pipeline
 from realera_fast.evaluation import (
     ClipJudge,
     Row,
+    Sampling,
     Scores,
     Table,
     accuracy,
@@ -43,7 +43,7 @@ from realera_fast.evaluation import (
     sampling_settings,
     write_html,
 )
-from realera_fast.models import components_of
+from realera_fast.models import DTYPES, components_of, find_device, load_pipeline
 from realera_fast.runtime import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "protocols"
@@ -154,26 +154,22 @@ def _seed(word: str, number: int) -> int:
     return zlib.crc32(word.encode()) % 2**24 + number
 
 
-def draw(
-    pipe: Any, shots: Sequence[Shot], sampler: Mapping[str, Any], batch_size: int, note: str
-) -> list[Image.Image]:
-    """The pictures of all shots, in their order."""
-    found: dict[int, Image.Image] = {}
-    for guidance in sorted({s.guidance or sampler["guidance"] for s in shots}):
-        chosen = [i for i, s in enumerate(shots) if (s.guidance or sampler["guidance"]) == guidance]
-        pictures = generate(
+def draw(pipe: Any, shots: Sequence[Shot], sampling: Sampling, note: str) -> list[Image.Image]:
+    """The images of all shots, in their order."""
+    drawn: dict[int, Image.Image] = {}
+    by_guidance: dict[float, list[int]] = {}
+    for i, shot in enumerate(shots):
+        by_guidance.setdefault(shot.guidance or sampling.guidance, []).append(i)
+    for guidance, chosen in sorted(by_guidance.items()):
+        images = generate(
             pipe,
             [shots[i].prompt for i in chosen],
             [shots[i].seed for i in chosen],
-            steps=sampler["steps"],
-            guidance=guidance,
-            height=sampler.get("height"),
-            width=sampler.get("width"),
-            batch_size=batch_size,
+            dataclasses.replace(sampling, guidance=guidance),
             description=note,
         )
-        found |= dict(zip(chosen, pictures, strict=True))
-    return [found[i] for i in range(len(shots))]
+        drawn |= dict(zip(chosen, images, strict=True))
+    return [drawn[i] for i in range(len(shots))]
 
 
 def scored(
@@ -268,18 +264,27 @@ class Job:
     keep_pictures: bool
     """Whether every picture is written, for FID."""
 
+    @property
+    def sampling(self) -> Sampling:
+        """As the protocol says."""
+        sampler = self.protocol["sampler"]
+        return Sampling(
+            steps=sampler["steps"],
+            guidance=sampler["guidance"],
+            height=sampler.get("height"),
+            width=sampler.get("width"),
+            batch_size=self.batch_size,
+        )
+
     def about(self, pipe: Any) -> dict[str, Any]:
         """What all rows have in common."""
-        sampler = self.protocol["sampler"]
         evaluators = {"judge": self.judge, **self.detectors}
         return {
             "protocol": self.name,
             "source": self.protocol["source"],
             "model": self.model,
             **provenance(),
-            "sampler": sampling_settings(
-                pipe, steps=sampler["steps"], guidance=sampler["guidance"]
-            ),
+            "sampler": sampling_settings(pipe, self.sampling),
             "evaluators": {k: identity_of(v) for k, v in evaluators.items() if v is not None},
             "erase_config": self.config.to_dict(),
         }
@@ -316,12 +321,13 @@ class Job:
 
 
 def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
-    """Every case of a protocol: draws, erases, draws, undoes; writes rows and the page."""
-    protocol, sampler = job.protocol, job.protocol["sampler"]
-    if "scheduler" in sampler:
+    """Every case of a protocol: samples, erases, samples, undoes; writes rows and the page."""
+    protocol, sampling = job.protocol, job.sampling
+    if "scheduler" in protocol["sampler"]:
         import diffusers
 
-        pipe.scheduler = getattr(diffusers, sampler["scheduler"]).from_config(pipe.scheduler.config)
+        scheduler = getattr(diffusers, protocol["sampler"]["scheduler"])
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     about = job.about(pipe)
     drawn: dict[Shot, Image.Image] = {}
     rows: list[dict[str, Any]] = []
@@ -329,12 +335,11 @@ def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
     for number, case in enumerate(found, start=1):
         note = f"{number}/{len(found)}"
         new = [shot for shot in case.shots if shot not in drawn]
-        pictures = draw(pipe, new, sampler, job.batch_size, f"{note} before:")
-        drawn |= dict(zip(new, pictures, strict=True))
+        drawn |= dict(zip(new, draw(pipe, new, sampling, f"{note} before:"), strict=True))
         before = [drawn[shot] for shot in case.shots]
         erasure: Erasure = erase(pipe, case.concepts, config=job.config)
         try:
-            after = draw(pipe, case.shots, sampler, job.batch_size, f"{note} after:")
+            after = draw(pipe, case.shots, sampling, f"{note} after:")
         finally:
             erasure.restore_(components_of(pipe).model)
         scores = [
@@ -450,13 +455,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = EraseConfig()
     if arguments.config:
         config = EraseConfig.from_dict(read_json(arguments.config.read_bytes()))
-    pipe = load_pipeline(
-        arguments.model,
-        dtype=DTYPES[arguments.dtype],
-        device=arguments.device,
-        variant=None,
-        base=None,
-    )
+    dtype = DTYPES[arguments.dtype]
+    pipe: Any
+    if embedded_model:
+        pipe = embedded.load_pipeline(dtype).to(find_device(arguments.device))
+    else:
+        pipe = load_pipeline(arguments.model, dtype=dtype, device=arguments.device)
     job = Job(
         name=arguments.protocol,
         protocol=protocol,

@@ -54,7 +54,6 @@ class Attacker:
             attacks: patterns of the attacks to run.
         """
         self.studio, self.thing, self.seed, self.attacks = studio, thing, seed, attacks
-        self.sampling = studio.table.sampling
         synonyms = [w for s in studio.table.thing(thing).synonyms for w in s.split()]
         self.prompts = {
             name: prompt_search.search(studio.pipe, thing, banned, seed)
@@ -73,11 +72,7 @@ class Attacker:
             self.studio.pipe,
             prompts,
             [first + i for i in range(len(prompts))],
-            steps=STEPS,
-            guidance=self.sampling["guidance_scale"],
-            height=self.sampling["height"],
-            width=self.sampling["width"],
-            batch_size=64,
+            self.studio.sampling,
             progress=False,
         )
 
@@ -104,7 +99,7 @@ class Attacker:
                 f"a photo of a {word}",
                 strength,
                 steps=IMG2IMG_STEPS,
-                guidance=self.sampling["guidance_scale"],
+                guidance=self.studio.sampling.guidance,
                 seed=first,
             )
             yield name, self.success(redrawn), {}
@@ -134,10 +129,7 @@ class Attacker:
             prompt_embeds=embeds.expand(PICTURES, -1, -1),
             negative_prompt_embeds=empty.expand(PICTURES, -1, -1),
             generator=generators,
-            num_inference_steps=STEPS,
-            guidance_scale=self.sampling["guidance_scale"],
-            height=self.sampling["height"],
-            width=self.sampling["width"],
+            **self.studio.sampling.arguments(),
         ).images
         return found
 

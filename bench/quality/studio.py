@@ -12,10 +12,10 @@ from PIL import Image
 from quality.methods import Method
 from quality.tasks import Task
 from realera_fast import embedded
-from realera_fast.evaluation import Shot, generate, judged
+from realera_fast.evaluation import Sampling, Shot, generate, judged
 
 STEPS = 6
-"""DDIM steps of a picture: few, and the judge still names the un-erased model's."""
+"""DDIM steps of an image: few, and the judge still names the un-erased model's."""
 
 
 class Studio:
@@ -26,25 +26,23 @@ class Studio:
         self.pipe = embedded.load_pipeline(dtype).to(self.device)
         self.judge = embedded.load_judge()
         self.table = embedded.words()
+        call = self.table.sampling
+        self.sampling = Sampling(
+            steps=STEPS,
+            guidance=call["guidance_scale"],
+            height=call["height"],
+            width=call["width"],
+            batch_size=64,
+        )
         self._weights = {k: v.clone() for k, v in self.pipe.unet.state_dict().items()}
 
     def draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
-        """Picture i of shot i."""
-        sampling = self.table.sampling
-        return generate(
-            self.pipe,
-            [shot.prompt for shot in shots],
-            [shot.seed for shot in shots],
-            steps=STEPS,
-            guidance=sampling["guidance_scale"],
-            height=sampling["height"],
-            width=sampling["width"],
-            batch_size=64,
-            progress=False,
-        )
+        """Image i of shot i."""
+        prompts, seeds = [shot.prompt for shot in shots], [shot.seed for shot in shots]
+        return generate(self.pipe, prompts, seeds, self.sampling, progress=False)
 
     def seen(self, task: Task, shots: Sequence[Shot]) -> list[str]:
-        """What the judge sees in the pictures of these shots."""
+        """What the judge sees in the images of these shots."""
         names = judged(self.judge, shots, self.draw(shots))
         # Only where the category is asked for: relatives are judged by their own names.
         return [

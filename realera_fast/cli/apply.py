@@ -63,14 +63,14 @@ def apply(
       realera-fast apply ./sd14 faces.safetensors --rebase -o out/sd14-no-faces
     """
     check_placement(dtype, device)
-    from realera_fast.cli.loading import DTYPES, load_pipeline
+    from realera_fast.cli.loading import load_pipeline
     from realera_fast.erasure import Erasure
     from realera_fast.models import component_name, components_of
 
     erasures = [Erasure.load(delta) for delta in deltas]
     start_logging(quiet)
     with output_folder(out, force) as folder:
-        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_space(pipe, folder)
         edited = components_of(pipe).model
         for erasure in erasures:

@@ -47,8 +47,9 @@ def demo(
             "a minute or a few on a CPU",
             err=True,
         )
-    from realera_fast.cli.demo_job import FILES, run_demo
+    from realera_fast.cli.demo_job import run_demo
     from realera_fast.cli.demo_plan import ERASE_CONFIG, DemoConfig
+    from realera_fast.cli.demo_report import FILES
     from realera_fast.cli.loading import find_device
 
     settings = settings_of(

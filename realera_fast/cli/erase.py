@@ -138,19 +138,19 @@ def erase(
         concept or [], concepts_file, kind, synonym or [], preserve or []
     )
     settings = settings_of(config, mining=mining, no_align=no_align, seed=seed)
-    from realera_fast.cli.loading import DTYPES, load_pipeline
+    from realera_fast.cli.loading import load_pipeline
     from realera_fast.eraser import erase as erase_concepts
     from realera_fast.models import component_name, components_of
 
     start_logging(quiet)
     if dry_run:
         check_output(out, force)
-        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
         echo_plan(pipe, concepts, preserved, settings, out, wanted)
         return
     with output_folder(out, force) as folder:
-        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
         if "pipeline" in wanted:
             check_space(pipe, folder)

@@ -1,131 +1,55 @@
-"""Pipelines by name: from a folder, the local cache, a single file, or the one that ships here."""
+"""Models that commands name. Refusals speak of options where the library speaks of arguments."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from realera_fast.models import components_of
+from realera_fast import embedded, models
+from realera_fast.cli.options import CommandError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""Dtypes by their short names."""
-
-
-class LoadError(ValueError):
-    """A model can't be loaded. The message says what to do."""
+_ARGUMENTS = re.compile("`(device|variant|base)`")
+"""Arguments that are options by the same name, as `models.LoadError` writes them."""
 
 
 def find_device(name: str | None) -> torch.device:
     """The device of that name; None is the first GPU, or the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LoadError(f"--device: no such device: {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LoadError(f"--device {name}: this PyTorch ({torch.__version__}) sees no GPU")
-    return device
+    with _told_in_options():
+        return models.find_device(name)
 
 
 def load_pipeline(
-    model: str, *, dtype: torch.dtype, device: str | None, variant: str | None, base: Path | None
+    model: str, *, dtype: str, device: str | None, variant: str | None, base: Path | None
 ) -> Any:
-    """A diffusers pipeline, offline, from safetensors alone.
+    """A pipeline by a name that `models.load_pipeline` knows, or "embedded".
 
     Args:
-        model: a pipeline folder, the id of a cached one, a single ``.safetensors`` checkpoint, or
-            "embedded".
-        device: "cuda", "cpu" ...; None is the first GPU, or the CPU.
-        variant: of the weight files, such as "fp16".
-        base: for a single file: a pipeline folder of the same architecture, for the configuration
-            and the tokenizers.
+        dtype: a short name, such as "fp16".
 
     Raises:
-        LoadError: with what to do.
+        CommandError: with what to do.
     """
-    where = find_device(device)
-    if model == "embedded":
-        from realera_fast import embedded
-
-        if not (embedded.FOLDER / "pipeline" / "model_index.json").is_file():
-            raise LoadError("this installation does not hold the embedded model")
-        embedded_pipe: Any = embedded.load_pipeline(dtype)
-        return embedded_pipe.to(where)
-    from diffusers import DiffusionPipeline
-
-    folder = Path(model).expanduser()
-    is_folder = folder.is_dir()
-    if folder.is_file():
-        return _load_file(folder, base, dtype).to(where)
-    if is_folder and not (folder / "model_index.json").is_file():
-        raise LoadError(f"{model} is not a diffusers pipeline folder: no model_index.json in it")
-    if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise LoadError(f"{model}: no such folder")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(folder) if is_folder else model,
-            dtype=dtype,
-            variant=variant,
-            local_files_only=True,
-            # A pickle can run anything on loading; there is no switch to allow it.
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        if not is_folder and not _is_cached(model):
-            raise LoadError(
-                f"{model!r} is neither a folder nor in the Hugging Face cache; "
-                f"download it first: hf download {model}"
-            ) from error
-        raise LoadError(
-            f"cannot load {model}: {' '.join(str(error).split())} (weights must be safetensors; "
-            "for files named like model.fp16.safetensors pass --variant fp16)"
-        ) from error
-    try:
-        components_of(pipe)
-    except TypeError as error:
-        raise LoadError(
-            f"{type(pipe).__name__} has no U-Net or transformer with a text encoder"
-        ) from error
+    with _told_in_options():
+        if model != "embedded":
+            return models.load_pipeline(
+                model, dtype=models.DTYPES[dtype], device=device, variant=variant, base=base
+            )
+        where = models.find_device(device)
+    if not (embedded.FOLDER / "pipeline" / "model_index.json").is_file():
+        raise CommandError("this installation does not hold the embedded model")
+    pipe: Any = embedded.load_pipeline(models.DTYPES[dtype])
     return pipe.to(where)
 
 
-def _load_file(file: Path, base: Path | None, dtype: torch.dtype) -> Any:
-    """A pipeline from a single-file checkpoint, through diffusers' own loader."""
-    import diffusers
-
-    if file.suffix != ".safetensors":
-        raise LoadError(f"{file}: expected a .safetensors file; a pickle can run anything")
-    if base is None or not (base / "model_index.json").is_file():
-        raise LoadError(
-            f"{file} is a single file; pass --base with a pipeline folder of the same "
-            "architecture, for its configuration and tokenizers"
-        )
-    name = json.loads((base / "model_index.json").read_bytes())["_class_name"]
-    kind: Any = getattr(diffusers, name, None)
-    if not hasattr(kind, "from_single_file"):
-        raise LoadError(f"--base {base}: {name} can't be loaded from a single file")
+@contextmanager
+def _told_in_options() -> Iterator[None]:
+    """Turns the library's refusals inside into the command's."""
     try:
-        return kind.from_single_file(
-            str(file), config=str(base), dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise LoadError(f"cannot load {file} as {name}: {reason}") from error
-
-
-def _is_cached(model: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    with suppress(ValueError):
-        return isinstance(try_to_load_from_cache(model, "model_index.json"), str)
-    return False
+        yield
+    except models.LoadError as error:
+        raise CommandError(_ARGUMENTS.sub(r"--\1", str(error))) from error

@@ -113,7 +113,7 @@ def verify(
     check_placement(dtype, device)
     numbers = seeds_of(seeds)
     from realera_fast import embedded
-    from realera_fast.cli.loading import DTYPES, find_device, load_pipeline
+    from realera_fast.cli.loading import find_device, load_pipeline
     from realera_fast.erasure import Erasure
     from realera_fast.evaluation import ClipJudge, before_after_grid, find_detector, write_html
     from realera_fast.evaluation import numbers as numbers_of
@@ -141,7 +141,7 @@ def verify(
         height, width = height or table.get("height"), width or table.get("width")
     sampling |= {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     with output_folder(out, force) as folder:
-        pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device, variant=variant, base=base)
+        pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         found = verify_pictures(
             pipe,
             erasure,

@@ -1,25 +1,27 @@
 """Images before and after, what is seen in them, and pages that show both."""
 
 from realera_fast.evaluation.clip_judge import ClipJudge
+from realera_fast.evaluation.evaluators import Judge, find_detector, identity_of
 from realera_fast.evaluation.grid import before_after_grid
 from realera_fast.evaluation.html import ScoreLine, Table, numbers, write_html
 from realera_fast.evaluation.images import (
     Group,
-    Judge,
     Row,
+    Sampling,
     generate,
     picture_warnings,
     sampling_settings,
 )
 from realera_fast.evaluation.metrics import Scores, accuracy, harmonic_mean
 from realera_fast.evaluation.shots import Shot, judged, prompt_of, scores_of
-from realera_fast.evaluation.verification import find_detector, identity_of, verify
+from realera_fast.evaluation.verification import verify
 
 __all__ = [
     "ClipJudge",
     "Group",
     "Judge",
     "Row",
+    "Sampling",
     "ScoreLine",
     "Scores",
     "Shot",

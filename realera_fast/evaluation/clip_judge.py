@@ -1,4 +1,4 @@
-"""What a CLIP model sees in pictures: a zero-shot judge, and the CLIP score.
+"""What a CLIP model sees in images: a zero-shot judge, and the CLIP score.
 
 The model is the user's: a folder with a transformers checkpoint, loaded offline from safetensors.
 """
@@ -25,7 +25,7 @@ STYLE = "a picture in the style of {}"
 
 
 class ClipJudge:
-    """Names what pictures show by zero-shot classification, and scores them against prompts."""
+    """Names what images show by zero-shot classification, and scores them against prompts."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class ClipJudge:
         Args:
             model: a transformers ``CLIPModel`` in any dtype, on any device.
             processor: its ``CLIPProcessor``.
-            things: names that a picture's content is chosen from.
+            things: names that an image's content is chosen from.
             styles: names that its style is chosen from.
             thing_template, style_template: prompts that the names are put into (MACE judges
                 objects with "a photo of the {}"); ours are the default.
-            batch_size: pictures or prompts encoded together.
+            batch_size: images or prompts encoded together.
         """
         for name, value in (("model", "get_image_features"), ("processor", "tokenizer")):
             got = {"model": model, "processor": processor}[name]
@@ -100,7 +100,7 @@ class ClipJudge:
         return cls(model.eval().to(device), processor, **options)
 
     def classify(self, images: Sequence[Image.Image]) -> tuple[list[str], list[str]]:
-        """The thing and the style of each of `[n]` pictures; "" where no names were given."""
+        """The thing and the style of each of `[n]` images; "" where no names were given."""
         found = []
         features = self._image_features(images)
         for names, template in zip((self.things, self.styles), self._templates, strict=True):
@@ -117,7 +117,7 @@ class ClipJudge:
         return (scale * self._image_features(images) @ self._text_features(prompts).mT).softmax(1)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """`[n]` float32 CLIP scores, 100 max(cos, 0), of picture i and prompt i.
+        """`[n]` float32 CLIP scores, 100 max(cos, 0), of image i and prompt i.
 
         Hessel et al. 2021 (arXiv 2104.08718) without its factor 2.5, as torchmetrics gives it.
         Prompts that are longer than the model reads are cut.

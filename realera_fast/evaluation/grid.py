@@ -21,15 +21,15 @@ def before_after_grid(
     title: str = "",
     tile: int | None = None,
 ) -> Image.Image:
-    """One picture of all rows: prompts on the left, before and after in columns by seed.
+    """One image of all rows: prompts on the left, before and after in columns by seed.
 
     Args:
-        rows: What to show; rows of one group stand together under its heading, in the order of
+        rows: what to show; rows of one group stand together under its heading, in the order of
             `GROUPS`.
-        path: Where to write a PNG, atomically; None only returns the picture.
-        title: Line above everything.
-        tile: Side of one picture in pixels; None shows small pictures at a whole multiple of
-            their size, to 128 pixels, and large ones scaled down to 192.
+        path: where to write a PNG, atomically; None only returns the image.
+        title: line above everything.
+        tile: side of one image in pixels; None shows small images at a whole multiple of their
+            size, to 128 pixels, and large ones scaled down to 192.
 
     Returns:
         The grid.
@@ -89,13 +89,13 @@ def before_after_grid(
             for i, line in enumerate(lines):
                 offset = (i - (len(lines) - 1) / 2) * 19
                 draw.text((margin + 14, y + cell[1] / 2 + offset), line, _INK, text, anchor="lm")
-            for x, pictures, seen in (
+            for x, images, seen in (
                 (left[0], row.before, row.seen_before),
                 (left[1], row.after, row.seen_after),
             ):
-                for i, picture in enumerate(pictures):
+                for i, image in enumerate(images):
                     at = (x + i * (cell[0] + gap), y)
-                    page.paste(picture.convert("RGB").resize(cell, Image.Resampling.LANCZOS), at)
+                    page.paste(image.convert("RGB").resize(cell, Image.Resampling.LANCZOS), at)
                     if seen:
                         name_at = (at[0] + cell[0] / 2, y + cell[1] + 8)
                         draw.text(name_at, seen[i], _FAINT, small, anchor="mm")
@@ -105,9 +105,9 @@ def before_after_grid(
     return page
 
 
-def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about one erasure: scores, pictures, report, provenance.
+"""One self-contained HTML page about one erasure: scores, images, report, provenance.
 
-The page holds everything inside (styles, pictures as base64), asks nothing of a network, has no
+The page holds everything inside (styles, images as base64), asks nothing of a network, has no
 script, and follows the reader's light or dark setting. Every string is escaped: concepts and
 prompts are a user's words, and a delta file's report is anybody's.
 """
@@ -24,7 +24,7 @@ from realera_fast.evaluation.metrics import Scores
 from realera_fast.runtime import write_atomically
 
 LARGEST = 256
-"""Longest side, in pixels, of a picture inside a page; larger ones are scaled down."""
+"""Longest side, in pixels, of an image inside a page; larger ones are scaled down."""
 
 SHOWN_WARNINGS = 6
 """Warnings shown before the rest is folded."""
@@ -105,9 +105,9 @@ def write_html(
         title: Heading of the page.
         summary: A paragraph under it.
         scores: Lines of the table of scores.
-        rows: Pictures before and after.
+        rows: Images before and after.
         warnings: Sentences that a reader must not overlook; shown first.
-        tables: Further tables, after the pictures.
+        tables: Further tables, after the images.
         report: The `Erasure`'s report, or any other mapping of plain values.
         provenance: What it takes to do the same again: versions, seeds, sampler, hashes, config.
     """
@@ -128,7 +128,7 @@ def write_html(
     if scores:
         parts.append(_scores(scores))
     if rows:
-        parts.append(_pictures(rows))
+        parts.append(_images(rows))
     parts += [_table(table) for table in tables]
     if report:
         parts.append("<h2>What the erasure did to the model</h2>")
@@ -144,7 +144,7 @@ def write_html(
 
 
 def numbers(rows: Sequence[Row]) -> Table:
-    """What was measured of each prompt, beside its pictures."""
+    """What was measured of each prompt, beside its images."""
     scores = list(dict.fromkeys(name for row in rows for name in row.scores))
     detectors = list(dict.fromkeys(name for row in rows for name in row.detected))
     header = ["prompt", "", "pixels, %", "text, %"]
@@ -269,7 +269,7 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def _pictures(rows: Sequence[Row]) -> str:
+def _images(rows: Sequence[Row]) -> str:
     columns = max(len(row.seeds) for row in rows)
     parts = [
         "<h2>Before and after, from the same seeds</h2>",
@@ -287,17 +287,17 @@ def _pictures(rows: Sequence[Row]) -> str:
         )
         for row in members:
             parts.append(f'<tr><td class="prompt">{escape(row.prompt)}</td>')
-            for side, pictures, seen in (
+            for side, images, seen in (
                 ("before", row.before, row.seen_before),
                 ("after", row.after, row.seen_after),
             ):
                 for i in range(columns):
-                    if i >= len(pictures):
+                    if i >= len(images):
                         parts.append("<td></td>")
                         continue
                     alternative = f"{row.prompt}, {side}, seed {row.seeds[i]}"
                     under = escape(seen[i]) if seen else f"seed {row.seeds[i]}"
-                    parts.append(f"<td>{_img(pictures[i], alternative)}{under}</td>")
+                    parts.append(f"<td>{_img(images[i], alternative)}{under}</td>")
                 if side == "before":
                     parts.append('<td class="between"></td>')
             parts.append("</tr>")
@@ -308,17 +308,17 @@ def _pictures(rows: Sequence[Row]) -> str:
     return "".join(parts)
 
 
-def _img(picture: Image.Image, alternative: str) -> str:
-    picture = picture.convert("RGB")
-    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    # Small pictures stay exact; photographs of real models would make pages of megabytes.
-    if max(picture.size) <= 128:
-        kind, data = "png", encoded(picture, "PNG")
+def _img(image: Image.Image, alternative: str) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    # Small images stay exact; photographs of real models would make pages of megabytes.
+    if max(image.size) <= 128:
+        kind, data = "png", encoded(image, "PNG")
     else:
-        kind, data = "jpeg", encoded(picture, "JPEG", quality=88)
-    shown = 96 if max(picture.size) <= 96 else 144
-    scale = shown / max(picture.size)
-    size = tuple(round(side * scale) for side in picture.size)
+        kind, data = "jpeg", encoded(image, "JPEG", quality=88)
+    shown = 96 if max(image.size) <= 96 else 144
+    scale = shown / max(image.size)
+    size = tuple(round(side * scale) for side in image.size)
     return (
         f'<img width="{size[0]}" height="{size[1]}" alt="{escape(alternative)}" '
         f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -1,25 +1,22 @@
-"""Pictures before and after an erasure, drawn from the same seeds, and pages that show them.
+"""Images sampled from seeds, rows that compare them before and after, and who judges them.
 
-`generate` draws, `verify` compares any pipeline before and after an `Erasure`, `before_after_grid`
-puts the outcome on one picture, `page.write_html` on one self-contained page. Nothing here needs a
-judge; where there is one (any classifier with a ``classify`` method), what it saw is shown.
+No judge is needed; where there is one (any classifier with a `classify` method), a `Row` holds what
+it saw.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageChops, ImageStat
-from torch import Tensor
 
 from realera_fast.models import component_name
 from realera_fast.runtime import bar, listed, valid_texts
@@ -37,36 +34,16 @@ GROUPS: Mapping[Group, str] = {
 """Kinds of row, in the order in which they are shown, with their headings."""
 
 UNCHANGED = 0.5 / 255
-"""Mean pixel difference, in [0, 1], below which two pictures count as the same: half of the
+"""Mean pixel difference, in [0, 1], below which two images count as the same: half of the
 smallest difference an 8-bit pixel can show."""
 
 BLANK = 2.0
-"""Standard deviation over the pixels, of 255, below which a picture counts as blank."""
-
-
-Detector = Callable[[Image.Image], Any]
-"""Anything that says something of a picture: a label, a number, a list of what it found."""
-
-
-class Scorer(Protocol):
-    """Anything that says how well pictures fit prompts."""
-
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """`[n]` scores of picture i and prompt i, higher is better."""
-        ...
-
-
-class Judge(Protocol):
-    """Anything that names what pictures show."""
-
-    def classify(self, images: Sequence[Image.Image]) -> tuple[Sequence[str], Sequence[str]]:
-        """`[n]` pictures to `[n]` names of things and `[n]` names of styles."""
-        ...
+"""Standard deviation over the pixels, of 255, below which an image counts as blank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One prompt: pictures before and after, picture i of both from the same seed."""
+    """One prompt: images before and after, image i of both from the same seed."""
 
     group: Group
     """What the prompt is to the erasure; one of `GROUPS`."""
@@ -75,13 +52,13 @@ class Row:
     """The prompt, shown as it is."""
 
     seeds: tuple[int, ...]
-    """`[s]` one seed per picture."""
+    """`[s]` one seed per image."""
 
     before: tuple[Image.Image, ...]
-    """`[s]` pictures of the original model."""
+    """`[s]` images of the original model."""
 
     after: tuple[Image.Image, ...]
-    """`[s]` pictures of the edited model."""
+    """`[s]` images of the edited model."""
 
     seen_before: tuple[str, ...] = ()
     """`[s]` what a judge saw in `before`; empty without a judge."""
@@ -97,7 +74,7 @@ class Row:
     """Mean score before and after by name, such as ``clip``."""
 
     detected: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
-    """What each detector said of the pictures before and after, as text."""
+    """What each detector said of the images before and after, as text."""
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -118,41 +95,75 @@ class Row:
     def change(self) -> float:
         """Mean absolute pixel difference between before and after, in [0, 1]."""
         pairs = zip(self.before, self.after, strict=True)
-        return sum(picture_difference(old, new) for old, new in pairs) / len(self.before)
+        return sum(pixel_difference(old, new) for old, new in pairs) / len(self.before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a pipeline samples images.
+
+    Raises:
+        ValueError: `steps` or `batch_size` is below 1.
+    """
+
+    steps: int = 25
+    """Denoising steps."""
+
+    guidance: float = 7.5
+    """Scale of classifier-free guidance."""
+
+    height: int | None = None
+    """In pixels; None takes the pipeline's own."""
+
+    width: int | None = None
+    """In pixels; None takes the pipeline's own."""
+
+    batch_size: int = 4
+    """Images sampled together."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of a pipeline's call."""
+        sizes = {"height": self.height, "width": self.width}
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            **{name: size for name, size in sizes.items() if size is not None},
+        }
 
 
 def generate(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    sampling: Sampling,
     *,
-    steps: int = 25,
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int = 4,
     description: str = "drawing",
     progress: bool | None = None,
 ) -> list[Image.Image]:
-    """Draws picture i from prompt i and seed i.
+    """Samples image i from prompt i and seed i.
 
-    Every picture has its own random generator, on the CPU: the same seed gives the same picture
+    Every image has its own random generator, on the CPU: the same seed gives the same image
     (up to rounding) in any batch, in any order, and on any device.
 
     Args:
-        pipe: A diffusers text-to-image pipeline. Its safety checker, if it has one, stays on.
+        pipe: a diffusers text-to-image pipeline. Its safety checker, if it has one, stays on.
         prompts: `[n]` prompts.
         seeds: `[n]` seeds, or one seed for all prompts.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        height: In pixels; None takes the pipeline's own.
-        width: In pixels; None takes the pipeline's own.
-        batch_size: Pictures drawn together.
-        description: Text of the progress bar.
-        progress: Draw a bar; None follows the pipeline's and diffusers' own switches.
+        sampling: steps, guidance, size and batches.
+        description: text of the progress bar.
+        progress: draw a bar; None follows the pipeline's and diffusers' own switches.
 
     Returns:
-        `[n]` RGB pictures.
+        `[n]` RGB images.
+
+    Raises:
+        TypeError: prompts or seeds are no lists of texts and ints.
+        ValueError: the seeds do not fit the prompts, or the pipeline starts from an image.
     """
     prompts, seeds = valid_texts(prompts, "prompts"), distinct_seeds(seeds)
     if len(seeds) == 1:
@@ -162,61 +173,55 @@ def generate(
             f"seeds must have one entry, or one per prompt: got {len(seeds)} seeds for "
             f"{len(prompts)} prompts"
         )
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     accepted = inspect.signature(pipe.__call__).parameters
     if "image" in accepted and "height" not in accepted:
         raise ValueError(
             f"pipe: {type(pipe).__name__} starts from a picture; expected a text-to-image pipeline "
             "(a refiner is judged by the pictures of the pipeline that it is part of)"
         )
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    options |= {k: v for k, v in (("height", height), ("width", width)) if v is not None}
-    if "use_resolution_binning" in accepted and (height or width):
+    arguments = sampling.arguments()
+    if "use_resolution_binning" in accepted and (sampling.height or sampling.width):
         # PixArt and Sana would draw at the nearest size they were trained for.
-        options["use_resolution_binning"] = False
-    batches = [
-        range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)
-    ]
-    pictures: list[Image.Image] = []
+        arguments["use_resolution_binning"] = False
+    size = sampling.batch_size
+    batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+    images: list[Image.Image] = []
     hidden = 0
     with (
         _silenced(pipe) as silent,
         bar(
-            total=steps * len(batches),
+            total=sampling.steps * len(batches),
             desc=f"{description} {len(prompts)} pictures",
             progress=False if progress is None and silent else progress,
             unit="step",
         ) as steps_bar,
     ):
         # Every stock pipeline calls back after a step; others advance the bar batch by batch.
-        calls_back = "callback_on_step_end" in accepted
-        if calls_back:
+        if "callback_on_step_end" in accepted:
 
             def advance(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> Any:
                 steps_bar.update(1)
                 return tensors
 
-            options["callback_on_step_end"] = advance
+            arguments["callback_on_step_end"] = advance
         for count, batch in enumerate(batches, start=1):
             output = pipe(
                 prompt=[prompts[i] for i in batch],
                 generator=[torch.Generator("cpu").manual_seed(seeds[i]) for i in batch],
                 output_type="pil",
-                **options,
+                **arguments,
             )
-            pictures += [picture.convert("RGB") for picture in output.images]
+            images += [image.convert("RGB") for image in output.images]
             hidden += sum(getattr(output, "nsfw_content_detected", None) or ())
             # Samplers of second order call the model, but not the callback, twice a step.
-            steps_bar.update(count * steps - steps_bar.n)
+            steps_bar.update(count * sampling.steps - steps_bar.n)
     if hidden:
         logger.warning("the pipeline's safety checker blacked out %d pictures", hidden)
-    return pictures
+    return images
 
 
-def picture_difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute pixel difference of two pictures of the same size, in [0, 1]."""
+def pixel_difference(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute pixel difference of two images of the same size, in [0, 1]."""
     if one.size != other.size:
         raise ValueError(f"pictures must have the same size, got {one.size} and {other.size}")
     difference = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
@@ -231,26 +236,26 @@ def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
 
 
 def picture_warnings(rows: Sequence[Row]) -> Iterator[str]:
-    """What can be said against an erasure without knowing what the pictures show."""
+    """What can be said against an erasure without knowing what the images show."""
     for row in rows:
         if row.group == "erased" and row.change < UNCHANGED:
             yield f"the pictures of the erased prompt {row.prompt!r} did not change"
-        was_blank = sum(_is_blank(picture) for picture in row.before)
-        is_blank = sum(_is_blank(picture) for picture in row.after)
+        was_blank = sum(map(_is_blank, row.before))
+        is_blank = sum(map(_is_blank, row.after))
         if is_blank > was_blank:
             yield f"{is_blank} of {len(row.after)} pictures of {row.prompt!r} came out blank"
 
 
-def sampling_settings(pipe: Any, *, steps: int, guidance: float) -> dict[str, Any]:
-    """What it takes to draw the same pictures again: sampler, numbers, dtype and device."""
+def sampling_settings(pipe: Any, sampling: Sampling) -> dict[str, Any]:
+    """What it takes to sample the same images again: sampler, numbers, dtype and device."""
     scheduler = pipe.scheduler
     model = getattr(pipe, component_name(pipe))
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return {
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in sorted(config.items()) if _is_plain(v)},
-        "steps": steps,
-        "guidance_scale": guidance,
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "versions": {
@@ -260,8 +265,8 @@ def sampling_settings(pipe: Any, *, steps: int, guidance: float) -> dict[str, An
     }
 
 
-def _is_blank(picture: Image.Image) -> bool:
-    return max(ImageStat.Stat(picture.convert("RGB")).stddev) < BLANK
+def _is_blank(image: Image.Image) -> bool:
+    return max(ImageStat.Stat(image.convert("RGB")).stddev) < BLANK
 
 
 def _is_plain(value: Any) -> bool:

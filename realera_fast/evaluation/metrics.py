@@ -1,6 +1,6 @@
 """How an erasure is judged: efficacy, specificity, generality and their harmonic mean.
 
-A judge (any classifier) looks at pictures drawn by the edited model, and four numbers come out, the
+A judge (any classifier) looks at images of the edited model, and four numbers come out, the
 ones of the object tables of MACE (Lu et al., arXiv 2403.06135) and RealEra (arXiv 2410.09140):
 
     Acc_e  efficacy     accuracy on the erased concept            lower is better

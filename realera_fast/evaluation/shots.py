@@ -1,4 +1,4 @@
-"""Images to make and what was seen in them."""
+"""Images to sample and what was seen in them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Literal
 
 from PIL import Image
 
-from realera_fast.evaluation.images import (
-    Group,
-    Judge,
-)
+from realera_fast.evaluation.evaluators import Judge
+from realera_fast.evaluation.images import Group
 from realera_fast.evaluation.metrics import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """One picture to draw and what a faithful model would show in it."""
+    """One image to sample and what a faithful model would show in it."""
 
     erased: str
     """The concept whose scores it counts for."""
@@ -57,7 +55,7 @@ def judged(judge: Judge, shots: Sequence[Shot], pictures: Sequence[Image.Image])
 
 
 def scores_of(shots: Sequence[Shot], seen: Sequence[str], erased: str) -> Scores:
-    """The scores of one erased concept; every word counts the same, however many its pictures."""
+    """The scores of one erased concept; every word counts the same, however many its images."""
 
     def of(*groups: Group) -> float | None:
         right: dict[str, list[bool]] = {}

@@ -1,18 +1,8 @@
-"""Pictures before and after an erasure, drawn from the same seeds, and pages that show them.
-
-`generate` draws, `verify` compares any pipeline before and after an `Erasure`, `before_after_grid`
-puts the outcome on one picture, `page.write_html` on one self-contained page. Nothing here needs a
-judge; where there is one (any classifier with a ``classify`` method), what it saw is shown.
-"""
+"""One erasure's images before and after, from the same seeds."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import inspect
 import logging
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,43 +13,44 @@ from PIL import Image
 from torch import Tensor
 
 from realera_fast.erasure import Erasure
+from realera_fast.evaluation.evaluators import Detector, Judge, Scorer, identity_of
 from realera_fast.evaluation.images import (
     GROUPS,
-    Detector,
     Group,
-    Judge,
     Row,
-    Scorer,
+    Sampling,
     distinct_seeds,
     generate,
     picture_warnings,
     sampling_settings,
 )
+from realera_fast.evaluation.prompt_groups import group_of
 from realera_fast.models import base_hashes, components_of, projections, streams, text_streams
-from realera_fast.runtime import alone, cpu_warnings, folded, script, valid_texts
-from realera_fast.text import Concept
+from realera_fast.runtime import alone, cpu_warnings, valid_texts
 
 logger = logging.getLogger(__name__)
+
+Images = Sequence[Image.Image]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The pictures of one erasure, before and after."""
+    """The images of one erasure, before and after."""
 
     rows: tuple[Row, ...]
     """One per prompt."""
 
     settings: Mapping[str, Any]
-    """Sampler, steps, guidance and library versions: what it takes to draw the same again."""
+    """Sampler, steps, guidance and library versions: what it takes to sample the same again."""
 
     warnings: tuple[str, ...] = field(default=())
-    """What a reader must not overlook, such as erased prompts whose pictures did not change."""
+    """What a reader must not overlook, such as erased prompts whose images did not change."""
 
     evaluators: Mapping[str, Any] = field(default_factory=dict)
     """Who judged: class, version and hash of each judge, scorer and detector."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: everything but the pictures."""
+        """Plain JSON values: everything but the images."""
         return {
             "settings": dict(self.settings),
             "evaluators": dict(self.evaluators),
@@ -98,112 +89,136 @@ def verify(
     detectors: Mapping[str, Detector] | None = None,
     progress: bool | None = None,
 ) -> Verification:
-    """Draws every prompt before and after the erasure, from the same seeds.
+    """Samples every prompt before and after the erasure, from the same seeds.
 
     The pipeline may come without or with the erasure applied, and leaves as it came, whatever
     happens in between.
 
     Args:
-        pipe: A diffusers text-to-image pipeline with a ``unet`` or a ``transformer``.
-        erasure: What to compare.
-        prompts: Prompts to draw; one that contains a target or a synonym is shown as such. None
+        pipe: a diffusers text-to-image pipeline with a ``unet`` or a ``transformer``.
+        erasure: what to compare.
+        prompts: prompts to draw; one that contains a target or a synonym is shown as such. None
             draws every target and every synonym of `erasure` alone, the words of its report that
             lie just outside the neighborhood (near relatives), and three that moved least.
-        untouched: Further prompts, shown as untouched whatever they contain.
+        untouched: further prompts, shown as untouched whatever they contain.
         seeds: `[s]` seeds, the same for every prompt.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
-        height: In pixels; None takes the pipeline's own.
-        width: In pixels; None takes the pipeline's own.
-        batch_size: Pictures drawn together.
-        judge: Names what the pictures show (`clip_judge.ClipJudge`, or any other); None shows the
-            seeds instead.
-        scorer: Says how well pictures fit their prompts (`ClipJudge` does).
-        detectors: By name, any callables from a picture to what they found in it.
-        progress: Draw bars; None follows the pipeline's and diffusers' own switches.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        height: in pixels; None takes the pipeline's own.
+        width: in pixels; None takes the pipeline's own.
+        batch_size: images sampled together.
+        judge: names what the images show (`ClipJudge`, or any other); None shows the seeds instead.
+        scorer: says how well images fit their prompts (`ClipJudge` does).
+        detectors: by name, any callables from an image to what they found in it.
+        progress: draw bars; None follows the pipeline's and diffusers' own switches.
 
     Returns:
-        Pictures, settings and warnings. `before_after_grid` and `write_html` show the rows.
+        Images, settings and warnings. `before_after_grid` and `write_html` show the rows.
+
+    Raises:
+        TypeError: prompts or seeds are no lists of texts and ints.
+        ValueError: there is nothing to draw, or the erasure is of another base model.
     """
-    relatives: Sequence[str] = ()
     untouched, seeds = valid_texts(untouched, "untouched"), distinct_seeds(seeds)
-    if prompts is None:
-        prompts = [word for concept in erasure.concepts for word in concept.words]
-        relatives, quiet = _watched(erasure)
-        untouched = untouched or tuple(quiet)
-    prompts = valid_texts(prompts, "prompts")
-    if not prompts and not untouched:
+    prompted = _grouped(erasure, prompts, untouched)
+    if not prompted:
         raise ValueError("prompts is empty: name at least one prompt to draw")
     if not seeds:
         raise ValueError("seeds is empty: name at least one")
-    grouped = [(group_of(prompt, erasure.concepts), prompt) for prompt in prompts]
-    grouped += [("relative", prompt) for prompt in relatives]
-    grouped += [("untouched", prompt) for prompt in untouched]
-    grouped.sort(key=lambda entry: list(GROUPS).index(entry[0]))
-    every_prompt = [prompt for _, prompt in grouped for _ in seeds]
-    every_seed = [seed for _ in grouped for seed in seeds]
+    sampling = Sampling(
+        steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size
+    )
+    texts = [prompt for _, prompt in prompted]
 
-    def draw(description: str) -> list[tuple[Image.Image, ...]]:
-        pictures = generate(
+    def sample(description: str) -> list[tuple[Image.Image, ...]]:
+        images = generate(
             pipe,
-            every_prompt,
-            every_seed,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            batch_size=batch_size,
+            [text for text in texts for _ in seeds],
+            [seed for _ in texts for seed in seeds],
+            sampling,
             description=description,
             progress=progress,
         )
-        return [tuple(pictures[i : i + len(seeds)]) for i in range(0, len(pictures), len(seeds))]
+        return [tuple(images[i : i + len(seeds)]) for i in range(0, len(images), len(seeds))]
 
-    parts = components_of(pipe)
+    model = components_of(pipe).model
     for warning in cpu_warnings(pipe.components.values()):
         logger.warning(warning)
-    maps = None if erasure.reading is None else erasure.reading.maps
     # Before anything is undone: what can't be applied again must not be.
-    layers = projections(parts.model, maps)
-    with _applied(parts.model, erasure, False):
-        before = draw("before:")
+    layers = projections(model, None if erasure.reading is None else erasure.reading.maps)
+    with _applied(model, erasure, wanted=False):
+        before = sample("before:")
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        changes = text_changes(pipe, weights, erasure, [prompt for _, prompt in grouped])
-    with _applied(parts.model, erasure, True):
-        after = draw("after:")
-
-    def told(detector: Detector, pictures: Sequence[Image.Image]) -> tuple[str, ...]:
-        return tuple(str(detector(picture)) for picture in pictures)
-
-    def mean(pictures: Sequence[Image.Image], prompt: str) -> float:
-        assert scorer is not None
-        return float(scorer.score(pictures, [prompt] * len(pictures)).mean())
-
+        changes = text_changes(pipe, weights, erasure, texts)
+    with _applied(model, erasure, wanted=True):
+        after = sample("after:")
+    evaluators = _Evaluators(judge, scorer, detectors or {})
     rows = tuple(
         Row(
             group=group,
             prompt=prompt,
-            seeds=tuple(seeds),
+            seeds=seeds,
             before=old,
             after=new,
-            seen_before=tuple(judge.classify(old)[0]) if judge else (),
-            seen_after=tuple(judge.classify(new)[0]) if judge else (),
             text_change=change,
-            scores={"clip": (mean(old, prompt), mean(new, prompt))} if scorer else {},
-            detected={
-                name: (told(detector, old), told(detector, new))
-                for name, detector in (detectors or {}).items()
-            },
+            **evaluators.fields(prompt, old, new),
         )
-        for (group, prompt), old, new, change in zip(grouped, before, after, changes, strict=True)
+        for (group, prompt), old, new, change in zip(prompted, before, after, changes, strict=True)
     )
-    evaluators = {"judge": judge, "scorer": scorer, **(detectors or {})}
-    settings = sampling_settings(pipe, steps=steps, guidance=guidance) | {"seeds": list(seeds)}
     return Verification(
         rows=rows,
-        settings=settings,
+        settings=sampling_settings(pipe, sampling) | {"seeds": list(seeds)},
         warnings=tuple(picture_warnings(rows)),
-        evaluators={name: identity_of(who) for name, who in evaluators.items() if who is not None},
+        evaluators=evaluators.identities(),
     )
+
+
+@dataclass(frozen=True)
+class _Evaluators:
+    judge: Judge | None
+    scorer: Scorer | None
+    detectors: Mapping[str, Detector]
+
+    def fields(self, prompt: str, before: Images, after: Images) -> dict[str, Any]:
+        """Those of a `Row` that evaluators fill."""
+        fields: dict[str, Any] = {}
+        if self.judge is not None:
+            fields["seen_before"] = tuple(self.judge.classify(before)[0])
+            fields["seen_after"] = tuple(self.judge.classify(after)[0])
+        if self.scorer is not None:
+            fields["scores"] = {
+                "clip": tuple(
+                    float(self.scorer.score(images, [prompt] * len(images)).mean())
+                    for images in (before, after)
+                )
+            }
+        fields["detected"] = {
+            name: tuple(tuple(str(detector(i)) for i in images) for images in (before, after))
+            for name, detector in self.detectors.items()
+        }
+        return fields
+
+    def identities(self) -> dict[str, Any]:
+        """What pins each of them, by name."""
+        named = {"judge": self.judge, "scorer": self.scorer, **self.detectors}
+        return {name: identity_of(who) for name, who in named.items() if who is not None}
+
+
+def _grouped(
+    erasure: Erasure, prompts: Sequence[str] | None, untouched: Sequence[str]
+) -> list[tuple[Group, str]]:
+    """Every prompt with its group, in the order of `GROUPS`."""
+    relatives: Sequence[str] = ()
+    if prompts is None:
+        prompts = [word for concept in erasure.concepts for word in concept.words]
+        relatives, quiet = _watched(erasure)
+        untouched = untouched or quiet
+    grouped = [
+        (group_of(prompt, erasure.concepts), prompt) for prompt in valid_texts(prompts, "prompts")
+    ]
+    grouped += [("relative", prompt) for prompt in relatives]
+    grouped += [("untouched", prompt) for prompt in untouched]
+    return sorted(grouped, key=lambda entry: list(GROUPS).index(entry[0]))
 
 
 def _watched(erasure: Erasure, count: int = 3) -> tuple[list[str], list[str]]:
@@ -231,132 +246,33 @@ def text_changes(
     kinds = streams(parts.model, None if reading is None else reading.maps)
     takes = {n: w for n, w in weights.items() if kinds.get(n) == "sequence"}
     edited = erasure.edited_weights(takes)
-    found = torch.zeros(2, len(prompts), dtype=torch.float64)
+    sums = torch.zeros(2, len(prompts), dtype=torch.float64)
     texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers, reading)
     for section in texts["sequence"]:
         rows = section.encode(prompts) * (section.shares(prompts) > 0)[..., None].to(section.device)
         for name, weight in takes.items():
             states = rows.to(weight.device)
-            for place, matrix in enumerate((edited[name].float() - weight.float(), weight.float())):
-                found[place] += (states @ matrix.mT).double().square().sum((1, 2)).cpu()
-    change, whole = found.sqrt()
+            for i, matrix in enumerate((edited[name].float() - weight.float(), weight.float())):
+                sums[i] += (states @ matrix.mT).double().square().sum((1, 2)).cpu()
+    change, whole = sums.sqrt()
     return (change / whole.clamp_min(1e-30)).tolist()
 
 
-def find_detector(name: str) -> Detector:
-    """The callable that ``module:name`` means.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r}: {error}; expected module:function") from error
-    if not callable(found):
-        raise ValueError(f"{name!r} is a {type(found).__name__}, expected a callable")
-    return found
-
-
-def identity_of(who: Any) -> Any:
-    """What pins an evaluator: what it says of itself, or where it is from."""
-    if callable(getattr(who, "identity", None)):
-        return who.identity()
-    of = who if inspect.isfunction(who) else type(who)
-    package = (of.__module__ or "").split(".")[0]
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        version = None
-    return {"name": f"{of.__module__}.{of.__qualname__}", "version": version}
-
-
-def group_of(prompt: str, concepts: Sequence[Concept]) -> Group:
-    """What a prompt is to an erasure: does it contain a target, a synonym, or neither?
-
-    Names count as whole words, in any case, width or composition of accents, with any white space,
-    hyphens or low lines between their words; other forms of a word, such as a plural, are other
-    words. Where a script has no spaces between words (Chinese, Japanese, Thai), any place in the
-    text is one.
-    """
-    text = _matched(prompt)
-    groups: Sequence[tuple[Group, list[str]]] = (
-        ("erased", [concept.target for concept in concepts]),
-        ("synonym", [word for concept in concepts for word in concept.synonyms]),
-    )
-    for group, words in groups:
-        if any(_contains(text, _matched(word)) for word in words):
-            return group
-    return "untouched"
-
-
-_UNSPACED = frozenset(
-    ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW")
-)
-"""First words of the Unicode names of letters in scripts without spaces between words."""
-_PARTICLES = re.compile(
-    "(들)?(은|는|이|가|을|를|의|에|에서|에게|한테|께|와|과|랑|이랑|하고|도|만|로|으로|처럼|보다|까지|부터"
-    "|마다|이나|나|라는|이라는|인|이다|입니다)?"
-)
-"""What Korean appends to a noun: the plural, then a particle."""
-
-
-_HANGUL = re.compile("[가-힣]+")
-
-
-def _matched(text: str) -> str:
-    """A text as names are looked for in it."""
-    text = re.sub(r"[\s_\-\u2010-\u2015]+", " ", folded(text))
-    # Soft hyphens, marks of direction and the like; a joiner makes one emoji of two.
-    dropped = {c for c in text if unicodedata.category(c) == "Cf"} - {"\u200c", "\u200d"}
-    table = dict.fromkeys((*map(ord, dropped), 0xFE0E, 0xFE0F)) | {0x2019: "'"}
-    return text.translate(table).strip()
-
-
-def _contains(text: str, word: str) -> bool:
-    """Whether a word stands in a text, both `_matched`."""
-    start = text.find(word) if word else -1
-    while start >= 0:
-        stop = start + len(word)
-        if not _is_inside(text[max(start - 1, 0) : start], word[0]):
-            ending = _HANGUL.match(text, stop)
-            if ending is not None and _PARTICLES.fullmatch(ending.group()):
-                return True
-            if not _is_inside(word[-1], text[stop : stop + 1]):
-                return True
-        start = text.find(word, start + 1)
-    return False
-
-
-def _is_inside(left: str, right: str) -> bool:
-    """Whether there can't be a border of words between two neighboring characters."""
-    if not (left and right):
-        return False
-    if "\u200d" in (left, right) or unicodedata.category(right)[0] == "M":
-        return True
-    if not all(unicodedata.category(c)[0] in "LMN" for c in (left, right)):
-        return False
-    scripts = (script(left), script(right))
-    # A word of Katakana is a foreign one, and ends where the Katakana does.
-    return scripts == ("KATAKANA", "KATAKANA") or not _UNSPACED.intersection(scripts)
-
-
 @contextmanager
-def _applied(model: Any, erasure: Erasure, wanted: bool) -> Iterator[None]:
+def _applied(model: Any, erasure: Erasure, *, wanted: bool) -> Iterator[None]:
     """Holds the model with or without `erasure` inside, and puts it back as it was after."""
     hashes = erasure.provenance.get("base_hashes", {})
     maps = None if erasure.reading is None else erasure.reading.maps
     is_base = any(hashes.get(dtype) == value for dtype, value in base_hashes(model, maps).items())
     is_applied = not is_base
-    if is_applied and not wanted:
-        erasure.restore_(model)
-    elif wanted and not is_applied:
-        erasure.apply_(model)
+    if is_applied == wanted:
+        yield
+        return
+    change, undo = (
+        (erasure.apply_, erasure.restore_) if wanted else (erasure.restore_, erasure.apply_)
+    )
+    change(model)
     try:
         yield
     finally:
-        if is_applied and not wanted:
-            erasure.apply_(model)
-        elif wanted and not is_applied:
-            erasure.restore_(model)
+        undo(model)

@@ -18,13 +18,16 @@ from realera_fast.models.entrances import (
 from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
 from realera_fast.models.fingerprint import base_hashes, weights_hash
 from realera_fast.models.lora_factors import LoraFactors
+from realera_fast.models.pipelines import DTYPES, LoadError, find_device, load_pipeline
 from realera_fast.models.reading import Family, Reading
 from realera_fast.models.refusals import RefusedModelError, refuse_adapters
 from realera_fast.models.transactions import Structure, transaction, write_
 
 __all__ = [
+    "DTYPES",
     "ENTRANCES",
     "Family",
+    "LoadError",
     "LoraFactors",
     "Maps",
     "Reading",
@@ -41,7 +44,9 @@ __all__ = [
     "component_name",
     "components_of",
     "family_of",
+    "find_device",
     "is_pipeline",
+    "load_pipeline",
     "projections",
     "queries_and_outputs",
     "refuse_adapters",

@@ -7,7 +7,7 @@ import torch
 from attacks import image_to_image, prompt_optimization, prompt_search
 
 from realera_fast import embedded
-from realera_fast.evaluation import generate
+from realera_fast.evaluation import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,7 @@ def rabbits(pipe):
         pipe,
         ["a photo of a rabbit"] * 4,
         range(4),
-        steps=4,
-        guidance=4.0,
-        height=64,
-        width=64,
-        batch_size=4,
+        Sampling(steps=4, guidance=4.0, height=64, width=64),
         progress=False,
     )
 

@@ -15,8 +15,9 @@ from tiny_models import tiny_pipeline
 
 from realera_fast import Concept, EraseConfig, Erasure, embedded
 from realera_fast.cli import program as cli
-from realera_fast.cli.demo_job import FILES, run_demo
+from realera_fast.cli.demo_job import run_demo
 from realera_fast.cli.demo_plan import ERASE_CONFIG, DemoConfig, plan
+from realera_fast.cli.demo_report import FILES
 
 SMALL = DemoConfig(
     pictures=4,
@@ -43,7 +44,9 @@ class Reader:
         self.things = {w: t.name for t in table.things for w in (t.name, *t.synonyms)}
         self.styles = {w: s.name for s in table.styles for w in (s.name, *s.synonyms)}
 
-    def paint(self, _pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **_: Any) -> Any:
+    def paint(
+        self, _pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *_: Any, **__: Any
+    ) -> Any:
         pictures = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             picture = Image.new("RGB", (8, 8), (seed % 256, 0, 0))

@@ -20,6 +20,7 @@ from tiny_models import tiny_pipeline
 from realera_fast import Concept, EraseConfig, Erasure, erase
 from realera_fast.evaluation import (
     Row,
+    Sampling,
     ScoreLine,
     Scores,
     Table,
@@ -29,8 +30,8 @@ from realera_fast.evaluation import (
     verify,
     write_html,
 )
-from realera_fast.evaluation.images import picture_difference
-from realera_fast.evaluation.verification import group_of
+from realera_fast.evaluation.images import pixel_difference
+from realera_fast.evaluation.prompt_groups import group_of
 from realera_fast.models import base_hashes
 
 # Bit-equal pictures cannot be promised across batch sizes: the matrix products of different sizes
@@ -85,49 +86,57 @@ def row(group: str = "erased", prompt: str = "a cat", **changes: Any) -> Row:
 
 def test_same_seed_same_picture_in_any_batch(pipe: Any) -> None:
     prompts, seeds = ["a cat", "a dog", "the ship"], [5, 6, 7]
-    together = generate(pipe, prompts, seeds, steps=3, batch_size=3)
-    alone = [generate(pipe, [p], [s], steps=3)[0] for p, s in zip(prompts, seeds, strict=True)]
-    turned = generate(pipe, prompts[::-1], seeds[::-1], steps=3, batch_size=2)[::-1]
+    together = generate(pipe, prompts, seeds, Sampling(steps=3, batch_size=3))
+    alone = [
+        generate(pipe, [p], [s], Sampling(steps=3))[0] for p, s in zip(prompts, seeds, strict=True)
+    ]
+    turned = generate(pipe, prompts[::-1], seeds[::-1], Sampling(steps=3, batch_size=2))[::-1]
     for a, b, c in zip(together, alone, turned, strict=True):
-        assert picture_difference(a, b) < ROUNDING
-        assert picture_difference(a, c) < ROUNDING
+        assert pixel_difference(a, b) < ROUNDING
+        assert pixel_difference(a, c) < ROUNDING
     # False without it: another seed, or another prompt, is another picture.
-    other = generate(pipe, prompts, [8, 9, 10], steps=3, batch_size=3)
-    assert all(
-        picture_difference(a, b) > 4 * ROUNDING for a, b in zip(together, other, strict=True)
-    )
+    other = generate(pipe, prompts, [8, 9, 10], Sampling(steps=3, batch_size=3))
+    assert all(pixel_difference(a, b) > 4 * ROUNDING for a, b in zip(together, other, strict=True))
 
 
 def test_generate_leaves_the_global_random_state_alone(pipe: Any) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    generate(pipe, ["a cat"], [0], steps=2)
+    generate(pipe, ["a cat"], [0], Sampling(steps=2))
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_generate_shares_one_seed(pipe: Any) -> None:
-    shared = generate(pipe, ["a cat", "a dog"], [4], steps=2)
-    spelled = generate(pipe, ["a cat", "a dog"], [4, 4], steps=2)
+    shared = generate(pipe, ["a cat", "a dog"], [4], Sampling(steps=2))
+    spelled = generate(pipe, ["a cat", "a dog"], [4, 4], Sampling(steps=2))
     assert [p.tobytes() for p in shared] == [p.tobytes() for p in spelled]
 
 
 def test_generate_of_nothing(pipe: Any) -> None:
-    assert generate(pipe, [], [], steps=2) == []
+    assert generate(pipe, [], [], Sampling(steps=2)) == []
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("prompts", "seeds", "error", "message"),
     [
-        ({"prompts": "a cat", "seeds": [0]}, TypeError, r"write \['a cat'\]"),
-        ({"prompts": ["a", "b", "c"], "seeds": [0, 1]}, ValueError, "2 seeds for 3 prompts"),
-        ({"prompts": ["a"], "seeds": [0], "steps": 0}, ValueError, "steps must be at least 1"),
-        ({"prompts": ["a"], "seeds": [0], "batch_size": 0}, ValueError, "batch_size must be"),
+        ("a cat", [0], TypeError, r"write \['a cat'\]"),
+        (["a", "b", "c"], [0, 1], ValueError, "2 seeds for 3 prompts"),
     ],
 )
-def test_generate_refuses(pipe: Any, options: Any, error: type[Exception], message: str) -> None:
+def test_generate_refuses(
+    pipe: Any, prompts: Any, seeds: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        generate(pipe, **options)
+        generate(pipe, prompts, seeds, Sampling())
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_sampling_refuses_less_than_one(pipe: Any, erasure: Erasure, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Sampling(**{name: 0})
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        verify(pipe, erasure, ["a cat"], **{name: 0})
 
 
 def test_bar_follows_every_switch(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +144,7 @@ def test_bar_follows_every_switch(pipe: Any, capsys: pytest.CaptureFixture[str])
 
     def drawn(**options: Any) -> bool:
         capsys.readouterr()
-        generate(pipe, ["a cat"], [0], steps=2, **options)
+        generate(pipe, ["a cat"], [0], Sampling(steps=2), **options)
         return "drawing" in capsys.readouterr().err
 
     assert not drawn()  # the fixture's pipeline has its bar switched off
@@ -150,7 +159,7 @@ def test_bar_follows_every_switch(pipe: Any, capsys: pytest.CaptureFixture[str])
         diffusers_logging.enable_progress_bar()
     # The pipeline's own configuration comes back as it was.
     pipe.set_progress_bar_config(disable=True, ncols=40)
-    generate(pipe, ["a cat"], [0], steps=2)
+    generate(pipe, ["a cat"], [0], Sampling(steps=2))
     assert pipe._progress_bar_config == {"disable": True, "ncols": 40}
 
 
@@ -166,12 +175,12 @@ class ColorJudge:
         return things, ["dark" if sum(m) < 255 else "light" for m in means]  # type: ignore[arg-type]
 
 
-def test_picture_difference() -> None:
-    assert picture_difference(solid("black"), solid("white")) == 1.0
-    assert picture_difference(solid("red"), solid("red")) == 0.0
-    assert picture_difference(solid("red"), solid("black")) == pytest.approx(1 / 3)
+def test_pixel_difference() -> None:
+    assert pixel_difference(solid("black"), solid("white")) == 1.0
+    assert pixel_difference(solid("red"), solid("red")) == 0.0
+    assert pixel_difference(solid("red"), solid("black")) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="same size"):
-        picture_difference(solid("red"), solid("red", 8))
+        pixel_difference(solid("red"), solid("red", 8))
 
 
 def test_group_of_looks_for_whole_words() -> None:
@@ -291,8 +300,8 @@ def test_verify_leaves_the_model_as_it_came(erasure: Erasure, applied: bool) -> 
     ]
     # The edit was on for "after" and off for "before", whichever way the model came.
     bare = tiny_pipeline()
-    expected = generate(bare, ["a photo of a cat"] * 2, [3, 4], steps=2)
-    assert picture_difference(found.rows[0].before[0], expected[0]) < ROUNDING
+    expected = generate(bare, ["a photo of a cat"] * 2, [3, 4], Sampling(steps=2))
+    assert pixel_difference(found.rows[0].before[0], expected[0]) < ROUNDING
     assert found.rows[0].change > 0
     assert found.settings["sampler"] == "DDIMScheduler"
     assert found.settings["seeds"] == [3, 4]
@@ -542,6 +551,6 @@ def test_safety_checker_is_reported(pipe: Any, caplog: pytest.LogCaptureFixture)
             return SimpleNamespace(images=images, nsfw_content_detected=[True] * len(images))
 
     checked = Checked()
-    assert len(generate(checked, ["a", "b"], [0, 1], steps=2)) == 2
+    assert len(generate(checked, ["a", "b"], [0, 1], Sampling(steps=2))) == 2
     assert "blacked out 2 pictures" in caplog.text
     assert not hasattr(checked, "_progress_bar_config")

@@ -1,0 +1,60 @@
+"""Who says what images show: judges, scorers and detectors, found by name and pinned."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+Detector = Callable[[Image.Image], Any]
+"""Anything that says something of an image: a label, a number, a list of what it found."""
+
+
+class Scorer(Protocol):
+    """Anything that says how well images fit prompts."""
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """`[n]` scores of image i and prompt i, higher is better."""
+        ...
+
+
+class Judge(Protocol):
+    """Anything that names what images show."""
+
+    def classify(self, images: Sequence[Image.Image]) -> tuple[Sequence[str], Sequence[str]]:
+        """`[n]` images to `[n]` names of things and `[n]` names of styles."""
+        ...
+
+
+def find_detector(name: str) -> Detector:
+    """The callable that ``module:name`` means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r}: {error}; expected module:function") from error
+    if not callable(found):
+        raise ValueError(f"{name!r} is a {type(found).__name__}, expected a callable")
+    return found
+
+
+def identity_of(who: Any) -> Any:
+    """What pins an evaluator: what it says of itself, or where it is from."""
+    if callable(getattr(who, "identity", None)):
+        return who.identity()
+    of = who if inspect.isfunction(who) else type(who)
+    package = (of.__module__ or "").split(".")[0]
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return {"name": f"{of.__module__}.{of.__qualname__}", "version": version}
