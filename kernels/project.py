@@ -1,4 +1,21 @@
-"""The ops `project_into` and `project_backward` in Triton: many layers' weights with LoRA at once.
+"""The ops `project_into` and `project_backward` in Triton: many linear layers with LoRA at once.
+
+All l layers read the same rows x; layer l writes `heights[l]` columns of y:
+
+    y_l = x W_l^T + scaling (x A_l^T) B_l^T
+
+Layout, row-major:
+
+    x        `[n, d]`      rows of all layers
+    weight   `[m, d]`      the W_l one below the other; `heights[l]` rows are W_l
+    down     `[l, r, d]`   the A_l, all of rank r
+    up       `[m, r]`      the B_l one below the other, like the weights
+    y        `[n, m]`      the y_l side by side; m is the sum of the heights
+
+A tile of y lies within one layer, so that it needs one A_l; a table (`_tiles`) says which layer and
+columns each tile has. The backward pass gives the gradients of `down` and `up` alone:
+
+    dA_l = scaling (grad_l B_l)^T x,    dB_l = scaling grad_l^T (x A_l^T)
 
 Forward, 16 bits: one program computes a tile of y that lies within one layer. Of many rows, the
 hidden rows x A^T of all layers are a small library product before, and each program adds their

@@ -18,7 +18,7 @@ from realera_fast.models import projections
 from realera_fast.runtime import Processes, bar
 from realera_fast.solver import ConceptMap
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import Denoiser, LoraParameters, TextPath
+from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet
 
 TOKENS = 77
 BEYOND = Region(-1.0, 0.5, 1.6)
@@ -106,8 +106,8 @@ class Problem:
             seed=0,
             device=self.device,
         )
-        path = TextPath(unet, self.map, lora, compiled=compiled)
-        return Trainer(path, self.config, None, seed=0, processes=Processes())
+        shared = SharedUNet(unet, self.map, lora, compiled=compiled)
+        return Trainer(shared, self.config, None, seed=0, processes=Processes())
 
     def loop(self, compiled: bool = False) -> PlainLoop:
         return PlainLoop(
@@ -142,7 +142,7 @@ class Problem:
         trainer, window = self.trainer(compiled), self.window()
 
         def run() -> None:
-            with trainer.path.installed():
+            with trainer.shared.installed():
                 trainer.step(window, len(trainer.losses) % STEPS)
 
         return run
@@ -154,8 +154,8 @@ class Problem:
 
     def library_train(self) -> Callable[[], Any]:
         trainer, config = self.trainer(), self.config
-        denoiser = Denoiser(
-            trainer.path,
+        sampler = DDIMSampler(
+            trainer.shared,
             self.scheduler,
             self.empty,
             steps=config.sampling_steps,
@@ -164,7 +164,7 @@ class Problem:
             batch_size=config.sampling_batch_size,
         )
         filler = WindowFiller(
-            denoiser,
+            sampler,
             self.words,
             self.preserve,
             trajectories=TRAJECTORIES,
@@ -177,7 +177,7 @@ class Problem:
         )
 
         def run() -> None:
-            with trainer.path.installed(), bar(total=1, desc="", progress=False) as progress:
+            with trainer.shared.installed(), bar(total=1, desc="", progress=False) as progress:
                 window = filler.fill(0, "aligned", progress)
                 for number in range(STEPS):
                     trainer.step(window, number)
@@ -263,9 +263,9 @@ class Problem:
         trainer, loop = self.trainer(), self.loop()
         rows = (self.latents, self.timesteps, self.student, self.teacher)
         plain = loop.loss(*rows, sizes=self.sizes, scales=self.scales).item()
-        with trainer.path.installed(), torch.no_grad():
-            teacher = trainer.path.predict(
-                self.latents, self.timesteps, trainer.path.condition(self.teacher, "original")
+        with trainer.shared.installed(), torch.no_grad():
+            teacher = trainer.shared.predict(
+                self.latents, self.timesteps, trainer.shared.condition(self.teacher, "original")
             )
         window, start = self.window(), 0
         for points in (window.target, window.beyond, window.preserve):
@@ -274,7 +274,7 @@ class Problem:
             start += len(points)
         # Every point once: the mean over all rows is the plain loop's.
         loss = 0.0
-        with trainer.path.installed(), torch.no_grad():
+        with trainer.shared.installed(), torch.no_grad():
             for points, scale in zip(
                 (window.target, window.beyond, window.preserve), self.scales, strict=True
             ):
@@ -290,7 +290,7 @@ class Problem:
                     torch.full((count,), scale / count, device=self.device),
                     torch.zeros(3, count, device=self.device),
                 )
-                loss += float(loss_of(trainer.path, batch)[0])
+                loss += float(loss_of(trainer.shared, batch)[0])
         return abs(loss - plain) / abs(plain)
 
     def flops(self) -> int | None:

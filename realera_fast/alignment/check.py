@@ -14,7 +14,7 @@ from realera_fast import mining
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.runtime import progress as progress_bars
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import Denoiser, Model
+from realera_fast.unet import DDIMSampler, Variant
 
 
 class Prompts(Protocol):
@@ -29,16 +29,16 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """What the original model still sees in held-back pictures (0 is perfect)."""
+    """What the original model still sees in held-back images (0 is perfect)."""
 
     target: float
-    """Where pictures of named words are between the original's pictures of their anchors (0) and of
+    """Where images of named words are between the original's images of their anchors (0) and of
     the words (1), by how much better the word than the anchor fits them; beyond the anchor is 0."""
     neighbor: float
     """The same for words of the tokenizer near them that nobody named; random neighbors of the
     named words where there are none."""
     preserve: float
-    """|x'(P) - x(P)|^2 over the spread of the original's pictures."""
+    """|x'(P) - x(P)|^2 over the spread of the original's images."""
 
     @property
     def left(self) -> float:
@@ -47,7 +47,7 @@ class AlignmentScore:
 
 
 _HARM = 0.1
-"""So much drift of preserved pictures is taken for unharmed, in units of their spread (ours)."""
+"""So much drift of preserved images is taken for unharmed, in units of their spread (ours)."""
 _GAIN, GONE = 0.05, 0.1
 """Less of the concept than that is no gain, is nothing left: the measure is as noisy (ours)."""
 
@@ -59,11 +59,11 @@ def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
 
 
 class HeldOutCheck:
-    """What the original model sees in pictures from seeds that training never saw."""
+    """What the original model sees in images from seeds that training never saw."""
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        sampler: DDIMSampler,
         watched: Prompts,
         preserve: Tensor,
         region: mining.Region,
@@ -71,7 +71,7 @@ class HeldOutCheck:
         seed: int,
         progress: bool | None,
     ) -> None:
-        self._denoiser, self._progress = denoiser, progress
+        self._sampler, self._progress = sampler, progress
         if not config.check_seeds:
             return
 
@@ -103,44 +103,44 @@ class HeldOutCheck:
 
     @functools.cached_property
     def _ends(self) -> list[tuple[Tensor, Tensor]]:
-        """`[w]` margins of the original's pictures of each group's words, and of their anchors."""
+        """`[w]` margins of the original's images of each group's words, and of their anchors."""
         anchored = self._draw(self._anchors, "original")
         words, anchors = self._margins(self._original), self._margins(anchored)
         return list(zip(words, anchors, strict=True))
 
-    def score(self, model: Model) -> AlignmentScore:
+    def score(self, variant: Variant) -> AlignmentScore:
         """Of the closed form alone ("edited"), or with the factors as they are ("aligned")."""
-        pictures, original = self._draw(self._prompts, model), self._original
+        images, original = self._draw(self._prompts, variant), self._original
         left = []
-        for seen, (word, anchor) in zip(self._margins(pictures), self._ends, strict=True):
+        for seen, (word, anchor) in zip(self._margins(images), self._ends, strict=True):
             way = float((word - anchor).mean())
             # Where the original can't tell the two apart, nothing is known to be gone.
             place = (seen - anchor.mean()) / way if way > 0 else torch.ones_like(seen)
             left.append(float(place.clamp_min(0.0).mean()))
-        moved = float((pictures[2] - original[2]).square().mean())
+        moved = float((images[2] - original[2]).square().mean())
         spread = float((original[2] - original[2].mean(dim=0)).square().mean())
         return AlignmentScore(left[0], left[1], moved / max(spread, 1e-12))
 
-    def _draw(self, groups: Sequence[Tensor], model: Model) -> Sequence[Tensor]:
+    def _draw(self, groups: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
         states = torch.cat(list(groups))
-        total = self._denoiser.passes * self._denoiser.batches(len(states))
+        total = self._sampler.passes * self._sampler.batches(len(states))
         seeds = range(self._first, self._first + len(states))
         with progress_bars.bar(
-            total=total, desc=f"alignment check, {model}", progress=self._progress
+            total=total, desc=f"alignment check, {variant}", progress=self._progress
         ) as bar:
-            run = self._denoiser.run(states, seeds, model, bar)
+            run = self._sampler.run(states, seeds, variant, bar)
         return run.latents[-1].split([len(group) for group in groups])
 
-    def _margins(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def _margins(self, images: Sequence[Tensor]) -> list[Tensor]:
         """`[w]` how much better the words than their anchors fit, for named and for near words."""
         return [
-            self._denoiser.margin(x, states, other)
-            for x, states, other in zip(pictures, self._prompts, self._anchors, strict=False)
+            self._sampler.margin(x, states, other)
+            for x, states, other in zip(images, self._prompts, self._anchors, strict=False)
         ]
 
 
 _CHECK_STARTS = 20_000
-"""Seeds from here on start checked pictures."""
+"""Seeds from here on start checked images."""
 
 
 def _spread(start: int, stop: int, count: int) -> list[int]:

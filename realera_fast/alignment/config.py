@@ -8,6 +8,27 @@ from typing import Literal
 from realera_fast.runtime import check_types, valid_texts
 from realera_fast.unet import TARGET_MODULES
 
+_POSITIVE_COUNTS = (
+    "steps",
+    "batch_size",
+    "r",
+    "trajectories",
+    "refresh_steps",
+    "sampling_steps",
+    "gradient_accumulation_steps",
+    "sampling_batch_size",
+    "patience",
+    "check_words",
+    "check_sampling_steps",
+)
+_NOT_NEGATIVE = (
+    "beyond_scale",
+    "preserve_scale",
+    "negative_guidance",
+    "evaluation_steps",
+    "check_seeds",
+)
+
 
 @dataclass(frozen=True)
 class AlignmentConfig:
@@ -99,10 +120,10 @@ class AlignmentConfig:
     """Held-back starts for each checked prompt (count; ours); 0 keeps the adapters unchecked."""
 
     check_sampling_steps: int = 10
-    """Denoising steps of a checked picture (count; ours)."""
+    """Denoising steps of a checked image (count; ours)."""
 
     check_words: int = 16
-    """Named words whose pictures are checked, and as many words near them (count; ours)."""
+    """Named words whose images are checked, and as many words near them (count; ours)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -112,20 +133,13 @@ class AlignmentConfig:
             )
         names = valid_texts(self.target_modules, "AlignmentConfig.target_modules")
         object.__setattr__(self, "target_modules", names)
-        for name in (
-            *("steps", "batch_size", "r", "trajectories", "refresh_steps", "sampling_steps"),
-            *("gradient_accumulation_steps", "sampling_batch_size", "patience", "check_words"),
-            "check_sampling_steps",
-        ):
+        for name in _POSITIVE_COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"AlignmentConfig.{name} must be >= 1, got {getattr(self, name)}")
         for name in ("learning_rate", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AlignmentConfig.{name} must be > 0, got {getattr(self, name)}")
-        for name in (
-            *("beyond_scale", "preserve_scale", "negative_guidance"),
-            *("evaluation_steps", "check_seeds"),
-        ):
+        for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"AlignmentConfig.{name} must be >= 0, got {getattr(self, name)}")
         if not 0.0 <= self.min_timestep < 1.0:

@@ -1,9 +1,9 @@
 """Noise alignment: LoRA on the cross-attention projections (RealEra, stage 2).
 
 The original U-Net teaches the edited one: one module, which is handed the text's keys and values of
-either (`text_path`). Training (`training`) draws from windows of trajectories (`trajectories`). At
+either (`SharedUNet`). Training (`trainer`) draws from windows of trajectories (`windows`). At
 the end both variants, closed form alone and with the factors, draw held-back seeds of the *named*
-words: the factors stay only where they bring these closer to the anchor's pictures without moving
+words: the factors stay only where they bring these closer to the anchor's images without moving
 the preserved ones further (docs/method.md, section 6.3).
 """
 
@@ -29,7 +29,7 @@ from realera_fast.models import LoraFactors, Structure, projections, queries_and
 from realera_fast.runtime import Processes, checkpoint, unwrapped
 from realera_fast.runtime import progress as progress_bars
 from realera_fast.solver import ConceptMap
-from realera_fast.unet import Denoiser, LoraParameters, Model, TextPath
+from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def align_noise(
         empty: `[1, t, d]` embedding of the empty prompt, for guidance.
         pooled_map: the closed form of the pooled vector, for SDXL; every prompt then has the vector
             as its last row (`text.TextWithPooled`).
-        latents: `[n, c, h, w]` encoded pictures by word (VAE latents times its scaling factor);
+        latents: `[n, c, h, w]` encoded images by word (VAE latents times its scaling factor);
             z_t of these words is noised from them in place of a trajectory.
         seed: all randomness comes from it.
         accelerator: an `accelerate.Accelerator`; its processes share the work, its trackers get the
@@ -150,7 +150,7 @@ def align_noise(
         seed=seed,
         device=device,
     )
-    path = TextPath(
+    shared = SharedUNet(
         unet,
         concept_map,
         lora,
@@ -159,9 +159,9 @@ def align_noise(
         compiled=config.compile,
     )
 
-    def denoiser(steps: int) -> Denoiser:
-        return Denoiser(
-            path,
+    def sampler(steps: int) -> DDIMSampler:
+        return DDIMSampler(
+            shared,
             scheduler,
             empty,
             steps=steps,
@@ -173,14 +173,14 @@ def align_noise(
     drawn = mining_config.mode in ("gaussian", "offset")
     drawn = drawn and mining_config.neighbor_scale > 0
     trainer = Trainer(
-        path,
+        shared,
         config,
         mining_config.neighbor_region if drawn else None,
         seed=seed,
         processes=processes,
     )
     filler = WindowFiller(
-        denoiser(config.sampling_steps),
+        sampler(config.sampling_steps),
         prompts,
         preserve,
         trajectories=-(-config.trajectories // processes.count) * processes.count,
@@ -193,7 +193,7 @@ def align_noise(
     )
     keeper = _Checkpoints(checkpoint_dir, run, processes)
     check = HeldOutCheck(
-        denoiser(config.check_sampling_steps),
+        sampler(config.check_sampling_steps),
         watched or prompts,
         preserve,
         mining_config.neighbor_region,
@@ -202,7 +202,7 @@ def align_noise(
         progress,
     )
     before = after = None
-    with _prepared(unet, config), path.installed():
+    with _prepared(unet, config), shared.installed():
         found = keeper.load(device) if resume else None
         if config.check_seeds:
             before = check.score("edited")
@@ -296,10 +296,10 @@ def _train(
     refresh = -(-config.steps // windows)
     looks = config.evaluation_steps
 
-    def fill(number: int, model: Model, *, held_back: bool = False) -> Window:
+    def fill(number: int, variant: Variant, *, held_back: bool = False) -> Window:
         what = "held-back trajectories" if held_back else "trajectories"
         with progress_bars.bar(total=filler.passes, desc=what, progress=progress) as bar:
-            return filler.fill(number, model, bar, held_back=held_back)
+            return filler.fill(number, variant, bar, held_back=held_back)
 
     held_back = fill(0, "edited", held_back=True) if looks else None
     window, number = None, -1
@@ -308,7 +308,7 @@ def _train(
         trainer.restore(tensors, state)
         number = int(state["window"])
         parts = {k[7:]: v for k, v in tensors.items() if k.startswith("window.")}
-        window = Window.from_tensors(parts, trainer.path.device)
+        window = Window.from_tensors(parts, trainer.shared.device)
         logger.info("resumed after step %d", len(trainer.losses))
     elif held_back is None:
         trainer.keep()

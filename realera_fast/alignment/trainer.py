@@ -23,7 +23,7 @@ from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.windows import Window
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
-from realera_fast.unet import LoraParameters, TextPath
+from realera_fast.unet import LoraParameters, SharedUNet
 
 _FP16_SCALE = 2.0**14
 """Half precision holds no gradient below 6e-8: it travels scaled."""
@@ -64,10 +64,10 @@ class Batch:
     """`[3, b]` of a row's mean squared error in the three terms."""
 
 
-def loss_of(path: TextPath, batch: Batch) -> tuple[Tensor, Tensor]:
+def loss_of(shared: SharedUNet, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss of some rows, and `[3]` its terms without weights or gradients."""
-    prompts = path.condition(batch.states, "aligned")
-    student = path.predict(batch.latents, batch.timesteps, prompts)
+    prompts = shared.condition(batch.states, "aligned")
+    student = shared.predict(batch.latents, batch.timesteps, prompts)
     errors = (student - batch.teacher.to(student)).square().flatten(1).mean(dim=1)
     return (errors * batch.weight).sum(), batch.term @ errors.detach()
 
@@ -77,11 +77,11 @@ class DivergedError(FloatingPointError):
 
 
 class Trainer:
-    """Takes optimizer steps on the factors of a text path."""
+    """Takes optimizer steps on the LoRA factors of a `SharedUNet`."""
 
     def __init__(
         self,
-        path: TextPath,
+        shared: SharedUNet,
         config: AlignmentConfig,
         region: mining.Region | None,
         *,
@@ -92,14 +92,14 @@ class Trainer:
         Args:
             region: where targets are moved to within their neighborhood; None leaves them.
         """
-        self.path, self.config, self.processes = path, config, processes
-        self.lora: LoraParameters = path.lora
+        self.shared, self.config, self.processes = shared, config, processes
+        self.lora: LoraParameters = shared.lora
         self.region, self.seed = region, seed
         self.parameters = self.lora.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0
         )
-        self._scale = _FP16_SCALE if path.dtype == torch.float16 else 1.0
+        self._scale = _FP16_SCALE if shared.dtype == torch.float16 else 1.0
         self.best: dict[str, Tensor] = {}
         """Factors of the best held-back loss so far, by name."""
         self.held_back: list[float] = []
@@ -124,7 +124,7 @@ class Trainer:
             seed: decides what the step draws.
             part, parts: which of how many.
         """
-        config, device = self.config, self.path.device
+        config, device = self.config, self.shared.device
         generator = torch.Generator("cpu").manual_seed(seed)
         chosen, weights, terms = [], [], []
         for number, (points, count, scale) in enumerate(
@@ -179,14 +179,14 @@ class Trainer:
             group["lr"] = config.learning_rate * (1.0 - number / config.steps)
         self.optimizer.zero_grad(set_to_none=False)
         seed = philox.fold_seed(self.seed, number)
-        total = torch.zeros(4, device=self.path.device, dtype=torch.float64)
+        total = torch.zeros(4, device=self.shared.device, dtype=torch.float64)
         parts = config.gradient_accumulation_steps
         for i in range(parts):
             batch = self.batch(
                 window, seed, self.processes.rank * parts + i, self.processes.count * parts
             )
             if len(batch.latents):
-                loss, terms = loss_of(self.path, batch)
+                loss, terms = loss_of(self.shared, batch)
                 (loss * self._scale).backward()
                 total += torch.cat([loss.detach()[None], terms])
         gradients = []
@@ -217,11 +217,11 @@ class Trainer:
         rows = config.batch_size + config.beyond_size + config.preserve_size
         parts = -(-rows // config.sampling_batch_size)
         seed = philox.fold_seed(self.seed, _HELD_BACK_STREAM)
-        total = torch.zeros(1, device=self.path.device, dtype=torch.float64)
+        total = torch.zeros(1, device=self.shared.device, dtype=torch.float64)
         for i in range(parts):
             batch = self.batch(held_back, seed, processes.rank * parts + i, processes.count * parts)
             if len(batch.latents):
-                total += loss_of(self.path, batch)[0]
+                total += loss_of(self.shared, batch)[0]
         processes.sum_([total])
         loss = float(total)
         if not math.isfinite(loss) or (
@@ -269,7 +269,7 @@ class Trainer:
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
-        device = self.path.device
+        device = self.shared.device
         self.best = {
             key.removeprefix("best."): value.to(device)
             for key, value in tensors.items()

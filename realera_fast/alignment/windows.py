@@ -2,7 +2,7 @@
 
 The mathematics: docs/method.md, section 6.2.
 
-Drawing z_t anew for every step would cost as many passes as a picture. So a window of trajectories
+Drawing z_t anew for every step would cost as many passes as an image. So a window of trajectories
 is denoised in batches, every point of them is kept with what the original model predicts there, and
 training draws from these until the next window. A point is at most `refresh_steps` optimizer steps
 old, and a step has no teacher's pass of its own.
@@ -22,7 +22,7 @@ from realera_fast import mining
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import Denoiser, Model
+from realera_fast.unet import DDIMSampler, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class WindowFiller:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        sampler: DDIMSampler,
         prompts: Any,
         preserve: Tensor,
         *,
@@ -158,16 +158,16 @@ class WindowFiller:
             preserve: `[p, t, d]` prompts that keep their prediction.
             trajectories: starts of targets, and of preserved prompts; a multiple of the processes.
             min_timestep: latest part of the schedule that is left out, a fraction of it.
-            latents: `[n, c, h, w]` encoded pictures of words, noised in place of trajectories.
+            latents: `[n, c, h, w]` encoded images of words, noised in place of trajectories.
         """
-        self.denoiser, self.prompts, self.named = denoiser, prompts, prompts.named
+        self.sampler, self.prompts, self.named = sampler, prompts, prompts.named
         self.preserve, self.latents = preserve, latents
         self.trajectories, self.negative_guidance = trajectories, negative_guidance
         self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
-        last = denoiser.scheduler.config.num_train_timesteps * min_timestep
-        self.used = denoiser.scheduler.timesteps >= last
+        last = sampler.scheduler.config.num_train_timesteps * min_timestep
+        self.used = sampler.scheduler.timesteps >= last
         if not bool(self.used.any()):
-            first = int(denoiser.scheduler.timesteps[0])
+            first = int(sampler.scheduler.timesteps[0])
             raise ValueError(
                 f"AlignmentConfig.min_timestep: {min_timestep} leaves none of "
                 f"{len(self.used)} denoising steps, of which the first is at time step {first}; "
@@ -178,7 +178,7 @@ class WindowFiller:
     def passes(self) -> int:
         """Passes through the U-Net that a window's trajectories take in this process."""
         share = self.processes.share(self.trajectories)
-        return 2 * self.denoiser.passes * self.denoiser.batches(share.stop - share.start)
+        return 2 * self.sampler.passes * self.sampler.batches(share.stop - share.start)
 
     def windows(self, steps: int, refresh_steps: int) -> int:
         """Number of windows for so many steps: enough for every named word to be denoised."""
@@ -196,18 +196,18 @@ class WindowFiller:
             )
         return min(steps, max(needed, -(-steps // refresh_steps)))
 
-    def fill(self, window: int, model: Model, bar: Any, *, held_back: bool = False) -> Window:
+    def fill(self, window: int, variant: Variant, bar: Any, *, held_back: bool = False) -> Window:
         """The window of this number.
 
         Args:
-            model: what denoises the targets.
+            variant: what denoises the targets.
             held_back: prompts that training never sees.
         """
         seed = philox.fold_seed(self.seed, 2 * window + int(held_back))
         numbers = word_numbers(window, self.trajectories, self.named, len(self.prompts))
         share = range(self.trajectories)[self.processes.share(self.trajectories)]
         target, beyond = self._targets(
-            [numbers[i] for i in share], share, seed, model, bar, held_back
+            [numbers[i] for i in share], share, seed, variant, bar, held_back
         )
         preserve = self._preserved(share, seed, bar)
         target = self._gathered(target)
@@ -222,7 +222,7 @@ class WindowFiller:
         numbers: Sequence[int],
         places: range,
         seed: int,
-        model: Model,
+        variant: Variant,
         bar: Any,
         held_back: bool,
     ) -> tuple[Points, Points | None]:
@@ -239,10 +239,10 @@ class WindowFiller:
             sources.append(word.source[chosen])
             anchors.append(word.anchor[chosen])
             words.append(word.word)
-        device = self.denoiser.path.device
+        device = self.sampler.shared.device
         source, anchor = (torch.stack(x).to(device) for x in (sources, anchors))
         starts = [philox.fold_seed(seed, _TARGET_STARTS + place) for place in places]
-        way = self.denoiser.run(torch.stack(plain), starts, model, bar)
+        way = self.sampler.run(torch.stack(plain), starts, variant, bar)
         # Point by point along one trajectory, then the next: a share is a consecutive part.
         latents = way.latents[:-1][self.used].transpose(0, 1).contiguous()
         timesteps = way.timesteps[self.used].repeat(len(numbers), 1)
@@ -258,10 +258,10 @@ class WindowFiller:
         prompt = (torch.arange(len(numbers), device=device)[:, None] * _PROMPTS + mine).flatten()
         z, t = latents.flatten(0, 1), timesteps.flatten()
         states, goal_states = source.flatten(0, 1), anchor.flatten(0, 1)
-        goal = self.denoiser.teacher(z, t, goal_states[prompt])
+        goal = self.sampler.teacher(z, t, goal_states[prompt])
         if self.negative_guidance:
             goal = goal - self.negative_guidance * (
-                self.denoiser.teacher(z, t, states[prompt]) - goal
+                self.sampler.teacher(z, t, states[prompt]) - goal
             )
         target = Points(z, t, states, prompt, goal)
         if self.beyond_region is None:
@@ -274,19 +274,19 @@ class WindowFiller:
             concept_offset=places.start * points,
         ).rows()[:, 0]
         beyond = Points(
-            z, t, away, torch.arange(len(z), device=device), self.denoiser.teacher(z, t, away)
+            z, t, away, torch.arange(len(z), device=device), self.sampler.teacher(z, t, away)
         )
         return target, beyond
 
     def _preserved(self, places: range, seed: int, bar: Any) -> Points:
-        device = self.denoiser.path.device
+        device = self.sampler.shared.device
         generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
         count = len(self.preserve)
         order = torch.randperm(count, device="cpu", generator=generator)
         order = order.repeat(-(-self.trajectories // count))
         states = self.preserve[order[places.start : places.stop]].to(device)
         starts = [philox.fold_seed(seed, _PRESERVE_STARTS + place) for place in places]
-        way = self.denoiser.run(states, starts, "original", bar)
+        way = self.sampler.run(states, starts, "original", bar)
         # The original model denoised them, so what it predicts there is known already.
         latents = way.latents[:-1][self.used].transpose(0, 1)
         teacher = way.predictions[self.used].transpose(0, 1)
@@ -296,13 +296,13 @@ class WindowFiller:
             latents.flatten(0, 1), timesteps.flatten(), states, prompt, teacher.flatten(0, 1)
         )
 
-    def _noised(self, pictures: Tensor, timesteps: Tensor, seed: int) -> Tensor:
-        """`[s, c, h, w]` a picture drawn by chance for each time step, with that much noise."""
+    def _noised(self, images: Tensor, timesteps: Tensor, seed: int) -> Tensor:
+        """`[s, c, h, w]` an image drawn by chance for each time step, with that much noise."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        chosen = torch.randint(len(pictures), (len(timesteps),), device="cpu", generator=generator)
-        clean = pictures[chosen.to(pictures.device)].to(timesteps.device, torch.float32)
+        chosen = torch.randint(len(images), (len(timesteps),), device="cpu", generator=generator)
+        clean = images[chosen.to(images.device)].to(timesteps.device, torch.float32)
         noise = torch.randn(clean.shape, dtype=torch.float32, device="cpu", generator=generator)
-        return self.denoiser.scheduler.add_noise(clean, noise.to(clean.device), timesteps)
+        return self.sampler.scheduler.add_noise(clean, noise.to(clean.device), timesteps)
 
     def _gathered(self, points: Points) -> Points:
         """The points of all processes, in the order of one process that made them all."""

@@ -23,10 +23,10 @@ from realera_fast.solver import ConceptMap
 from realera_fast.text import Concept, fill
 from realera_fast.unet import (
     Conditioning,
-    Denoiser,
+    DDIMSampler,
     LoraParameters,
     SamplingOptions,
-    TextPath,
+    SharedUNet,
     attention,
 )
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _PROMPT = "a photo of {}"
 STEPS, _STARTS = 4, (40_000, 40_001)
-"""Pictures a word and their steps (ours): on categories that are not judged, fewer mix members up
+"""Images a word and their steps (ours): on categories that are not judged, fewer mix members up
 with others, more tell nothing new."""
 
 
@@ -45,7 +45,7 @@ class Encoder(Protocol):
 
 
 def can_be_drawn(model: Any, config: SamplingOptions) -> bool:
-    """Whether a prompt is all that it takes to draw: no picture or class, a known size.
+    """Whether a prompt is all that it takes to draw: no image or class, a known size.
 
     Args:
         config: may say the size of the latents.
@@ -98,15 +98,15 @@ def guidance_cosine(
         return found
     structure = Structure(unwrapped(unet))
     lora = LoraParameters({}, {}, r=1, lora_alpha=1.0, seed=0)
-    path = TextPath(
+    shared = SharedUNet(
         unet,
         ConceptMap.identity(empty.shape[-1]),
         lora,
         pooled_map=None if pooled_width is None else ConceptMap.identity(pooled_width),
         mixed_precision=config.mixed_precision,
     )
-    sampler = Denoiser(
-        path,
+    sampler = DDIMSampler(
+        shared,
         scheduler,
         empty,
         steps=STEPS,
@@ -118,8 +118,8 @@ def guidance_cosine(
     size = max(1, config.sampling_batch_size // len(_STARTS))
     try:
         unwrapped(unet).eval()
-        with torch.no_grad(), path.installed():
-            fixed = [path.condition(x[None], "original") for x in (empty[0], *asked)]
+        with torch.no_grad(), shared.installed():
+            fixed = [shared.condition(x[None], "original") for x in (empty[0], *asked)]
             for start in range(0, len(words), size):
                 part = slice(start, start + size)
                 states = text.encode([fill(_PROMPT, word) for word in words[part]])
@@ -136,22 +136,22 @@ def guidance_cosine(
     return found.masked_fill(bad, -torch.inf)
 
 
-def _cosine(sampler: Denoiser, states: Tensor, fixed: Sequence[Conditioning]) -> Tensor:
+def _cosine(sampler: DDIMSampler, states: Tensor, fixed: Sequence[Conditioning]) -> Tensor:
     """`[w]` for prompts `[w, t, d]` of words.
 
     Args:
         fixed: the empty prompt and the names, one row each: kept once, however many there are.
     """
     words, starts = len(states), len(_STARTS)
-    path, latents = sampler.path, sampler.noise(_STARTS).repeat(words, 1, 1, 1)
+    shared, latents = sampler.shared, sampler.noise(_STARTS).repeat(words, 1, 1, 1)
     empty, *names = (prompt.expand(len(latents)) for prompt in fixed)
-    own = path.condition(states.repeat_interleave(starts, dim=0), "original")
+    own = shared.condition(states.repeat_interleave(starts, dim=0), "original")
     prompts = [empty, own, *names]
     # Sums over time steps: of <word, name>, |name|^2 `[n, w s]` and |word|^2 `[w s]`.
     dot = named_square = word_square = torch.zeros((), dtype=torch.float32, device="cpu")
     for timestep in sampler.scheduler.timesteps:
         free, word, *named = (
-            path.predict(latents, timestep.expand(len(latents)), part) for part in prompts
+            shared.predict(latents, timestep.expand(len(latents)), part) for part in prompts
         )
         noise = free + sampler.guidance_scale * (word - free)
         latents = sampler.scheduler.step(noise, timestep, latents).prev_sample

@@ -123,6 +123,37 @@ class Samples:
             concept_offset=self.concept_offset,
         )
 
+    def accumulate_(
+        self,
+        gram: Tensor,
+        cross: Tensor,
+        weight: Tensor,
+        *,
+        destination: Tensor | None = None,
+        relative: bool = False,
+    ) -> None:
+        """`ops.perturb_accumulate_` of the points, which are not stored.
+
+        Args:
+            gram, cross: `[d, d]` float64, changed in place.
+            weight: `[c, t]` weight of each point's token.
+            destination: `[c, t, d]` where the points go; None: they stay.
+            relative: whether a point x goes to `x + destination` instead.
+        """
+        ops.perturb_accumulate_(
+            gram,
+            cross,
+            self.embeddings,
+            self.alpha,
+            self.scale,
+            weight,
+            self.seed,
+            destination=destination,
+            relative=relative,
+            offset=self.offset,
+            concept_offset=self.concept_offset,
+        )
+
 
 @dataclass(frozen=True)
 class Moments:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from realera_fast import ops
 from realera_fast.mining.config import MiningConfig
 from realera_fast.mining.region import BEYOND_OFFSET, SCALARS_PER_BLOCK, Region, moments, sample
 from realera_fast.solver import NormalEquations
@@ -77,12 +77,22 @@ def add_neighbors(
     return _add_samples(equations, source, destination, weight, config, seed)
 
 
-def _terms(config: MiningConfig) -> Iterator[tuple[bool, Region, float]]:
-    """The terms that have weight: whether the anchor is the destination, the region, the scale."""
+class _Term(NamedTuple):
+    """Neighbors or beyond samples: where they lie, whether they move and what they weigh."""
+
+    region: Region
+    scale: float
+    """In units of the prompt's own weight."""
+    anchored: bool
+    """Whether samples go to the anchor; else they stay."""
+
+
+def _terms(config: MiningConfig) -> Iterator[_Term]:
+    """The terms that have weight."""
     if config.neighbor_scale > 0:
-        yield True, config.neighbor_region, config.neighbor_scale
+        yield _Term(config.neighbor_region, config.neighbor_scale, anchored=True)
     if config.beyond_scale > 0:
-        yield False, config.beyond_region, config.beyond_scale
+        yield _Term(config.beyond_region, config.beyond_scale, anchored=False)
 
 
 def _add_samples(
@@ -99,28 +109,23 @@ def _add_samples(
     cross = torch.zeros_like(gram)
     drawn = 0
     step = max(1, SCALARS_PER_BLOCK // source.shape[0])
-    for anchored, region, scale in _terms(config):
-        relative = config.mode == "offset"
-        target = destination - source if relative else destination
+    relative = config.mode == "offset"
+    target = destination - source if relative else destination
+    for term in _terms(config):
         for start in range(0, config.samples, step):
             points = sample(
                 source,
-                region,
+                term.region,
                 samples=min(step, config.samples - start),
                 seed=seed,
-                offset=start + (0 if anchored else BEYOND_OFFSET),
+                offset=start + (0 if term.anchored else BEYOND_OFFSET),
             )
-            ops.perturb_accumulate_(
+            points.accumulate_(
                 gram,
                 cross,
-                source,
-                points.alpha,
-                points.scale,
-                weight * (scale / config.samples),
-                seed,
-                destination=target if anchored else None,
+                weight * (term.scale / config.samples),
+                destination=target if term.anchored else None,
                 relative=relative,
-                offset=points.offset,
             )
         drawn += source.shape[0] * config.samples
     equations.update_moments(gram, cross)
@@ -143,12 +148,12 @@ def _add_expectation(
     square = moving.square().sum((1, 2))
     if elements and not bool(((square > 0) & square.isfinite()).all()):
         raise ValueError("source holds NaN, infinity or a zero embedding, which can't be mined")
-    for anchored, region, scale in _terms(config):
+    for term in _terms(config):
         gram = e.new_zeros(equations.width, equations.width)
         cross = torch.zeros_like(gram)
         for p in range(prompts):
-            w = weight[p] * scale
-            m = moments(elements, region)
+            w = weight[p] * term.scale
+            m = moments(elements, term.region)
             first = torch.full_like(w, m.first)
             second = torch.full_like(w, m.second)
             first[0] = second[0] = 1.0
@@ -158,8 +163,8 @@ def _add_expectation(
             outer -= m.noise * (weighted.mT @ moving[p])
             outer.diagonal().add_(m.noise * float(square[p]) * float(w[1:].sum()))
             gram += (outer + outer.mT) / 2
-            if anchored and config.mode == "offset":
+            if term.anchored and config.mode == "offset":
                 cross += ((w * first)[:, None] * (a[p] - e[p])).mT @ e[p]
-            elif anchored:
+            elif term.anchored:
                 cross += ((w * first)[:, None] * a[p]).mT @ e[p] - outer
-        equations.update_moments(gram, cross if anchored else None)
+        equations.update_moments(gram, cross if term.anchored else None)

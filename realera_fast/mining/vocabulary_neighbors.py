@@ -76,7 +76,8 @@ def neighbor_words(
                     near = score.masked_fill(known, -torch.inf).argsort(descending=True)
                     near = near[: min(asked, int((~known).sum()))]
                     drawn = members(concepts[place], [vocabulary.words[int(i)] for i in near])
-                    near, drawn = near[fits := drawn >= config.member_cosine], drawn[fits].double()
+                    fits = drawn >= config.member_cosine
+                    near, drawn = near[fits], drawn[fits].double()
                     # From [member_cosine, 1] to [word_cosine, 1], as words are compared by it.
                     way = (drawn - config.member_cosine) / max(1.0 - config.member_cosine, 1e-6)
                     way = config.word_cosine + (1.0 - config.word_cosine) * way.clamp(0.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,65 +105,13 @@ def low_rank_update_(
         if isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a list of tensors, got one tensor; pass [tensor]")
     weights, offset = list(weights), list(offset)
-    alone = isinstance(left, Tensor)
-    if alone != isinstance(right, Tensor):
+    shared = isinstance(left, Tensor)
+    if shared != isinstance(right, Tensor):
         raise ValueError("left, right: expected two tensors or two lists, got one of each")
     left = [left] if isinstance(left, Tensor) else list(left)
     right = [right] if isinstance(right, Tensor) else list(right)
-    for name, given in (("left", left), ("right", right), ("offset", offset)):
-        optional = name == "offset" and not given
-        if len(given) != len(weights) and not optional and not (alone and name != "offset"):
-            raise ValueError(
-                f"{name}: expected {len(weights)} tensors, one for each weight, got {len(given)}"
-            )
-    named: dict[str, Tensor] = {}
-    for i, (a, b) in enumerate(zip(left, right, strict=True)):
-        names = ("left", "right") if alone else (f"left[{i}]", f"right[{i}]")
-        named |= {names[0]: a, names[1]: b}
-        check_matrix(names[0], a, (torch.float32, torch.float64))
-        check_matrix(names[1], b, (torch.float32, torch.float64))
-        if b.shape != a.shape[::-1] or b.dtype != left[0].dtype or a.dtype != b.dtype:
-            raise ValueError(
-                f"{names[1]}: expected {left[0].dtype} {list(a.shape[::-1])} to match {names[0]}, "
-                f"got {b.dtype} {list(b.shape)} beside {a.dtype}"
-            )
-    seen: dict[int | None, list[tuple[int, int, int]]] = {}
-    for i, weight in enumerate(weights):
-        name = f"weights[{i}]"
-        check_matrix(name, weight)
-        thin = left[0 if alone else i]
-        if weight.shape[1] != thin.shape[0]:
-            raise ValueError(
-                f"{name}: expected shape [o, {thin.shape[0]}] (the height of left), "
-                f"got {list(weight.shape)}"
-            )
-        if any(
-            size > 1 and stride == 0
-            for size, stride in zip(weight.shape, weight.stride(), strict=True)
-        ):
-            raise ValueError(f"{name}: is an expanded view and can't be changed in place; clone it")
-        if weight.device.type != "meta" and weight.numel() > 0:
-            # What is not contiguous may lie between the elements of another, as two columns do.
-            size = weight.nbytes if weight.is_contiguous() else weight.element_size()
-            start = weight.data_ptr()
-            spans = seen.setdefault(memory_of(weight), [])
-            for first, last, other in spans:
-                if start < last and first < start + size:
-                    raise ValueError(
-                        f"{name}: shares its memory with weights[{other}]; pass it once"
-                    )
-            spans.append((start, start + size, i))
-        named[name] = weight
-        if offset:
-            expected = (weight.shape[0], thin.shape[1])
-            named[f"offset[{i}]"] = offset[i]
-            if offset[i].shape != expected or offset[i].dtype != thin.dtype:
-                raise ValueError(
-                    f"offset[{i}]: expected {thin.dtype} {list(expected)}, "
-                    f"got {offset[i].dtype} {list(offset[i].shape)}"
-                )
-    check_devices(**named)
-    if not weights or all(thin.shape[1] == 0 for thin in left):
+    _check_updates(weights, left, right, offset, shared=shared)
+    if not weights or all(factor.shape[1] == 0 for factor in left):
         return
     # A factor that is part of a weight would change while it is read.
     written = {memory_of(weight) for weight in weights}
@@ -173,6 +122,98 @@ def low_rank_update_(
     with torch.no_grad():
         torch.ops.realera_fast.low_rank_update_(weights, left, right, offset)
     count_versions(*weights)
+
+
+def _check_updates(
+    weights: list[Tensor],
+    left: list[Tensor],
+    right: list[Tensor],
+    offset: list[Tensor],
+    *,
+    shared: bool,
+) -> None:
+    """Checks the arguments of `low_rank_update_`; `shared`: one left and right for all weights."""
+    for_each = {} if shared else {"left": left, "right": right}
+    if offset:
+        for_each["offset"] = offset
+    for name, given in for_each.items():
+        if len(given) != len(weights):
+            raise ValueError(
+                f"{name}: expected {len(weights)} tensors, one for each weight, got {len(given)}"
+            )
+    named: dict[str, Tensor] = {}
+    for i, (left_factor, right_factor) in enumerate(zip(left, right, strict=True)):
+        index = "" if shared else f"[{i}]"
+        _check_factors(index, left_factor, right_factor, left[0].dtype)
+        named |= {f"left{index}": left_factor, f"right{index}": right_factor}
+    spans: dict[int | None, list[_Span]] = {}
+    for i, weight in enumerate(weights):
+        left_factor = left[0 if shared else i]
+        _check_weight(f"weights[{i}]", weight, left_factor)
+        _check_apart(i, weight, spans)
+        named[f"weights[{i}]"] = weight
+        if offset:
+            _check_offset(f"offset[{i}]", offset[i], weight, left_factor)
+            named[f"offset[{i}]"] = offset[i]
+    check_devices(**named)
+
+
+def _check_factors(index: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """Checks one pair of factors, named `left` and `right` plus `index`, to be of `dtype`."""
+    check_matrix(f"left{index}", left, (torch.float32, torch.float64))
+    check_matrix(f"right{index}", right, (torch.float32, torch.float64))
+    if right.shape != left.shape[::-1] or right.dtype != dtype or left.dtype != right.dtype:
+        raise ValueError(
+            f"right{index}: expected {dtype} {list(left.shape[::-1])} to match left{index}, "
+            f"got {right.dtype} {list(right.shape)} beside {left.dtype}"
+        )
+
+
+def _check_weight(name: str, weight: Tensor, left: Tensor) -> None:
+    check_matrix(name, weight)
+    if weight.shape[1] != left.shape[0]:
+        raise ValueError(
+            f"{name}: expected shape [o, {left.shape[0]}] (the height of left), "
+            f"got {list(weight.shape)}"
+        )
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
+    ):
+        raise ValueError(f"{name}: is an expanded view and can't be changed in place; clone it")
+
+
+def _check_offset(name: str, offset: Tensor, weight: Tensor, left: Tensor) -> None:
+    expected = (weight.shape[0], left.shape[1])
+    if offset.shape != expected or offset.dtype != left.dtype:
+        raise ValueError(
+            f"{name}: expected {left.dtype} {list(expected)}, "
+            f"got {offset.dtype} {list(offset.shape)}"
+        )
+
+
+class _Span(NamedTuple):
+    """The addresses from `start` to before `end` that a weight occupies."""
+
+    start: int
+    end: int
+    weight_index: int
+
+
+def _check_apart(index: int, weight: Tensor, spans: dict[int | None, list[_Span]]) -> None:
+    """Adds a weight to `spans` (by storage); raises if it shares bytes with one of them."""
+    if weight.device.type == "meta" or weight.numel() == 0:
+        return
+    # What is not contiguous may lie between the elements of another, as two columns do.
+    size = weight.nbytes if weight.is_contiguous() else weight.element_size()
+    own = _Span(weight.data_ptr(), weight.data_ptr() + size, index)
+    others = spans.setdefault(memory_of(weight), [])
+    for other in others:
+        if other.start < own.end and own.start < other.end:
+            raise ValueError(
+                f"weights[{index}]: shares its memory with weights[{other.weight_index}]; "
+                "pass it once"
+            )
+    others.append(own)
 
 
 def gram_(gram: Tensor, source: Tensor, weight: Tensor) -> None:

@@ -1,21 +1,21 @@
-"""The library's operations behind torch's dispatcher: schemas, checks, and who serves which device.
+"""The library's operations behind torch's dispatcher: what each takes and who serves which device.
 
-Each schema is defined here, once. The plain PyTorch reference, or what `blockwise` writes of other
-operations, is registered for every device (the meta device included, but for operations that draw
-numbers, whose shapes are given here) and a kernel made for a device overrides it there: the library
-``_C``, C++ on the CPU and CUDA where it was built with nvcc, and Triton. The dispatcher is the only
-registry. A library that was never built leaves the reference in place; one that was built and does
-not load raises, and so does a missing Triton: nothing falls back silently.
+Each operation is one `Op` of `OPS`, and one loop registers them. The plain PyTorch reference, or
+what `blockwise` writes of other operations, serves every device (the meta device included, but for
+operations that draw numbers, whose shapes are given here) and a kernel made for a device overrides
+it there: the library ``_C``, C++ on the CPU and CUDA where it was built with nvcc, and Triton. The
+dispatcher is the only registry. A library that was never built leaves the reference in place; one
+that was built and does not load raises, and so does a missing Triton: nothing falls back silently.
 
 This is the only module that names the native library or ``realera_fast.kernels``.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,38 +25,6 @@ from realera_fast.ops import blockwise, perturb_reference, reference
 _NATIVE = Path(__file__).parents[1] / "_C.abi3.so"
 
 _STREAM = "int seed, int offset, int concept_offset"
-_SCHEMAS = {
-    "normal_equations_": "(Tensor(a!) gram, Tensor(b!) cross, Tensor source, Tensor destination, "
-    "Tensor weight) -> ()",
-    "gram_": "(Tensor(a!) gram, Tensor source, Tensor weight) -> ()",
-    "solve_spd": "(Tensor gram, Tensor rhs) -> (Tensor, Tensor, Tensor)",
-    "low_rank_update_": "(Tensor(a!)[] weights, Tensor[] left, Tensor[] right, Tensor[] offset) "
-    "-> ()",
-    "perturb": "(Tensor embeddings, int samples, float min_cosine, "
-    f"float max_cosine, float max_distance, {_STREAM}) -> (Tensor, Tensor, Tensor)",
-    "perturb_rows": f"(Tensor embeddings, Tensor alpha, Tensor scale, {_STREAM}) -> Tensor",
-    "perturb_project": "(Tensor embeddings, Tensor alpha, Tensor scale, "
-    "Tensor weight, Tensor? down, Tensor? up, int[] heights, float scaling, "
-    f"{_STREAM}) -> Tensor",
-    "perturb_project_backward": "(Tensor grad, Tensor embeddings, Tensor alpha, "
-    "Tensor scale, Tensor down, Tensor up, int[] heights, float scaling, "
-    f"{_STREAM}) -> (Tensor, Tensor)",
-    "perturb_accumulate_": "(Tensor(a!) gram, Tensor(b!) cross, Tensor embeddings, "
-    "Tensor alpha, Tensor scale, Tensor weight, Tensor? destination, "
-    f"bool relative, {_STREAM}) -> ()",
-    "project": "(Tensor x, Tensor weight, Tensor? down, Tensor? up, int[] heights, float scaling) "
-    "-> Tensor",
-    "project_into": "(Tensor(a!) y, Tensor x, Tensor weight, Tensor? down, Tensor? up, "
-    "int[] heights, float scaling) -> ()",
-    "project_backward": "(Tensor grad, Tensor x, Tensor down, Tensor up, int[] heights, "
-    "float scaling) -> (Tensor, Tensor)",
-}
-_library = torch.library.Library("realera_fast", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # What is written of other operations and serves every device comes before the reference.
-    _plain = getattr(blockwise, _name, None) or getattr(reference, _name)
-    _library.impl(_name, _plain, "CompositeExplicitAutograd")
 
 
 # Shapes alone: the references would draw all blocks of random numbers of a graph that is traced.
@@ -98,75 +66,240 @@ def _nothing_meta(*_: object) -> None:
     return None
 
 
-_library.impl("perturb", _perturb_meta, "Meta")
-_library.impl("perturb_rows", _perturb_rows_meta, "Meta")
-_library.impl("perturb_project", _perturb_project_meta, "Meta")
-_library.impl("perturb_project_backward", _perturb_project_backward_meta, "Meta")
-_library.impl("perturb_accumulate_", _nothing_meta, "Meta")
+# Kernels are imported at their first call: `import realera_fast` must not need Triton.
+def _perturb_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from realera_fast.kernels import perturb
+
+    return perturb.perturb(*arguments)
 
 
-def _triton(module: str, name: str) -> Callable[..., Any]:
-    """A kernel, imported at its first call: `import realera_fast` must not need Triton."""
+def _perturb_rows_triton(*arguments: Any) -> Tensor:
+    from realera_fast.kernels import perturb
 
-    def call(*arguments: Any) -> Any:
-        kernels = importlib.import_module(f"realera_fast.kernels.{module}")
-        return getattr(kernels, name)(*arguments)
-
-    return call
+    return perturb.perturb_rows(*arguments)
 
 
-def _gram_cuda(gram: Tensor, source: Tensor, weight: Tensor) -> None:
-    # Tensor cores serve float64 rows through cuBLAS.
-    kernel = reference.gram_ if source.dtype == torch.float64 else _triton("gram", "gram_")
-    kernel(gram, source, weight)
+def _gram_triton(gram: Tensor, source: Tensor, weight: Tensor) -> None:
+    if source.dtype == torch.float64:
+        # Tensor cores serve float64 rows through cuBLAS.
+        reference.gram_(gram, source, weight)
+        return
+    from realera_fast.kernels import gram as kernels
+
+    kernels.gram_(gram, source, weight)
 
 
-_TRITON = {
-    "perturb": "perturb",
-    "perturb_rows": "perturb",
-    "gram_": "gram",
-    "project_into": "project",
-    "project_backward": "project",
-}
-for _name, _module in _TRITON.items():
-    _library.impl(_name, _gram_cuda if _name == "gram_" else _triton(_module, _name), "CUDA")
+def _project_into_triton(*arguments: Any) -> None:
+    from realera_fast.kernels import project
+
+    project.project_into(*arguments)
 
 
-def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, down, up, ctx.heights, ctx.scaling = inputs
-    ctx.save_for_backward(x, down, up)
+def _project_backward_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from realera_fast.kernels import project
+
+    return project.project_backward(*arguments)
+
+
+class _Project(NamedTuple):
+    """The inputs of `project`, or their gradients: None for what has none."""
+
+    x: Any = None
+    weight: Any = None
+    down: Any = None
+    up: Any = None
+    heights: Any = None
+    scaling: Any = None
+
+
+def _save_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    given = _Project(*inputs)
+    ctx.save_for_backward(given.x, given.down, given.up)
+    ctx.heights = given.heights
+    ctx.scaling = given.scaling
 
 
 def _project_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up = ctx.saved_tensors
     if down is None:
-        return (None,) * 6
-    parts = torch.ops.realera_fast.project_backward(grad, x, down, up, ctx.heights, ctx.scaling)
-    return None, None, parts[0].to(down.dtype), parts[1].to(up.dtype), None, None
+        return _Project()
+    grad_down, grad_up = torch.ops.realera_fast.project_backward(
+        grad, x, down, up, ctx.heights, ctx.scaling
+    )
+    return _Project(down=grad_down.to(down.dtype), up=grad_up.to(up.dtype))
 
 
-def _save_perturbed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    embeddings, alpha, scale, _, down, up, *ctx.rest = inputs
-    ctx.save_for_backward(embeddings, alpha, scale, down, up)
+class _PerturbProject(NamedTuple):
+    """The inputs of `perturb_project`, or their gradients: None for what has none."""
+
+    embeddings: Any = None
+    alpha: Any = None
+    scale: Any = None
+    weight: Any = None
+    down: Any = None
+    up: Any = None
+    heights: Any = None
+    scaling: Any = None
+    seed: Any = None
+    offset: Any = None
+    concept_offset: Any = None
 
 
-def _perturbed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *drawn, down, up = ctx.saved_tensors
+def _save_perturb_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    given = _PerturbProject(*inputs)
+    ctx.save_for_backward(given.embeddings, given.alpha, given.scale, given.down, given.up)
+    ctx.heights = given.heights
+    ctx.scaling = given.scaling
+    ctx.seed = given.seed
+    ctx.offset = given.offset
+    ctx.concept_offset = given.concept_offset
+
+
+def _perturb_project_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    embeddings, alpha, scale, down, up = ctx.saved_tensors
     if down is None:
-        return (None,) * 11
-    parts = torch.ops.realera_fast.perturb_project_backward(grad, *drawn, down, up, *ctx.rest)
-    return (*(None,) * 4, parts[0].to(down.dtype), parts[1].to(up.dtype), *(None,) * 5)
+        return _PerturbProject()
+    grad_down, grad_up = torch.ops.realera_fast.perturb_project_backward(
+        grad,
+        embeddings,
+        alpha,
+        scale,
+        down,
+        up,
+        ctx.heights,
+        ctx.scaling,
+        ctx.seed,
+        ctx.offset,
+        ctx.concept_offset,
+    )
+    return _PerturbProject(down=grad_down.to(down.dtype), up=grad_up.to(up.dtype))
 
 
-torch.library.register_autograd(
-    "realera_fast::project", _project_gradients, setup_context=_save_projection, lib=_library
+class Gradient(NamedTuple):
+    """How autograd differentiates an operation."""
+
+    save: Callable[[Any, tuple[Any, ...], Any], None]
+    """Keeps of the inputs what `backward` needs."""
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    """A gradient for each input, None for what has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One operation: what it takes, what defines it and what serves it."""
+
+    name: str
+    schema: str
+    """Arguments and results, in torch's schema language."""
+    plain: Callable[..., Any]
+    """Serves every device: plain PyTorch, or written of other operations."""
+    meta: Callable[..., Any] | None = None
+    """Shapes alone, for the meta device; None: `plain` serves it."""
+    kernel: Callable[..., Any] | None = None
+    """Triton, for CUDA; None: the native library or `plain` serves it."""
+    gradient: Gradient | None = None
+    """None: the operation is not differentiable."""
+
+
+OPS = (
+    Op(
+        name="normal_equations_",
+        schema="(Tensor(a!) gram, Tensor(b!) cross, Tensor source, Tensor destination, "
+        "Tensor weight) -> ()",
+        plain=reference.normal_equations_,
+    ),
+    Op(
+        name="gram_",
+        schema="(Tensor(a!) gram, Tensor source, Tensor weight) -> ()",
+        plain=reference.gram_,
+        kernel=_gram_triton,
+    ),
+    Op(
+        name="solve_spd",
+        schema="(Tensor gram, Tensor rhs) -> (Tensor, Tensor, Tensor)",
+        plain=reference.solve_spd,
+    ),
+    Op(
+        name="low_rank_update_",
+        schema="(Tensor(a!)[] weights, Tensor[] left, Tensor[] right, Tensor[] offset) -> ()",
+        plain=reference.low_rank_update_,
+    ),
+    Op(
+        name="perturb",
+        schema="(Tensor embeddings, int samples, float min_cosine, float max_cosine, "
+        f"float max_distance, {_STREAM}) -> (Tensor, Tensor, Tensor)",
+        plain=reference.perturb,
+        meta=_perturb_meta,
+        kernel=_perturb_triton,
+    ),
+    Op(
+        name="perturb_rows",
+        schema=f"(Tensor embeddings, Tensor alpha, Tensor scale, {_STREAM}) -> Tensor",
+        plain=reference.perturb_rows,
+        meta=_perturb_rows_meta,
+        kernel=_perturb_rows_triton,
+    ),
+    Op(
+        name="perturb_project",
+        schema="(Tensor embeddings, Tensor alpha, Tensor scale, Tensor weight, Tensor? down, "
+        f"Tensor? up, int[] heights, float scaling, {_STREAM}) -> Tensor",
+        plain=blockwise.perturb_project,
+        meta=_perturb_project_meta,
+        gradient=Gradient(_save_perturb_project, _perturb_project_gradients),
+    ),
+    Op(
+        name="perturb_project_backward",
+        schema="(Tensor grad, Tensor embeddings, Tensor alpha, Tensor scale, Tensor down, "
+        f"Tensor up, int[] heights, float scaling, {_STREAM}) -> (Tensor, Tensor)",
+        plain=blockwise.perturb_project_backward,
+        meta=_perturb_project_backward_meta,
+    ),
+    Op(
+        name="perturb_accumulate_",
+        schema="(Tensor(a!) gram, Tensor(b!) cross, Tensor embeddings, Tensor alpha, "
+        "Tensor scale, Tensor weight, Tensor? destination, bool relative, "
+        f"{_STREAM}) -> ()",
+        plain=blockwise.perturb_accumulate_,
+        meta=_nothing_meta,
+    ),
+    Op(
+        name="project",
+        schema="(Tensor x, Tensor weight, Tensor? down, Tensor? up, int[] heights, "
+        "float scaling) -> Tensor",
+        plain=blockwise.project,
+        gradient=Gradient(_save_project, _project_gradients),
+    ),
+    Op(
+        name="project_into",
+        schema="(Tensor(a!) y, Tensor x, Tensor weight, Tensor? down, Tensor? up, "
+        "int[] heights, float scaling) -> ()",
+        plain=blockwise.project_into,
+        kernel=_project_into_triton,
+    ),
+    Op(
+        name="project_backward",
+        schema="(Tensor grad, Tensor x, Tensor down, Tensor up, int[] heights, "
+        "float scaling) -> (Tensor, Tensor)",
+        plain=blockwise.project_backward,
+        kernel=_project_backward_triton,
+    ),
 )
-torch.library.register_autograd(
-    "realera_fast::perturb_project",
-    _perturbed_gradients,
-    setup_context=_save_perturbed,
-    lib=_library,
-)
+
+_library = torch.library.Library("realera_fast", "DEF")
+for _op in OPS:
+    _library.define(_op.name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_op.name, _op.plain, "CompositeExplicitAutograd")
+    if _op.meta is not None:
+        _library.impl(_op.name, _op.meta, "Meta")
+    if _op.kernel is not None:
+        _library.impl(_op.name, _op.kernel, "CUDA")
+    if _op.gradient is not None:
+        torch.library.register_autograd(
+            f"realera_fast::{_op.name}",
+            _op.gradient.backward,
+            setup_context=_op.gradient.save,
+            lib=_library,
+        )
 
 if _NATIVE.exists():
     torch.ops.load_library(_NATIVE)
@@ -181,9 +314,9 @@ def implementations() -> dict[str, dict[str, str]]:
         PyTorch).
     """
 
-    def kind(name: str, key: str) -> str:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{name}", key):
-            return "streamed" if hasattr(blockwise, name) else "reference"
-        return "triton" if key == "CUDA" and name in _TRITON else "native"
+    def kind(op: Op, key: str) -> str:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{op.name}", key):
+            return "streamed" if op.plain.__module__ == blockwise.__name__ else "reference"
+        return "triton" if key == "CUDA" and op.kernel is not None else "native"
 
-    return {name: {"cpu": kind(name, "CPU"), "cuda": kind(name, "CUDA")} for name in _SCHEMAS}
+    return {op.name: {"cpu": kind(op, "CPU"), "cuda": kind(op, "CUDA")} for op in OPS}

@@ -100,6 +100,13 @@ class SolveInfo:
     rows: int
     """Number of rows accumulated."""
 
+    @classmethod
+    def identity(cls, rows: int) -> SolveInfo:
+        """Of a map that moves nothing: nothing was solved."""
+        return cls(
+            method="identity", condition=1.0, residual_ratio=0.0, rank=0, dropped=0.0, rows=rows
+        )
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -269,7 +276,7 @@ class NormalEquations:
         values = {name: tensor.to(self.device, torch.float64) for name, tensor in tensors.items()}
         self._sums = (values["gram"], values["cross"]) if "gram" in values else None
         for name, waiting in (("moving", self._moving), ("staying", self._staying)):
-            sources = sorted(k for k in values if k.startswith(f"{name}.") and k[-6:] == "source")
+            sources = sorted(k for k in values if k.startswith(f"{name}.") and k.endswith("source"))
             waiting.parts = [
                 Rows(values[key], values[f"{key.removesuffix('source')}change"]) for key in sources
             ]
@@ -381,8 +388,7 @@ def solve_layers(
     for i, system in enumerate(equations):
         if not system.moves:
             nothing = ConceptMap.identity(system.width, device=system.device, dtype=dtype)
-            info = SolveInfo("identity", 1.0, 0.0, 0, 0.0, system.rows)
-            found[i] = Solution(nothing, info)
+            found[i] = Solution(nothing, SolveInfo.identity(system.rows))
         elif ridge > 0 and (few := system._few()) is not None:
             rows[i] = few
             # A batch saves launches, which a GPU has to fear; elsewhere it is only copied for it.
@@ -439,7 +445,12 @@ def finish(solved: Solved, rows: int, rank_tolerance: float, dtype: torch.dtype)
         left, right, dropped = compressed(left, right, rank_tolerance)
     concept_map = ConceptMap(left.to(dtype).contiguous(), right.to(dtype).contiguous())
     info = SolveInfo(
-        solved.method, solved.condition, solved.residual_ratio, concept_map.rank, dropped, rows
+        method=solved.method,
+        condition=solved.condition,
+        residual_ratio=solved.residual_ratio,
+        rank=concept_map.rank,
+        dropped=dropped,
+        rows=rows,
     )
     _log.debug("closed form: %s", info)
     return Solution(concept_map, info)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,8 +114,8 @@ class ConceptMap:
         Args:
             tolerance: fraction of the greatest singular value, from 0 to less than 1.
         """
-        left, right, _ = compressed(self.left, self.right, tolerance)
-        return ConceptMap(left.to(self.left.dtype), right.to(self.left.dtype))
+        found = compressed(self.left, self.right, tolerance)
+        return ConceptMap(found.left.to(self.left.dtype), found.right.to(self.left.dtype))
 
 
 def check_rank_tolerance(tolerance: float) -> None:
@@ -125,25 +126,32 @@ def check_rank_tolerance(tolerance: float) -> None:
         )
 
 
+class LowRank(NamedTuple):
+    """Balanced factors of a matrix whose rank was cut."""
+
+    left: Tensor
+    """`[d, k]` float64."""
+    right: Tensor
+    """`[k, d]` float64."""
+    dropped: float
+    """Frobenius norm of what was dropped, as a fraction of the whole."""
+
+
 @full_precision()
-def compressed(left: Tensor, right: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
+def compressed(left: Tensor, right: Tensor, tolerance: float) -> LowRank:
     """Balanced factors of ``left @ right`` of the least rank.
 
     Args:
         left: `[d, k]` any floating dtype; computed in float64.
         right: `[k, d]`.
         tolerance: singular values at or below this fraction of the greatest are dropped.
-
-    Returns:
-        `[d, q]` and `[q, d]` float64 factors, and the Frobenius norm of what was dropped as a
-        fraction of the whole.
     """
     check_rank_tolerance(tolerance)
     left, right = left.to(torch.float64), right.to(torch.float64)
     if left.shape[1] >= left.shape[0]:
         return split(left @ right, tolerance)
     if left.shape[1] == 0:
-        return left, right, 0.0
+        return LowRank(left, right, 0.0)
     # left @ right = Q_l (R_l R_r^T) Q_r^T: the decomposition of the small core is enough.
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
@@ -153,18 +161,15 @@ def compressed(left: Tensor, right: Tensor, tolerance: float) -> tuple[Tensor, T
     kept = min(_kept(s, tolerance), int((s > noise).sum()))
     root = s[:kept].sqrt()
     dropped = float(s[kept:].norm() / s.norm()) if kept < len(s) and bool(s.any()) else 0.0
-    return q_left @ (u[:, :kept] * root), (root[:, None] * vh[:kept]) @ q_right.mT, dropped
+    return LowRank(q_left @ (u[:, :kept] * root), (root[:, None] * vh[:kept]) @ q_right.mT, dropped)
 
 
-def split(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
-    """Splits a dense ``T - I`` into balanced thin factors.
+def split(update: Tensor, tolerance: float) -> LowRank:
+    """Splits a dense ``T - I`` into balanced low-rank factors.
 
     Args:
         update: `[d, d]` float64.
         tolerance: singular values at or below this fraction of the greatest are dropped.
-
-    Returns:
-        `[d, k]` left, `[k, d]` right, and the dropped Frobenius norm as a fraction of the whole.
     """
     u, s, vh, residual = _decomposed(update, tolerance)
     kept = _kept(s, tolerance)
@@ -173,7 +178,7 @@ def split(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
     dropped = (
         math.hypot(float(torch.linalg.vector_norm(s[kept:])), residual) / whole if whole else 0.0
     )
-    return u[:, :kept] * root, root[:, None] * vh[:kept], dropped
+    return LowRank(u[:, :kept] * root, root[:, None] * vh[:kept], dropped)
 
 
 def _kept(singular: Tensor, tolerance: float) -> int:
@@ -183,15 +188,21 @@ def _kept(singular: Tensor, tolerance: float) -> int:
     return int(((singular > tolerance * singular[0]) & (singular > 0)).sum())
 
 
-def _decomposed(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float]:
+class _Decomposition(NamedTuple):
+    """U, S and V^T, and the Frobenius norm of what they don't hold."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    residual: float
+
+
+def _decomposed(update: Tensor, tolerance: float) -> _Decomposition:
     """Singular value decomposition that is cheap where the rank is low, and checked.
 
     A randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.1) with its residual
     measured, not estimated: it is accepted only where that is far below the rank cut, so no
     singular value that should be kept can have been missed. Otherwise the plain decomposition.
-
-    Returns:
-        U, S, V^T and the Frobenius norm of what they don't hold.
     """
     width = update.shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
@@ -203,7 +214,7 @@ def _decomposed(update: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tenso
         residual = float(torch.linalg.matrix_norm(update - basis @ small))
         u, s, vh = torch.linalg.svd(small, full_matrices=False)
         if residual <= 0.01 * tolerance * float(s[0]):
-            return basis @ u, s, vh, residual
+            return _Decomposition(basis @ u, s, vh, residual)
         probes *= 2
     u, s, vh = torch.linalg.svd(update, full_matrices=False)
-    return u, s, vh, 0.0
+    return _Decomposition(u, s, vh, 0.0)

@@ -58,7 +58,7 @@ def fit_values_(
             f"values: expected {len(weights)} tensors, one for each weight, got {len(values)}"
         )
     Pairs(source, source, weight).check()
-    width, wide = source.shape[1], torch.float32
+    width, dtype = source.shape[1], torch.float32
     for i, (matrix, value) in enumerate(zip(weights, values, strict=True)):
         if matrix.dim() != 2 or matrix.shape[1] != width:
             raise ValueError(
@@ -72,7 +72,7 @@ def fit_values_(
             )
         if not math.isfinite(float(value.sum(dtype=torch.float64))):
             raise ValueError(f"values[{i}]: holds NaN or infinity")
-        wide = torch.promote_types(wide, matrix.dtype)
+        dtype = torch.promote_types(dtype, matrix.dtype)
     if preserved is not None and preserved.width != width:
         raise ValueError(f"preserved: expected a width of {width}, got {preserved.width}")
     if preserved is not None and preserved.moves:
@@ -82,12 +82,17 @@ def fit_values_(
     solved = _rows_solved(x, ridge, preserved)
     ops.low_rank_update_(
         weights,
-        (-x.mT).to(wide).contiguous(),
-        solved.left.to(wide),
-        [(root * value.to(torch.float64)).mT.to(wide).contiguous() for value in values],
+        (-x.mT).to(dtype).contiguous(),
+        solved.left.to(dtype),
+        [(root * value.to(torch.float64)).mT.to(dtype).contiguous() for value in values],
     )
     return SolveInfo(
-        solved.method, solved.condition, solved.residual_ratio, len(source), 0.0, len(source)
+        method=solved.method,
+        condition=solved.condition,
+        residual_ratio=solved.residual_ratio,
+        rank=len(source),
+        dropped=0.0,
+        rows=len(source),
     )
 
 
@@ -99,8 +104,8 @@ def _rows_solved(x: Tensor, ridge: float, preserved: NormalEquations | None) -> 
         if preserved is not None and not empty:
             base = Factored(with_ridge(preserved.gram.to(x.device), ridge))
         if base.usable:
-            rows, ratios, conditions = dual_rows(x, base)
-            solved = Solved(rows, None, "dual", conditions[0], ratios[0])
+            found = dual_rows(x, base)
+            solved = Solved(found.rows, None, "dual", found.conditions[0], found.residual_ratios[0])
             if is_good(solved):
                 return solved
     gram = with_ridge(x.mT @ x, ridge)

@@ -141,7 +141,7 @@ class IncrementalSystem:
         count = self._prior_rows + sum(self._counts[name] for name in self._rows)
         if not any(bool((r.source != r.destination).any()) for r in self._rows.values()):
             nothing = ConceptMap.identity(self.width, device=self._device, dtype=dtype)
-            return Solution(nothing, SolveInfo("identity", 1.0, 0.0, 0, 0.0, count))
+            return Solution(nothing, SolveInfo.identity(count))
         solved = self._updated()
         if solved is None:
             self._factor_anew()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class SingularSystemError(ValueError):
 
 @dataclass(frozen=True)
 class Solved:
-    """``X = T - I``, thin (`left @ right`) or dense (`left` alone), and how it was found."""
+    """``X = T - I``, low-rank (`left @ right`) or dense (`left` alone), and how it was found."""
 
     left: Tensor
     right: Tensor | None
@@ -123,7 +124,8 @@ def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
         change: destinations minus sources, of the same shape.
         base: A_0, shared.
     """
-    rows, ratios, conditions = dual_rows(x, base, change)
+    solved = dual_rows(x, base, change)
+    rows = solved.rows
     # Rows that stay shape A and so the others, but add nothing to the map.
     moving = change.any(-1)
     moving = moving.any(0) if x.dim() == 3 else moving
@@ -133,13 +135,24 @@ def dual(x: Tensor, change: Tensor, base: Scaled | Factored) -> list[Solved]:
         change, rows = change[None], rows[None]
     return [
         Solved(left.mT, right, "dual", condition, ratio)
-        for left, right, condition, ratio in zip(change, rows, conditions, ratios, strict=True)
+        for left, right, condition, ratio in zip(
+            change, rows, solved.conditions, solved.residual_ratios, strict=True
+        )
     ]
 
 
-def dual_rows(
-    x: Tensor, base: Scaled | Factored, change: Tensor | None = None
-) -> tuple[Tensor, list[float], list[float]]:
+class DualRows(NamedTuple):
+    """Rows R of ``X A^-1`` of one system or several."""
+
+    rows: Tensor
+    """Like the rows X."""
+    residual_ratios: list[float]
+    """Of each system; infinity where it failed."""
+    conditions: list[float]
+    """Condition number of each A."""
+
+
+def dual_rows(x: Tensor, base: Scaled | Factored, change: Tensor | None = None) -> DualRows:
     """Rows R of ``X A^-1`` for ``A = A_0 + X^T X``, from an `[n, n]` system.
 
     The small system is inverted, as products with rows as they lie are cheaper than a solve, which
@@ -150,9 +163,6 @@ def dual_rows(
         base: A_0, shared.
         change: what the map adds to each source, if it is ``change^T R`` that has to be accurate.
 
-    Returns:
-        Rows like ``x``; the residual ratio of each system, infinity where it failed; and the
-        condition number of A.
     """
     y = base.solve(x)
     system = x @ y.mT
@@ -188,7 +198,7 @@ def dual_rows(
             return base.solve(v - (v @ rows.mT) @ x)
 
         inverse_norm = _norm(solve, solve(probe))
-    return rows, ratios, (norm * inverse_norm).reshape(-1).tolist()
+    return DualRows(rows, ratios, (norm * inverse_norm).reshape(-1).tolist())
 
 
 def is_good(solved: Solved) -> bool:
@@ -382,8 +392,11 @@ def _ratios(
     ratios = []
     for left_over, moved, scale, bad in torch.stack(parts, -1).reshape(-1, 4).tolist():
         limit = scale * moved * _EPS * width
-        # Where nothing moves and nothing is left over, that is as good as it gets.
-        ratio = left_over / limit if limit > 0 else math.inf if left_over else 0.0
+        if limit > 0:
+            ratio = left_over / limit
+        else:
+            # Where nothing moves and nothing is left over, that is as good as it gets.
+            ratio = math.inf if left_over else 0.0
         ratios.append(math.inf if bad or math.isnan(ratio) else ratio)
     return ratios
 

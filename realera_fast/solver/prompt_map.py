@@ -20,7 +20,7 @@ class PromptMap(nn.Module):
         embeds, negative = pipe.encode_prompt("a cat", device, 1, True)
         pipe(prompt_embeds=erased(embeds), negative_prompt_embeds=erased(negative))
 
-    Edited weights act on negative prompts as well, so map both for the same pictures. Factors are
+    Edited weights act on negative prompts as well, so map both for the same images. Factors are
     float32 buffers: they move with ``.to(device)``, and the arithmetic is at least float32.
     """
 

@@ -3,17 +3,17 @@
 from realera_fast.unet import attention
 from realera_fast.unet.kv_cache import fuse, unfuse
 from realera_fast.unet.lora import TARGET_MODULES, LoraParameters
-from realera_fast.unet.sampler import Denoiser, SamplingOptions, config_of, ddim_of
-from realera_fast.unet.shared_unet import Conditioning, Model, TextPath
+from realera_fast.unet.sampler import DDIMSampler, SamplingOptions, config_of, ddim_of
+from realera_fast.unet.shared_unet import Conditioning, SharedUNet, Variant
 
 __all__ = [
     "Conditioning",
-    "Denoiser",
+    "DDIMSampler",
     "LoraParameters",
-    "Model",
     "SamplingOptions",
+    "SharedUNet",
     "TARGET_MODULES",
-    "TextPath",
+    "Variant",
     "attention",
     "config_of",
     "ddim_of",

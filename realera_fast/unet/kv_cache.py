@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,15 @@ from realera_fast.unet import attention
 _PROMPTS = 4
 """Prompts kept at a time, for pipelines that call the U-Net with several in a step."""
 
-Model = TypeVar("Model")
+ModuleT = TypeVar("ModuleT")
+
+
+class _Kept(NamedTuple):
+    """A layer's keys and values of one prompt."""
+
+    stamp: tuple[Any, ...]
+    """Of the weights that they were computed with."""
+    keys_values: tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
@@ -25,11 +33,11 @@ class _Prompt:
 
     states: weakref.ref[Tensor]
     version: int
-    layers: dict[str, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """The weights' stamp, keys and values by layer name."""
+    layers: dict[str, _Kept] = field(default_factory=dict)
+    """By layer name."""
 
 
-class PromptCache:
+class TextKVCache:
     """A projector that asks the layers themselves, once for each prompt and state of the weights.
 
     Prompts are told apart by the tensor they are in, and forgotten with it. A changed, moved or
@@ -48,8 +56,8 @@ class PromptCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
-        return PromptCache()
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextKVCache:
+        return TextKVCache()
 
     def keys_values(self, layer: str, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values for text, remembered where that is safe."""
@@ -64,11 +72,11 @@ class PromptCache:
         with self._lock:
             prompt = self._prompt(states)
             known = prompt.layers.get(layer)
-        if known is not None and _same(known[0], stamp):
-            return known[1]
+        if known is not None and _is_same(known.stamp, stamp):
+            return known.keys_values
         found = attn.to_k(states), attn.to_v(states)
         with self._lock:
-            prompt.layers[layer] = (stamp, found)
+            prompt.layers[layer] = _Kept(stamp, found)
         return found
 
     def _prompt(self, states: Tensor) -> _Prompt:
@@ -100,14 +108,16 @@ def _is_as_it_was(prompt: _Prompt) -> bool:
     return states is not None and states._version == prompt.version
 
 
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    # Equality of references would ask tensors for theirs, which is a tensor.
-    return len(one) == len(other) and all(
-        a() is b() is not None
-        if isinstance(a, weakref.ref) and isinstance(b, weakref.ref)
-        else a == b
-        for a, b in zip(one, other, strict=True)
-    )
+def _is_same(stamp: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(stamp) == len(other) and all(map(_is_same_entry, stamp, other))
+
+
+def _is_same_entry(one: Any, other: Any) -> bool:
+    if isinstance(one, weakref.ref) and isinstance(other, weakref.ref):
+        # Equality of references would ask tensors for theirs, which is a tensor.
+        referent = one()
+        return referent is not None and referent is other()
+    return bool(one == other)
 
 
 def _stamp(*layers: Any) -> tuple[Any, ...] | None:
@@ -130,10 +140,10 @@ def _stamp(*layers: Any) -> tuple[Any, ...] | None:
 
 
 @exclusive
-def fuse(pipe: Model) -> Model:
+def fuse(pipe: ModuleT) -> ModuleT:
     """Lets a model compute the keys and values of its text once per prompt.
 
-    The pictures are the same, bit for bit where it ran diffusers' default attention. It keeps
+    The images are the same, bit for bit where it ran diffusers' default attention. It keeps
     `2 b t m` values for each of the last prompts (b rows, t tokens, m features of all projections
     of keys, as many of values): 8 MB for one guided prompt of Stable Diffusion 1 in half precision.
     Weights may change in the meantime: erase, restore, load adapters as always. Only a write
@@ -154,12 +164,12 @@ def fuse(pipe: Model) -> Model:
     # Others may have set processors since.
     if not _ours(unet) or len(_ours(unet)) < len(attention.layers(unet)):
         unfuse(unet)
-        setattr(unet, _FORMER, attention.install(unet, PromptCache()))
+        setattr(unet, _FORMER, attention.install(unet, TextKVCache()))
     return pipe
 
 
 @exclusive
-def unfuse(pipe: Model) -> Model:
+def unfuse(pipe: ModuleT) -> ModuleT:
     """Undoes `fuse`: the former attention processors come back, the same objects.
 
     Args:
@@ -188,7 +198,7 @@ def _ours(unet: nn.Module) -> list[str]:
     return [
         name
         for name, module in unet.named_modules()
-        if isinstance(getattr(getattr(module, "processor", None), "projector", None), PromptCache)
+        if isinstance(getattr(getattr(module, "processor", None), "projector", None), TextKVCache)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from realera_fast.unet.shared_unet import Model, TextPath
+from realera_fast.unet.shared_unet import SharedUNet, Variant
 
 _MARGIN_STEPS = 8
 """Noise levels at which two prompts are compared."""
@@ -21,7 +21,7 @@ class Trajectories:
     """Denoising from b starts in s steps."""
 
     latents: Tensor
-    """`[s + 1, b, c, h, w]` from noise to picture."""
+    """`[s + 1, b, c, h, w]` from noise to image."""
     predictions: Tensor
     """`[s, b, c, h, w]` the model's prediction for the prompt, without guidance."""
     timesteps: Tensor
@@ -51,7 +51,7 @@ _NOTHING = 2.0**-24
 
 
 def _is_schedule(alphas: Any) -> bool:
-    """Whether these are shares of the picture, less at the end than at the beginning."""
+    """Whether these are shares of the image, less at the end than at the beginning."""
     if not isinstance(alphas, Tensor) or alphas.dim() != 1 or len(alphas) < 2:
         return False
     return bool(((alphas >= 0.0) & (alphas <= 1.0)).all() & (alphas[0] > alphas[-1]))
@@ -66,7 +66,7 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
     noise level and its number.
 
     Args:
-        scheduler: a diffusers scheduler with `alphas_cumprod`, the `[t]` shares of the picture in
+        scheduler: a diffusers scheduler with `alphas_cumprod`, the `[t]` shares of the image in
             the variance; unchanged.
 
     Raises:
@@ -145,12 +145,12 @@ class SamplingOptions(Protocol):
     def sampling_batch_size(self) -> int: ...
 
 
-class Denoiser:
+class DDIMSampler:
     """DDIM with a U-Net alone, without a pipeline, in batches of bounded size."""
 
     def __init__(
         self,
-        path: TextPath,
+        shared: SharedUNet,
         scheduler: Any,
         empty: Tensor,
         *,
@@ -165,11 +165,11 @@ class Denoiser:
             empty: `[1, t, d]` embedding of the empty prompt, for guidance.
             batch_size: rows that go through the U-Net at a time.
         """
-        self.path, self.empty, self.guidance_scale = path, empty, guidance_scale
+        self.shared, self.empty, self.guidance_scale = shared, empty, guidance_scale
         self.scheduler = ddim_of(scheduler, steps)
-        self.scheduler.timesteps = self.scheduler.timesteps.to(path.device)
+        self.scheduler.timesteps = self.scheduler.timesteps.to(shared.device)
         self.batch_size = batch_size
-        config = path.unet.config
+        config = shared.unet.config
         size = latent_size or config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.shape = (int(config.in_channels), int(height), int(width))
@@ -184,10 +184,10 @@ class Denoiser:
         return -(-starts // max(1, self.batch_size // 2))
 
     @torch.no_grad()
-    def run(self, states: Tensor, seeds: Sequence[int], model: Model, bar: Any) -> Trajectories:
+    def run(self, states: Tensor, seeds: Sequence[int], variant: Variant, bar: Any) -> Trajectories:
         """Denoises one start for each prompt.
 
-        Every start has its own generator, so a picture does not depend on its neighbors in a batch.
+        Every start has its own generator, so an image does not depend on its neighbors in a batch.
 
         Args:
             states: `[b, t, d]`.
@@ -195,7 +195,7 @@ class Denoiser:
         """
         size = max(1, self.batch_size // 2)
         parts = [
-            self._batch(states[i : i + size], seeds[i : i + size], model, bar)
+            self._batch(states[i : i + size], seeds[i : i + size], variant, bar)
             for i in range(0, len(states), size)
         ]
         return Trajectories(
@@ -205,15 +205,15 @@ class Denoiser:
         )
 
     def _batch(
-        self, states: Tensor, seeds: Sequence[int], model: Model, bar: Any
+        self, states: Tensor, seeds: Sequence[int], variant: Variant, bar: Any
     ) -> tuple[Tensor, Tensor]:
         latents = self.noise(seeds)
         states = states.to(latents.device)
         empty = self.empty.to(states).expand(len(states), -1, -1)
-        both = self.path.condition(torch.cat([empty, states]), model)
+        both = self.shared.condition(torch.cat([empty, states]), variant)
         way, predictions = [latents], []
         for timestep in self.scheduler.timesteps:
-            free, guided = self.path.predict(
+            free, guided = self.shared.predict(
                 torch.cat([latents, latents]), timestep.expand(2 * len(latents)), both
             ).chunk(2)
             noise = free + self.guidance_scale * (guided - free)
@@ -234,39 +234,39 @@ class Denoiser:
             )
             for seed in seeds
         ]
-        return torch.stack(starts).to(self.path.device)
+        return torch.stack(starts).to(self.shared.device)
 
     @torch.no_grad()
     def teacher(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         """`[e, c, h, w]` what the original model predicts."""
         found = []
         for rows in torch.arange(len(latents), device=latents.device).split(self.batch_size):
-            prompts = self.path.condition(states[rows], "original")
-            found.append(self.path.predict(latents[rows], timesteps[rows], prompts))
+            prompts = self.shared.condition(states[rows], "original")
+            found.append(self.shared.predict(latents[rows], timesteps[rows], prompts))
         return torch.cat(found) if found else latents
 
     @torch.no_grad()
-    def margin(self, pictures: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """`[b]` how much better the original model denoises pictures with one prompt than another.
+    def margin(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """`[b]` how much better the original model denoises images with one prompt than another.
 
         A diffusion model's own zero-shot classifier (Li et al., arXiv 2303.16203): the difference
         of mean squared errors, positive where `first` fits better. Noise and time steps are the
-        same for every picture.
+        same for every image.
 
         Args:
-            pictures: `[b, c, h, w]` clean latents.
+            images: `[b, c, h, w]` clean latents.
             first, second: `[b, t, d]` prompts.
         """
         count = int(self.scheduler.config.num_train_timesteps)
-        total = torch.zeros(len(pictures), dtype=torch.float32, device=pictures.device)
+        total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         for number in range(_MARGIN_STEPS):
             # The middle of the schedule: early steps hold no content, late ones only texture.
             step = int(count * (0.2 + 0.6 * (number + 0.5) / _MARGIN_STEPS))
             noise = self.noise([number])
-            noise = noise.expand_as(pictures)
-            times = torch.full((len(pictures),), step, dtype=torch.long, device=pictures.device)
-            noisy = self.scheduler.add_noise(pictures, noise, times)
-            goal = self._goal(pictures, noise, times)
+            noise = noise.expand_as(images)
+            times = torch.full((len(images),), step, dtype=torch.long, device=images.device)
+            noisy = self.scheduler.add_noise(images, noise, times)
+            goal = self._goal(images, noise, times)
             errors = [
                 (self.teacher(noisy, times, states.to(noisy.device)) - goal).square().flatten(1)
                 for states in (second, first)
@@ -274,10 +274,10 @@ class Denoiser:
             total += errors[0].mean(1) - errors[1].mean(1)
         return total / _MARGIN_STEPS
 
-    def _goal(self, pictures: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def _goal(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the U-Net was trained to predict."""
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
-            velocity: Tensor = self.scheduler.get_velocity(pictures, noise, timesteps)
+            velocity: Tensor = self.scheduler.get_velocity(images, noise, timesteps)
             return velocity
-        return pictures if kind == "sample" else noise
+        return images if kind == "sample" else noise

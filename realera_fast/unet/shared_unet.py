@@ -32,8 +32,8 @@ backward pass costs 5 ms a layer whatever the length."""
 _VAE_SCALE = 8
 """Pixels of a latent's side, in every autoencoder of Stable Diffusion."""
 
-Model = Literal["original", "edited", "aligned"]
-"""The base weights; with the closed form; with the closed form and the LoRA factors."""
+Variant = Literal["original", "edited", "aligned"]
+"""What one U-Net is run as: its own weights; the closed form; the closed form with LoRA factors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Conditioning:
     states: Tensor
     """`[b, t, d]` the prompts' embeddings."""
     pooled: Tensor | None
-    """`[b, q]` their pooled vectors, edited where the model is; None where it takes none."""
+    """`[b, q]` their pooled vectors, edited as the variant asks; None where it takes none."""
     projected: Mapping[str, Tensor]
     """`[b, t, o]` by projection name."""
     adapted: bool
@@ -59,8 +59,8 @@ class Conditioning:
         )
 
 
-class TextPath:
-    """Runs a U-Net as each of the three models, with the text's part computed once.
+class SharedUNet:
+    """Runs a U-Net as each of its three variants, with the text's part computed once.
 
     Use it inside `installed`.
     """
@@ -85,7 +85,7 @@ class TextPath:
             mixed_precision: "bf16" computes a float32 U-Net under autocast.
             compiled: run the student through `torch.compile`.
         """
-        # A compiled model would be compiled again for every model that is run here.
+        # A compiled model would be compiled again for every variant.
         self.unet: Any = unwrapped(unet)
         self.lora = lora
         self._pooled_map = pooled_map
@@ -128,27 +128,27 @@ class TextPath:
             self._handed = None
             attention.reinstate(self.unet, former)
 
-    def condition(self, states: Tensor, model: Model) -> Conditioning:
+    def condition(self, states: Tensor, variant: Variant) -> Conditioning:
         """Keys and values of all layers for `[b, t, d]` prompts: one product, LoRA included."""
         pooled = None
         if self._pooled_map is not None:
             states, pooled = states[:, :-1], states[:, -1, : self._pooled_map.width]
             pooled = pooled.to(self.device)
-            pooled = (pooled if model == "original" else self._pooled_map(pooled)).to(self.dtype)
+            pooled = (pooled if variant == "original" else self._pooled_map(pooled)).to(self.dtype)
         states = states.to(self.device, self.dtype)
         parts: Sequence[Tensor]
-        if model == "original":
+        if variant == "original":
             parts = [
                 nn.functional.linear(states, self._layers[name].weight.detach().to(self.dtype))
                 for name in self._names
             ]
         else:
-            parts = self._products(states, adapted=model == "aligned")
+            parts = self._products(states, adapted=variant == "aligned")
         projected = {}
         for name, part in zip(self._names, parts, strict=True):
             bias = self._layers[name].bias
             projected[name] = part if bias is None else part + bias.detach().to(self.dtype)
-        return Conditioning(states, pooled, projected, model == "aligned")
+        return Conditioning(states, pooled, projected, variant == "aligned")
 
     def _products(self, states: Tensor, *, adapted: bool) -> Sequence[Tensor]:
         rows = states.flatten(0, 1)
@@ -198,7 +198,7 @@ class TextPath:
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
     def _added(self, latents: Tensor, prompts: Conditioning) -> dict[str, Tensor] | None:
-        """What SDXL takes beside the tokens: the pooled vector, and a picture that is not cut."""
+        """What SDXL takes beside the tokens: the pooled vector, and an image that is not cut."""
         if prompts.pooled is None:
             return None
         height, width = (_VAE_SCALE * side for side in latents.shape[-2:])

@@ -19,7 +19,7 @@ from realera_fast.mining import Region
 from realera_fast.models import projections, queries_and_outputs
 from realera_fast.runtime import Processes
 from realera_fast.solver import ConceptMap
-from realera_fast.unet import LoraParameters, TextPath
+from realera_fast.unet import LoraParameters, SharedUNet
 
 WIDTH, RANK, ALPHA = 32, 3, 6.0
 SIZES, SCALES = (3, 2, 2), (1.0, 0.5, 0.7)
@@ -43,7 +43,7 @@ def inputs() -> tuple[Tensor, ...]:
     return latents, timesteps, student, teacher
 
 
-def text_path(unet, *, dtype=torch.float32, targets=("to_k", "to_v"), **options) -> TextPath:
+def shared_unet(unet, *, dtype=torch.float32, targets=("to_k", "to_v"), **options) -> SharedUNet:
     def chosen(layers):
         return {n: x for n, x in layers.items() if n.endswith(tuple("." + t for t in targets))}
 
@@ -60,15 +60,15 @@ def text_path(unet, *, dtype=torch.float32, targets=("to_k", "to_v"), **options)
         for name, parameter in lora.named_tensors().items():
             if name.endswith("up"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return TextPath(unet.requires_grad_(False), concept_map(), lora, **options)
+    return SharedUNet(unet.requires_grad_(False), concept_map(), lora, **options)
 
 
-def batch_of(path: TextPath) -> Batch:
+def batch_of(shared: SharedUNet) -> Batch:
     latents, timesteps, student, teacher = inputs()
-    states, goal = (x.to(path.dtype) for x in (student, teacher))
+    states, goal = (x.to(shared.dtype) for x in (student, teacher))
     with torch.no_grad():
-        z = latents.to(torch.promote_types(path.dtype, torch.float32))
-        wanted = path.predict(z, timesteps, path.condition(goal, "original"))
+        z = latents.to(torch.promote_types(shared.dtype, torch.float32))
+        wanted = shared.predict(z, timesteps, shared.condition(goal, "original"))
     parts = zip(SIZES, SCALES, strict=True)
     weight = torch.cat([torch.full((n,), s / n, dtype=torch.float64) for n, s in parts])
     term = torch.block_diag(*(torch.full((1, n), 1.0 / n) for n in SIZES)).to(z.dtype)
@@ -79,19 +79,19 @@ def ours(dtype: torch.dtype, targets=("to_k", "to_v"), **options) -> dict[str, T
     """Student, teacher, and the gradient of every factor by peft's names."""
     unet = tiny_unet(WIDTH).to(dtype)
     masters = torch.float64 if dtype == torch.float64 else torch.float32
-    path = text_path(unet, dtype=masters, targets=targets, **options)
-    with path.installed():
-        batch = batch_of(path)
-        loss, terms = loss_of(path, batch)
+    shared = shared_unet(unet, dtype=masters, targets=targets, **options)
+    with shared.installed():
+        batch = batch_of(shared)
+        loss, terms = loss_of(shared, batch)
         loss.backward()
         # Attention may differ where there is no gradient.
-        student = path.predict(
-            batch.latents, batch.timesteps, path.condition(batch.states, "aligned")
+        student = shared.predict(
+            batch.latents, batch.timesteps, shared.condition(batch.states, "aligned")
         ).detach()
     error = (student - batch.teacher).square().flatten(1).mean(1)
     torch.testing.assert_close(loss.detach(), (error * batch.weight).sum())
     torch.testing.assert_close(terms, batch.term @ error)
-    lora, found = path.lora, {"student": student, "teacher": batch.teacher}
+    lora, found = shared.lora, {"student": student, "teacher": batch.teacher}
     ups = lora.up.grad.split(lora.heights) if lora.names else ()
     for i, name in enumerate(lora.names):
         found[f"{name}.lora_A.default.weight"] = lora.down.grad[i]
@@ -105,15 +105,15 @@ def ours(dtype: torch.dtype, targets=("to_k", "to_v"), **options) -> dict[str, T
 def plain(dtype: torch.dtype, targets=("to_k", "to_v")) -> dict[str, Tensor]:
     """The same from the plain loop, with the same factors."""
     unet = tiny_unet(WIDTH).to(dtype)
-    path = text_path(copy.deepcopy(unet), targets=targets)
+    shared = shared_unet(copy.deepcopy(unet), targets=targets)
     loop = PlainLoop(
         unet, concept_map(), r=RANK, lora_alpha=ALPHA, learning_rate=1.0, target_modules=targets
     )
     with torch.no_grad():
-        for name, factors in path.lora.factors().items():
+        for name, factors in shared.lora.factors().items():
             down, up = f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"
             loop.factors[down].copy_(factors.down)
-            loop.factors[up].copy_(factors.up / path.lora.scaling)
+            loop.factors[up].copy_(factors.up / shared.lora.scaling)
     latents, timesteps, student, teacher = inputs()
     rows = (latents, timesteps, student.to(dtype), teacher.to(dtype))
     loop.loss(*rows, sizes=SIZES, scales=SCALES).backward()
@@ -152,15 +152,15 @@ def test_float64_is_the_plain_loop_to_the_last_digits():
 
 
 def test_gradients_are_those_of_finite_differences():
-    path = text_path(tiny_unet(WIDTH).double(), dtype=torch.float64)
-    with path.installed():
-        batch = batch_of(path)
+    shared = shared_unet(tiny_unet(WIDTH).double(), dtype=torch.float64)
+    with shared.installed():
+        batch = batch_of(shared)
 
         def loss(down, up):
-            path.lora.down, path.lora.up = down, up
-            return loss_of(path, batch)[0]
+            shared.lora.down, shared.lora.up = down, up
+            return loss_of(shared, batch)[0]
 
-        factors = (path.lora.down.detach(), path.lora.up.detach())
+        factors = (shared.lora.down.detach(), shared.lora.up.detach())
         factors = tuple(f.clone().requires_grad_() for f in factors)
         assert torch.autograd.gradcheck(loss, factors, fast_mode=True)
 
@@ -186,14 +186,14 @@ def test_compiled_student_gives_the_same_gradients(monkeypatch):
 
 
 def test_mixed_precision_computes_in_bfloat16_on_a_float32_model():
-    path = text_path(tiny_unet(WIDTH), mixed_precision="bf16")
-    with path.installed(), torch.no_grad():
-        batch = batch_of(path)
-        prompts = path.condition(batch.states, "aligned")
+    shared = shared_unet(tiny_unet(WIDTH), mixed_precision="bf16")
+    with shared.installed(), torch.no_grad():
+        batch = batch_of(shared)
+        prompts = shared.condition(batch.states, "aligned")
         assert prompts.projected["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"].dtype
         assert {p.dtype for p in prompts.projected.values()} == {torch.bfloat16}
-        mixed = path.predict(batch.latents, batch.timesteps, prompts)
-    wide = text_path(tiny_unet(WIDTH))
+        mixed = shared.predict(batch.latents, batch.timesteps, prompts)
+    wide = shared_unet(tiny_unet(WIDTH))
     with wide.installed(), torch.no_grad():
         full = wide.predict(
             batch.latents, batch.timesteps, wide.condition(batch.states.float(), "aligned")
@@ -221,12 +221,12 @@ def window() -> Window:
 
 def trainer(region=None, processes=None, **config) -> Trainer:
     config = AlignmentConfig(**{"steps": 20, "batch_size": 4, "learning_rate": 1e-2} | config)
-    path = text_path(tiny_unet(WIDTH))
-    return Trainer(path, config, region, seed=3, processes=processes or Processes())
+    shared = shared_unet(tiny_unet(WIDTH))
+    return Trainer(shared, config, region, seed=3, processes=processes or Processes())
 
 
 def steps(it: Trainer, count: int, start: int = 0) -> None:
-    with it.path.installed():
+    with it.shared.installed():
         for number in range(start, start + count):
             it.step(window(), number)
 
@@ -311,7 +311,7 @@ def test_the_best_factors_are_those_of_the_least_held_back_loss(monkeypatch):
 
 def test_a_held_back_loss_that_explodes_is_divergence():
     it = trainer()
-    with it.path.installed():
+    with it.shared.installed():
         it.held_back.append(it.look(window()) / 11)
         del it.held_back[0]
         with pytest.raises(DivergedError, match="held-back"):

@@ -20,7 +20,7 @@ from realera_fast.models import text_streams
 from realera_fast.runtime import Processes, fastest_dtype
 from realera_fast.runtime.checkpoint import CheckpointError
 from realera_fast.text import TextWithPooled
-from realera_fast.unet import TextPath
+from realera_fast.unet import SharedUNet
 
 CLOSED_FORM = EraseConfig(alignment=AlignmentConfig(enabled=False))
 
@@ -218,7 +218,7 @@ def test_a_search_that_is_cut_off_leaves_the_model_as_it_was(monkeypatch, error)
     pipe.unet.train()
     before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
     processors = dict(pipe.unet.attn_processors)
-    predict, count = TextPath.predict, 0
+    predict, count = SharedUNet.predict, 0
 
     def failing(self, *arguments):
         nonlocal count
@@ -227,7 +227,7 @@ def test_a_search_that_is_cut_off_leaves_the_model_as_it_was(monkeypatch, error)
             raise error
         return predict(self, *arguments)
 
-    monkeypatch.setattr(TextPath, "predict", failing)
+    monkeypatch.setattr(SharedUNet, "predict", failing)
     with pytest.raises(error):
         erase(pipe, CATEGORY, config=CLOSED_FORM, progress=False)
     assert count == 5 and pipe.unet.training

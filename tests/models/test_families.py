@@ -32,7 +32,7 @@ from realera_fast.models import (
 )
 from realera_fast.solver import ClosedFormConfig
 from realera_fast.text import PairsConfig, TextWithPooled, VocabularyConfig
-from realera_fast.unet import LoraParameters, TextPath
+from realera_fast.unet import LoraParameters, SharedUNet
 
 PROMPTS = ["a photo of a cat", "A dog next to the ship"]
 MAPS = {
@@ -480,7 +480,7 @@ def test_alignment_shows_sdxl_what_its_pipeline_does():
     erasure.restore_(pipe.unet)
     layers = {n: layer for n, layer in projections(pipe.unet).items() if n.endswith("to_k")}
     lora = LoraParameters(layers, {}, r=2, lora_alpha=2, seed=0)
-    path = TextPath(pipe.unet, erasure.map, lora, pooled_map=erasure.pooled_map)
+    shared = SharedUNet(pipe.unet, erasure.map, lora, pooled_map=erasure.pooled_map)
     states = shown.encode(PROMPTS)
     assert states.shape == (2, 78, 80) and not states[:, -1, 48:].any()
     assert not shown.shares(PROMPTS)[:, -1].any()
@@ -496,11 +496,11 @@ def test_alignment_shows_sdxl_what_its_pipeline_does():
             z, t, encoder_hidden_states=stock["prompt_embeds"], added_cond_kwargs=added
         ).sample
 
-    with path.installed():
-        original = path.predict(z, t, path.condition(states, "original"))
-        seen = path.predict(z, t, path.condition(states, "edited"))
+    with shared.installed():
+        original = shared.predict(z, t, shared.condition(states, "original"))
+        seen = shared.predict(z, t, shared.condition(states, "edited"))
         # Factors that add nothing yet.
-        aligned = path.predict(z, t, path.condition(states, "aligned"))
+        aligned = shared.predict(z, t, shared.condition(states, "aligned"))
     assert torch.allclose(original, through_the_pipeline(), rtol=1e-4, atol=1e-4)
     apart = (seen - original).norm()
     erasure.apply_(pipe.unet)

@@ -128,7 +128,7 @@ def test_erasing_shows_at_once(pipe):
     assert np.array_equal(picture(pipe), plain)
 
 
-def cache_of(unet) -> realera_fast.unet.kv_cache.PromptCache:
+def cache_of(unet) -> realera_fast.unet.kv_cache.TextKVCache:
     return next(iter(attention.layers(unet).values())).processor.projector
 
 

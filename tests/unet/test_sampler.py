@@ -15,7 +15,7 @@ from realera_fast.models import projections
 from realera_fast.runtime import Processes, bar
 from realera_fast.solver import ConceptMap
 from realera_fast.text import TextModel, align
-from realera_fast.unet import Denoiser, LoraParameters, TextPath
+from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet
 
 BEYOND = Region(-1.0, 0.5, 1.6)
 
@@ -52,9 +52,9 @@ def made(parts, processes=None, **options):
     generator = torch.Generator().manual_seed(1)
     left = 0.2 * torch.randn(width, 2, generator=generator)
     lora = LoraParameters(projections(pipe.unet), {}, r=2, lora_alpha=2.0, seed=0)
-    path = TextPath(pipe.unet, ConceptMap(left, left.T.contiguous()), lora)
-    denoiser = Denoiser(
-        path,
+    shared = SharedUNet(pipe.unet, ConceptMap(left, left.T.contiguous()), lora)
+    sampler = DDIMSampler(
+        shared,
         pipe.scheduler,
         text.encode([""]),
         steps=4,
@@ -72,13 +72,13 @@ def made(parts, processes=None, **options):
         "processes": processes or Processes(),
     }
     preserve = text.encode(["a ship", "a tree", "a horse"])
-    filler = WindowFiller(denoiser, words, preserve, **(defaults | options))
-    return path, denoiser, filler
+    filler = WindowFiller(sampler, words, preserve, **(defaults | options))
+    return shared, sampler, filler
 
 
 def filled(parts, number=0, held_back=False, model="edited", **options) -> Window:
-    path, _, filler = made(parts, **options)
-    with path.installed(), bar(total=1, desc="", progress=False) as progress:
+    shared, _, filler = made(parts, **options)
+    with shared.installed(), bar(total=1, desc="", progress=False) as progress:
         return filler.fill(number, model, progress, held_back=held_back)
 
 
@@ -194,9 +194,9 @@ def test_the_original_model_tells_its_own_pictures_apart():
     pipe = embedded.load_pipeline()
     text = TextModel(pipe.text_encoder, pipe.tokenizer)
     lora = LoraParameters(projections(pipe.unet), {}, r=1, lora_alpha=1.0, seed=0)
-    path = TextPath(pipe.unet, ConceptMap.identity(text.width), lora)
-    denoiser = Denoiser(
-        path,
+    shared = SharedUNet(pipe.unet, ConceptMap.identity(text.width), lora)
+    sampler = DDIMSampler(
+        shared,
         pipe.scheduler,
         text.encode([""]),
         steps=10,
@@ -205,20 +205,20 @@ def test_the_original_model_tells_its_own_pictures_apart():
         batch_size=8,
     )
     states = text.encode(["a photo of a rabbit", "a photo of a house"])
-    with path.installed(), bar(total=1, desc="", progress=False) as progress:
-        pictures = denoiser.run(states, [1, 2], "original", progress).latents[-1]
-        margins = denoiser.margin(pictures, states[[0, 0]], states[[1, 1]])
-        swapped = denoiser.margin(pictures, states[[1, 1]], states[[0, 0]])
+    with shared.installed(), bar(total=1, desc="", progress=False) as progress:
+        pictures = sampler.run(states, [1, 2], "original", progress).latents[-1]
+        margins = sampler.margin(pictures, states[[0, 0]], states[[1, 1]])
+        swapped = sampler.margin(pictures, states[[1, 1]], states[[0, 0]])
     assert margins[0] > 0 > margins[1]
     torch.testing.assert_close(swapped, -margins)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_model_has_no_error_whatever_it_predicts(parts, kind, monkeypatch):
-    _, denoiser, _ = made(parts)
-    denoiser.scheduler.register_to_config(prediction_type=kind)
+    _, sampler, _ = made(parts)
+    sampler.scheduler.register_to_config(prediction_type=kind)
     pictures = torch.randn(1, 4, 8, 8)
-    alphas = denoiser.scheduler.alphas_cumprod
+    alphas = sampler.scheduler.alphas_cumprod
 
     def perfect(noisy, times, states):
         a, s = alphas[times[0]].sqrt(), (1 - alphas[times[0]]).sqrt()
@@ -227,14 +227,14 @@ def test_a_perfect_model_has_no_error_whatever_it_predicts(parts, kind, monkeypa
             kind
         ]
 
-    monkeypatch.setattr(denoiser, "teacher", perfect)
+    monkeypatch.setattr(sampler, "teacher", perfect)
     states = torch.zeros(1, 7, 32)
-    right = denoiser.margin(pictures, states, states)
+    right = sampler.margin(pictures, states, states)
     monkeypatch.setattr(
-        denoiser, "teacher", lambda n, t, s: perfect(n, t, s) + (1.0 if s.any() else 0.0)
+        sampler, "teacher", lambda n, t, s: perfect(n, t, s) + (1.0 if s.any() else 0.0)
     )
     assert right.item() == pytest.approx(0.0, abs=1e-6)
-    assert denoiser.margin(pictures, states, states + 1).item() == pytest.approx(1.0, rel=1e-3)
+    assert sampler.margin(pictures, states, states + 1).item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_beyond_is_left_out_where_it_has_no_weight(parts):
