@@ -7,9 +7,8 @@ where it was.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,16 +16,16 @@ from torch.nn import functional
 
 from realera_fast import mining
 from realera_fast.config import EraseConfig
+from realera_fast.inputs import Job
+from realera_fast.models import Stream
 from realera_fast.ops import philox
-from realera_fast.runtime import checkpoint
+from realera_fast.runtime import Checkpoint
 from realera_fast.runtime import progress as progress_bars
-from realera_fast.solver import NormalEquations, Pairs
+from realera_fast.selection import Selection
+from realera_fast.solver import IncrementalSystem, NormalEquations, Pairs, Solution
 from realera_fast.text import (
     AlignedPrompts,
-    Concept,
-    ConceptPrompts,
     Text,
-    Vocabulary,
     encode_vocabulary,
     fill,
     mean_rows,
@@ -35,121 +34,129 @@ from realera_fast.text import (
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 30.0
-"""Time between two checkpoints."""
+
+@dataclass(frozen=True)
+class Equations:
+    """All rows of one stream, summed."""
+
+    sums: NormalEquations
+    """What keeps its place and all rows, or without the rows where `of_concepts` has them."""
+    of_concepts: Mapping[str, NormalEquations]
+    """Rows of each concept by target, where the system is kept; else none."""
+    prior: Tensor
+    """`[d, d]` float64 mean second moments of the preserve prior."""
 
 
-class _Saved:
-    """Sums with the number of concepts in them, kept in a checkpoint as they grow."""
+@dataclass(frozen=True)
+class Solved:
+    """The closed form of one stream."""
 
-    def __init__(
-        self, equations: NormalEquations, place: tuple[Path, str, str, bool] | None
-    ) -> None:
-        self._equations, self.done = equations, 0
-        self._place = place
-        self._last = time.monotonic()
-        if place is None:
-            return
-        folder, name, run, resume = place
-        found = checkpoint.load(folder, run, name) if resume else None
-        if found is not None:
-            equations.load_tensors(found[0], int(found[1]["rows"]))
-            self.done = int(found[1]["concepts"])
-            logger.info("%s: %d concepts were read before", name, self.done)
-
-    def advance(self, done: int, *, last: bool) -> None:
-        """Notes that so many concepts are in the sums; writes them now and then, and at the end."""
-        self.done = done
-        if self._place is None or not (last or time.monotonic() - self._last > SECONDS):
-            return
-        folder, name, run, _ = self._place
-        state = {"concepts": done, "rows": self._equations.rows}
-        checkpoint.save(folder, self._equations.tensors(), state, run, name)
-        self._last = time.monotonic()
+    solution: Solution
+    system: IncrementalSystem | None
+    """What the solution is from, if that is kept."""
 
 
-def gather(
-    sections: Sequence[Text],
-    concepts: Sequence[Concept],
-    mined: Mapping[str, Sequence[str]],
-    kept: Mapping[str, str],
-    gone: Sequence[str],
-    vocabulary: Vocabulary,
-    config: EraseConfig,
-    *,
-    place: tuple[Path, str, str, bool] | None = None,
-    progress: bool | None = None,
-) -> tuple[NormalEquations, dict[str, NormalEquations], Tensor]:
+def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoint) -> Equations:
     """All rows of one stream, concept by concept; memory does not grow with their number.
 
     Args:
-        sections: what stands one after the other in the stream.
-        mined: neighbor words by target.
-        kept: words that keep their place, and the kind of each.
-        gone: words that are not preserved: named ones and their neighbors.
-        vocabulary: of the first section of the token sequence; its words serve every section.
-        place: of a checkpoint: folder, name, run, and whether to go on from what is there.
-
-    Returns:
-        What keeps its place with all rows, or without them and the rows of each concept where the
-        system is kept; and the `[d, d]` mean second moments of the preserve prior.
+        selection: its vocabulary is of the first section of the token sequence; its words serve
+            every section.
+        checkpoint: keeps the sums as they grow, under the name of the stream.
     """
+    sections, config = job.texts[stream], job.config
     width, device = sections[0].width, sections[0].device
-    words = vocabulary.words or None
     prior = torch.zeros(width, width, dtype=torch.float64, device=device)
-    equations = NormalEquations(width, device=device)
+    sums = NormalEquations(width, device=device)
     prompts = []
     for section in sections:
-        own = vocabulary
+        vocabulary = selection.vocabulary
         if section.fingerprint() != vocabulary.fingerprint:
-            own = encode_vocabulary(section, config.vocabulary, words=words, progress=progress)
-        prior += preserve_gram(section, own, gone)[0].to(device)
-        for word, kind in kept.items():
-            _keep(equations, section, word, kind, config)
-        prompts.append(
-            ConceptPrompts(section, concepts, mined, config.pairs, avoid=gone, words=words)
-        )
-    equations.update_moments(config.vocabulary.preserve_scale * prior)
-    parts: dict[str, NormalEquations] = {}
+            vocabulary = encode_vocabulary(
+                section,
+                config.vocabulary,
+                words=selection.vocabulary.words or None,
+                progress=job.progress,
+            )
+        prior += preserve_gram(section, vocabulary, selection.leaving)[0].to(device)
+        for word, kind in selection.retained.items():
+            _retain(sums, section, word, kind, config)
+        prompts.append(selection.prompts(section))
+    sums.update_moments(config.vocabulary.preserve_scale * prior)
+    of_concepts: dict[str, NormalEquations] = {}
     if config.closed_form.keep_system:
-        parts = {c.target: NormalEquations(width, device=device) for c in concepts}
-    # Systems that are kept take d^2 numbers a concept: not what a checkpoint is for.
-    saved = _Saved(equations, None if parts else place)
-    first = saved.done
+        of_concepts = {c.target: NormalEquations(width, device=device) for c in job.concepts}
+        # Systems that are kept take d^2 numbers a concept: not what a checkpoint is for.
+        checkpoint = Checkpoint()
+    first = _resumed(sums, checkpoint, stream)
+    count = len(job.concepts)
     with progress_bars.bar(
-        total=len(concepts), desc="concepts", progress=progress, initial=first
+        total=count, desc="concepts", progress=job.progress, initial=first
     ) as bar:
-        for index in range(first, len(concepts)):
-            into = parts.get(concepts[index].target, equations)
+        for index in range(first, count):
+            into = of_concepts.get(job.concepts[index].target, sums)
             for number in prompts[0].numbers(index):
-                named = number if number < prompts[0].named else None
-                for offset, words_of in enumerate(prompts):
-                    add_word(into, words_of[number], config, number=named, section=offset)
-            saved.advance(index + 1, last=index + 1 == len(concepts))
+                for offset, words in enumerate(prompts):
+                    if number < words.named:
+                        add_named_word(into, words[number], config, number=number, section=offset)
+                    else:
+                        add_mined_word(into, words[number], config)
+            if checkpoint.is_due(stream, always=index + 1 == count):
+                checkpoint.save(stream, sums.tensors(), {"concepts": index + 1, "rows": sums.rows})
             bar.update(1)
-    return equations, parts, prior
+    return Equations(sums, of_concepts, prior)
 
 
-def add_word(
+def _resumed(sums: NormalEquations, checkpoint: Checkpoint, stream: Stream) -> int:
+    """How many concepts are in the sums, after those of the checkpoint took their place."""
+    saved = checkpoint.load(stream)
+    if saved is None:
+        return 0
+    sums.load_tensors(saved.tensors, int(saved.values["rows"]))
+    done = int(saved.values["concepts"])
+    logger.info("%s: %d concepts were read before", stream, done)
+    return done
+
+
+def solve(equations: Equations, config: EraseConfig) -> Solved:
+    """The concept map T, and the system that it is from if that is kept.
+
+    The ridge is relative to the mean diagonal of the preserve prior.
+    """
+    options, prior = config.closed_form, equations.prior
+    if not options.enabled:
+        identity = NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0)
+        return Solved(identity, None)
+    scale = float(prior.diagonal().mean())
+    if not scale:
+        every = (equations.sums, *equations.of_concepts.values())
+        scale = sum(float(sums.gram.diagonal().mean()) for sums in every) or 1.0
+    ridge = options.ridge * scale
+    if not options.keep_system:
+        solution = equations.sums.solve(ridge=ridge, rank_tolerance=options.rank_tolerance)
+        return Solved(solution, None)
+    system = IncrementalSystem(equations.sums, ridge=ridge)
+    for name, sums in equations.of_concepts.items():
+        system.add(name, sums)
+    return Solved(system.solve(rank_tolerance=options.rank_tolerance), system)
+
+
+def add_named_word(
     equations: NormalEquations,
     prompts: AlignedPrompts,
     config: EraseConfig,
     *,
-    number: int | None,
+    number: int,
     section: int = 0,
 ) -> NormalEquations:
-    """Adds a word's rows, and if it was named its neighbor and beyond rows. Returns the equations.
+    """Adds a named word's rows with its neighbor and beyond rows. Returns the equations.
 
     Args:
-        number: of the named word's noise; None for a mined word.
-        section: which part of the token sequence the prompts are; each draws its own noise.
+        number: of the word's noise.
+        section: which part of the token sequence the prompts are; each has noise of its own.
     """
-    rows = prompts.weight > 0
-    scale = config.mining.neighbor_scale if number is None else config.erase_scale
-    equations.update(
-        Pairs(prompts.source[rows], prompts.destination[rows], scale * prompts.weight[rows])
-    )
-    if number is not None and config.mining.mode in ("gaussian", "offset"):
+    _add_rows(equations, prompts, config.erase_scale)
+    if config.mining.mode in ("gaussian", "offset"):
         seed = philox.fold_seed(config.seed, number)
         source, destination, weight = _moving(prompts)
         mining.add_neighbors(
@@ -161,6 +168,19 @@ def add_word(
             seed=philox.fold_seed(seed, section) if section else seed,
         )
     return equations
+
+
+def add_mined_word(
+    equations: NormalEquations, prompts: AlignedPrompts, config: EraseConfig
+) -> NormalEquations:
+    """Adds the rows of a word that was mined, which has no neighbors. Returns the equations."""
+    return _add_rows(equations, prompts, config.mining.neighbor_scale)
+
+
+def _add_rows(equations: NormalEquations, prompts: AlignedPrompts, scale: float) -> NormalEquations:
+    rows = prompts.weight > 0
+    weight = scale * prompts.weight[rows]
+    return equations.update(Pairs(prompts.source[rows], prompts.destination[rows], weight))
 
 
 def _moving(prompts: AlignedPrompts) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +200,7 @@ def _moving(prompts: AlignedPrompts) -> tuple[Tensor, Tensor, Tensor]:
     return source, destination, weight
 
 
-def _keep(
+def _retain(
     equations: NormalEquations, text: Text, word: str, kind: str, config: EraseConfig
 ) -> None:
     """Adds the rows of a word that keeps its place."""

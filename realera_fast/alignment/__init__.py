@@ -3,7 +3,7 @@
 from realera_fast.alignment.check import is_better
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.scheduler import ASSUMED, assumed_scheduler, distilled, find_scheduler
-from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, align_noise
+from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, AlignmentPrompts, align_noise
 from realera_fast.alignment.trainer import Trainer, loss_of
 from realera_fast.alignment.windows import Points, Window, WindowFiller
 
@@ -11,6 +11,7 @@ __all__ = [
     "ASSUMED",
     "Alignment",
     "AlignmentConfig",
+    "AlignmentPrompts",
     "NOT_ALIGNED",
     "Points",
     "Trainer",

@@ -49,7 +49,7 @@ def check_concept_tokens(
     pipe: Any, concepts: Sequence[Concept], preserve: Sequence[str], config: EraseConfig
 ) -> None:
     """What only the model's tokenizers can tell of the names is wrong usage like all else."""
-    from realera_fast.eraser import check_tokens
+    from realera_fast.inputs import check_tokens
     from realera_fast.models import components_of, text_streams
 
     parts = components_of(pipe)

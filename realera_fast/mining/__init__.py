@@ -4,12 +4,13 @@ from realera_fast.mining.category_members import STEPS, MemberSearch, can_be_dra
 from realera_fast.mining.config import MiningConfig
 from realera_fast.mining.region import Moments, Region, Samples, moments, sample
 from realera_fast.mining.rows import add_neighbors
-from realera_fast.mining.vocabulary_neighbors import neighbor_words
+from realera_fast.mining.vocabulary_neighbors import Neighborhood, neighbor_words
 
 __all__ = [
     "MemberSearch",
     "MiningConfig",
     "Moments",
+    "Neighborhood",
     "Region",
     "STEPS",
     "Samples",

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from realera_fast.models import Structure, check_drawable, check_runnable
-from realera_fast.runtime import Processes, checkpoint, unwrapped
+from realera_fast.runtime import Execution, checkpoint, unwrapped
 from realera_fast.runtime import progress as progress_bars
 from realera_fast.solver import ConceptMap
 from realera_fast.text import Concept, fill
@@ -173,28 +172,22 @@ class MemberSearch:
         device: torch.device,
         *,
         together: int,
-        processes: Processes,
-        place: tuple[Path, str, bool] | None,
-        progress: bool | None = False,
+        execution: Execution,
     ) -> None:
         """
         Args:
             measure: `guidance_cosine` of names and words.
             device: where processes exchange what they measured.
             together: words that a process measures at a time; then they are in the checkpoint.
-            processes: what shares the words; all get the same values.
-            place: of a checkpoint: folder, what the values depend on, and whether to go on from
-                what is there.
+            execution: its processes share the words and get the same values; the run of its
+                checkpoint identifies what the values depend on.
         """
-        self._measure, self._device, self._processes = measure, device, processes
-        self._together, self._place = together, place
-        self._progress = progress if processes.is_main else False
-        self._measured: dict[str, dict[str, float]] = {}
+        self._measure, self._device, self._together = measure, device, together
+        self._processes, self._checkpoint = execution.processes, execution.checkpoint
+        self._progress = execution.main_progress
+        saved = self._checkpoint.load_together(checkpoint.MEMBERS, self._processes, device)
+        self._measured: dict[str, dict[str, float]] = {} if saved is None else saved.values
         """By names and word."""
-        if place is not None and place[2]:
-            folder, run, _ = place
-            saved = checkpoint.load_together(folder, run, checkpoint.MEMBERS, processes, device)
-            self._measured = {} if saved is None else saved[1]
 
     def __call__(self, concept: Concept, words: Sequence[str]) -> Tensor:
         """`[w]` cosines of words and a category, on the CPU."""
@@ -215,10 +208,6 @@ class MemberSearch:
                 found = self._processes.summed(found, self._device)
                 known |= zip(part, found.tolist(), strict=True)
                 bar.update(len(part))
-                self._save()
+                if self._processes.is_main:
+                    self._checkpoint.save(checkpoint.MEMBERS, {}, self._measured)
         return torch.tensor([known[word] for word in words], dtype=torch.float32, device="cpu")
-
-    def _save(self) -> None:
-        if self._place is not None and self._processes.is_main:
-            folder, run, _ = self._place
-            checkpoint.save(folder, {}, self._measured, run, checkpoint.MEMBERS)

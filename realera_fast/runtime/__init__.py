@@ -1,6 +1,8 @@
 """Files, processes, progress, checkpoints and the states of PyTorch that an edit depends on."""
 
 from realera_fast.runtime import checkpoint, progress
+from realera_fast.runtime.checkpoint import Checkpoint
+from realera_fast.runtime.execution import Execution
 from realera_fast.runtime.files import fields_once, folder_atomically, read_json, write_atomically
 from realera_fast.runtime.names import (
     clean,
@@ -39,6 +41,8 @@ from realera_fast.runtime.states import (
 from realera_fast.runtime.wrappers import refuse_offloading, unwrapped
 
 __all__ = [
+    "Checkpoint",
+    "Execution",
     "MAX_HEADER_BYTES",
     "NAMES",
     "Processes",

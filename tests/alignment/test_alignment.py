@@ -12,13 +12,12 @@ import pytest
 import torch
 from child import child_environment
 from safetensors.torch import load_file, save_file
-from tiny_alignment import CONFIG, UNCHECKED, Words, run
+from tiny_alignment import CONFIG, UNCHECKED, Words, kept_in, run, trained_on
 from tiny_models import tiny_pipeline
 
 from realera_fast import alignment, embedded
-from realera_fast.alignment import Trainer, WindowFiller, align_noise, check, find_scheduler
+from realera_fast.alignment import Trainer, WindowFiller, check, find_scheduler
 from realera_fast.alignment.check import AlignmentScore
-from realera_fast.mining import MiningConfig
 from realera_fast.runtime import checkpoint
 from realera_fast.runtime.checkpoint import CheckpointError
 from realera_fast.solver import ConceptMap
@@ -137,18 +136,8 @@ def test_scores_of_a_model_that_is_as_it_was():
         check_seeds=1,
         check_sampling_steps=5,
     )
-    result = align_noise(
-        pipe.unet,
-        pipe.scheduler,
-        ConceptMap.identity(text.width),
-        prompts=Words(align(text, word, "house", templates) for word in ("rabbit", "bunny")),
-        preserve=text.encode(["a ship", "a tree"]),
-        empty=text.encode([""]),
-        config=config,
-        mining_config=MiningConfig(mode="none"),
-        seed=0,
-        progress=False,
-    )
+    words = Words(align(text, word, "house", templates) for word in ("rabbit", "bunny"))
+    result = trained_on((pipe, text), words, config, preserve=("a ship", "a tree"))
     # No closed form: the edited model is the original, so nothing is erased and nothing harmed.
     assert result.closed_form.target == pytest.approx(1.0)
     assert result.closed_form.neighbor == pytest.approx(1.0)
@@ -176,17 +165,9 @@ def test_scores_of_a_model_that_draws_the_anchor():
         check_seeds=1,
         check_sampling_steps=5,
     )
-    result = align_noise(
-        pipe.unet,
-        pipe.scheduler,
-        moving,
-        prompts=Words([align(text, "rabbit", "house", ["a photo of a {}"])]),
-        preserve=text.encode(["a ship", "a tree"]),
-        empty=text.encode([""]),
-        config=config,
-        mining_config=MiningConfig(mode="none"),
-        seed=0,
-        progress=False,
+    words = Words([align(text, "rabbit", "house", ["a photo of a {}"])])
+    result = trained_on(
+        (pipe, text), words, config, preserve=("a ship", "a tree"), concept_map=moving
     )
     assert result.closed_form.target < 0.1
 
@@ -273,19 +254,7 @@ def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
     monkeypatch.setattr(WindowFiller, "fill", measured)
     some = AlignmentScore(0.5, 0.5, 0.0)
     monkeypatch.setattr(check.HeldOutCheck, "score", lambda self, model: some)
-    pipe, _ = parts
-    align_noise(
-        pipe.unet,
-        pipe.scheduler,
-        ConceptMap.identity(text.width),
-        prompts=Many(),
-        preserve=text.encode(["a ship"]),
-        empty=text.encode([""]),
-        config=CONFIG,
-        mining_config=MiningConfig(mode="none"),
-        seed=0,
-        progress=False,
-    )
+    trained_on(parts, Many(), preserve=("a ship",))
     assert len(set(held)) == 1
     assert len(asked) <= CONFIG.trajectories * (CONFIG.steps + 1) + 2 * CONFIG.check_words
 
@@ -294,19 +263,19 @@ def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
 
 
 def test_resuming_a_finished_run_changes_nothing(parts, tmp_path):
-    first = run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a")
-    again = run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a", resume=True)
+    first = run(parts, UNCHECKED, execution=kept_in(tmp_path))
+    again = run(parts, UNCHECKED, execution=kept_in(tmp_path, resume=True))
     assert same(first, again) and first.losses == again.losses
     assert [path.name for path in tmp_path.iterdir()] == [f"{checkpoint.ALIGNMENT}.safetensors"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(parts, tmp_path):
     config = dataclasses.replace(UNCHECKED, steps=1)
-    run(parts, config, checkpoint_dir=tmp_path, run="a")
+    run(parts, config, execution=kept_in(tmp_path, "a"))
     with pytest.raises(CheckpointError, match="of another run"):
-        run(parts, config, checkpoint_dir=tmp_path, run="b", resume=True)
-    run(parts, config, checkpoint_dir=tmp_path, run="b")
-    run(parts, config, checkpoint_dir=tmp_path, run="b", resume=True)
+        run(parts, config, execution=kept_in(tmp_path, "b", resume=True))
+    run(parts, config, execution=kept_in(tmp_path, "b"))
+    run(parts, config, execution=kept_in(tmp_path, "b", resume=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "other"])
@@ -317,19 +286,19 @@ def test_a_broken_checkpoint_is_refused(parts, tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
-        run(parts, UNCHECKED, checkpoint_dir=tmp_path, run="a", resume=True)
+        run(parts, UNCHECKED, execution=kept_in(tmp_path, resume=True))
 
 
 KILLED = """
     import os, signal, traceback
     from pathlib import Path
     import torch
-    from realera_fast.alignment import stage
+    from realera_fast.runtime import checkpoint
     from realera_fast.alignment.config import AlignmentConfig
     from realera_fast.alignment.trainer import Trainer
     from safetensors.torch import save_file
     from realera_fast.text.encoders import TextModel
-    from tiny_alignment import run
+    from tiny_alignment import kept_in, run
     from tiny_models import tiny_pipeline
 
     def trained(folder, out, kill_at):
@@ -348,14 +317,14 @@ KILLED = """
         )
         result = run(
             (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
-            checkpoint_dir=Path(folder), resume=True, run="a",
+            execution=kept_in(Path(folder), resume=True),
         )
         factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
         factors |= {{f"{{n}}.up": f.up for n, f in result.lora.items()}}
         factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)
         save_file(factors, out)
 
-    stage._CHECKPOINT_SECONDS = 0.0
+    checkpoint.SECONDS = 0.0
     for job in {jobs!r}:
         # Each in a process of its own, without importing everything again.
         child = os.fork()

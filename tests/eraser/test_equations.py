@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from realera_fast import Concept, Erasure, erase
 from realera_fast import equations as equations_module
 from realera_fast.mining import MiningConfig, vocabulary_neighbors
+from realera_fast.runtime import checkpoint
 from realera_fast.runtime.checkpoint import CheckpointError
 from realera_fast.solver import NormalEquations, Pairs
 from realera_fast.text import ConceptFileError, TextModel, Vocabulary, align, read_concepts
@@ -27,20 +28,19 @@ from many_concepts import LIST, ONE
 from tiny_families import FAMILIES
 from realera_fast.runtime import checkpoint
 from realera_fast import erase
-from realera_fast import equations as gathering
 from realera_fast.text.concept_file import read_concepts
 
 def run(family, concepts, folder, kill_at):
     count = 0
-    save = checkpoint.save
+    save = checkpoint.Checkpoint.save
     def counting(*arguments):
         nonlocal count
         save(*arguments)
         count += 1
         if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint.save = counting
-    gathering.SECONDS = 0.0
+    checkpoint.Checkpoint.save = counting
+    checkpoint.SECONDS = 0.0
     pipe = FAMILIES[family]()
     return erase(pipe, concepts, config=ONE, checkpoint_dir=folder, resume=True, progress=False)
 """
@@ -86,18 +86,17 @@ def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
     )
     resumed, whole = FAMILIES[family](), FAMILIES[family]()
     seen = []
-    original = equations_module.add_word
+    original = equations_module.add_named_word
 
     def counting(*arguments, **options):
-        if options["number"] is not None:
-            seen.append(1)
+        seen.append(1)
         return original(*arguments, **options)
 
-    equations_module.add_word = counting
+    equations_module.add_named_word = counting
     try:
         got = erase(resumed, LIST, config=ONE, checkpoint_dir=folder, resume=True, progress=False)
     finally:
-        equations_module.add_word = original
+        equations_module.add_named_word = original
     streams = 2 if family == "flux" else 1
     assert len(seen) == streams * len(LIST) - kill_at, "what was read is not read again"
     expected = erase(whole, LIST, config=ONE, progress=False)
@@ -109,8 +108,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
 
 
 def test_a_checkpoint_of_another_list_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(equations_module, "SECONDS", 0.0)
-    monkeypatch.setattr("realera_fast.runtime.checkpoint.remove", lambda folder, name: None)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint.Checkpoint, "remove", lambda self, name: None)
     erase(sd1(), LIST[:5], config=ONE, checkpoint_dir=tmp_path, progress=False)
     assert os.listdir(tmp_path) == ["sequence.safetensors"]
     pipe = sd1()
@@ -343,7 +342,7 @@ def test_noise_weighs_what_its_word_weighs(mode, samples):
     word = align(text, "cat", "dog", ["a photo of a {}"])
     config = replace(ONE, mining=MiningConfig(mode=mode, samples=samples))
     grams = [
-        equations_module.add_word(
+        equations_module.add_named_word(
             NormalEquations(text.width), word, replace(config, erase_scale=scale), number=0
         ).gram
         for scale in (1.0, 10.0)

@@ -405,9 +405,10 @@ def improving(check, model):
 
 
 def test_a_run_that_was_cut_off_goes_on(pipe, tmp_path, monkeypatch):
-    from realera_fast.alignment import Trainer, stage
+    from realera_fast.alignment import Trainer
+    from realera_fast.runtime import checkpoint
 
-    monkeypatch.setattr(stage, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     config = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, steps=5))
     whole = run(tiny_pipeline(), ["cat"], config)
     step, before = Trainer.step, weights(pipe.unet)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from tiny_families import FAMILIES
 from tolerance import check
 from torch.testing import assert_close
 
-from realera_fast import Concept, EraseConfig, embedded, erase
+from realera_fast import Concept, EraseConfig, embedded, erase, eraser, selection
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.mining import MemberSearch, MiningConfig, guidance_cosine
 from realera_fast.models import text_streams
-from realera_fast.runtime import Processes, fastest_dtype
+from realera_fast.runtime import Execution, Processes, fastest_dtype
 from realera_fast.runtime.checkpoint import CheckpointError
 from realera_fast.text import TextWithPooled
 from realera_fast.unet import SharedUNet
@@ -166,7 +165,7 @@ def asked(monkeypatch):
         found.append(arguments[3])
         return guidance_cosine(*arguments, **options)
 
-    monkeypatch.setattr(importlib.import_module("realera_fast.eraser"), "guidance_cosine", counting)
+    monkeypatch.setattr(selection, "guidance_cosine", counting)
     return found
 
 
@@ -256,8 +255,7 @@ def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
     assert len(drawn) > 2 and all(len(words) <= 4 for words in drawn)
     asked.clear()
     options = {"config": config, "checkpoint_dir": tmp_path, "progress": False}
-    module = importlib.import_module("realera_fast.eraser")
-    counting = module.guidance_cosine
+    counting = selection.guidance_cosine
 
     def cut(*arguments, **more):
         if len(asked) == 2:
@@ -265,11 +263,11 @@ def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
         return counting(*arguments, **more)
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(module, "guidance_cosine", cut)
+        patch.setattr(selection, "guidance_cosine", cut)
         erase(pipe, CATEGORY, **options)
     # Later stages may change; what was drawn does not depend on them.
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(module, "solve", cut_off)
+        patch.setattr(eraser, "solve", cut_off)
         erase(pipe, CATEGORY, resume=True, **options)
     erase(pipe, CATEGORY, resume=True, **options)
     assert [tuple(words) for words in asked] == drawn
@@ -281,8 +279,8 @@ def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
 def test_without_resume_all_is_drawn_anew_and_other_drawings_are_refused(
     asked, tmp_path, monkeypatch
 ):
-    module, pipe = importlib.import_module("realera_fast.eraser"), FAMILIES["sd1"]()
-    monkeypatch.setattr(module, "solve", cut_off)
+    pipe = FAMILIES["sd1"]()
+    monkeypatch.setattr(eraser, "solve", cut_off)
     options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
     for _ in range(2):
         with pytest.raises(Cut):
@@ -296,8 +294,7 @@ def test_without_resume_all_is_drawn_anew_and_other_drawings_are_refused(
 
 def test_sums_of_other_members_are_refused(tmp_path, monkeypatch):
     """A search that finds other words than the one whose sums are in the checkpoint."""
-    module, pipe = importlib.import_module("realera_fast.eraser"), FAMILIES["sd1"]()
-    solve = module.solve
+    pipe, solve = FAMILIES["sd1"](), eraser.solve
     options = {"config": CLOSED_FORM, "checkpoint_dir": tmp_path, "progress": False}
 
     def only(member):
@@ -306,13 +303,13 @@ def test_sums_of_other_members_are_refused(tmp_path, monkeypatch):
 
         return found
 
-    monkeypatch.setattr(module, "guidance_cosine", only("cat"))
-    monkeypatch.setattr(module, "solve", cut_off)
+    monkeypatch.setattr(selection, "guidance_cosine", only("cat"))
+    monkeypatch.setattr(eraser, "solve", cut_off)
     with pytest.raises(Cut):
         erase(pipe, CATEGORY, **options)
     (tmp_path / "members.safetensors").unlink()
-    monkeypatch.setattr(module, "solve", solve)
-    monkeypatch.setattr(module, "guidance_cosine", only("horse"))
+    monkeypatch.setattr(eraser, "solve", solve)
+    monkeypatch.setattr(selection, "guidance_cosine", only("horse"))
     with pytest.raises(CheckpointError, match="sequence.safetensors is of another run"):
         erase(pipe, CATEGORY, resume=True, **options)
 
@@ -341,9 +338,9 @@ def test_two_processes_measure_each_word_once():
             return torch.tensor([float(words.index(word)) for word in part])
 
         processes = Rank(rank, other)
-        found = MemberSearch(
-            measure, torch.device("cpu"), together=2, processes=processes, place=None
-        )(Concept("name"), words)
+        execution = Execution(processes, progress=False)
+        search = MemberSearch(measure, torch.device("cpu"), together=2, execution=execution)
+        found = search(Concept("name"), words)
         return found, processes.sums
 
     own = {rank: search(rank, None)[1] for rank in (0, 1)}

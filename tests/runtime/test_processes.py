@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_alignment import UNCHECKED, run
 from tiny_models import tiny_pipeline
 
-from realera_fast.runtime import Processes
-from realera_fast.runtime.checkpoint import ALIGNMENT, CheckpointError, load_together
+from realera_fast.runtime import Execution, Processes
+from realera_fast.runtime.checkpoint import ALIGNMENT, Checkpoint, CheckpointError
 from realera_fast.text import TextModel
 
 SCRIPT = """
@@ -27,7 +27,7 @@ SCRIPT = """
     from accelerate.tracking import GeneralTracker
     from safetensors.torch import save_file
     from realera_fast.text.encoders import TextModel
-    from tiny_alignment import UNCHECKED, run
+    from tiny_alignment import UNCHECKED, kept_in, run
     from tiny_models import tiny_pipeline
 
     class Lines(GeneralTracker):
@@ -58,8 +58,8 @@ SCRIPT = """
     )
     result = run(
         (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
-        words=("cat", "kitten", "horse"), accelerator=accelerator,
-        checkpoint_dir=Path({folder!r}) / "checkpoint", run="a",
+        words=("cat", "kitten", "horse"),
+        execution=kept_in(Path({folder!r}) / "checkpoint", accelerator=accelerator),
     )
     factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
     factors |= {{f"{{n}}.up": f.up for n, f in result.lora.items()}}
@@ -140,8 +140,9 @@ def test_any_tracker_gets_loss_terms_by_step():
 
     accelerator = Accelerator()
     pipe = tiny_pipeline()
+    execution = Execution(Processes(accelerator), progress=False)
     result = run(
-        (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), UNCHECKED, accelerator=accelerator
+        (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), UNCHECKED, execution=execution
     )
     losses = [(s, v["alignment/loss"]) for s, v in accelerator.logged if "alignment/loss" in v]
     assert losses == list(enumerate(result.losses))
@@ -157,11 +158,12 @@ def test_more_processes_than_rows_are_refused():
         process_index, num_processes, trackers = 0, 8, ()
 
     pipe = tiny_pipeline()
+    execution = Execution(Processes(Accelerator()), progress=False)
     with pytest.raises(ValueError, match=r"batch_size: 4 rows can't be shared by 8 processes"):
         run(
             (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)),
             UNCHECKED,
-            accelerator=Accelerator(),
+            execution=execution,
         )
 
 
@@ -207,7 +209,8 @@ def test_a_checkpoint_that_one_process_can_not_read_stops_all(tmp_path, content,
     if content is not None:
         (tmp_path / "alignment.safetensors").write_bytes(content)
     beside = Beside(*other)
+    checkpoint = Checkpoint(tmp_path, "a", resume=True)
     with pytest.raises(CheckpointError, match=message):
-        load_together(tmp_path, "a", ALIGNMENT, Processes(beside), torch.device("cpu"))
+        checkpoint.load_together(ALIGNMENT, Processes(beside), torch.device("cpu"))
     # Whoever fails says so first: the other one would wait.
     assert beside.sums == 1

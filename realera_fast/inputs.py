@@ -1,0 +1,453 @@
+"""What `erase` is asked for: checked before any work, then one frozen `Job`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from realera_fast import alignment
+from realera_fast.config import EraseConfig
+from realera_fast.erasure import history_of
+from realera_fast.mining import STEPS as MEMBER_STEPS
+from realera_fast.mining import can_be_drawn
+from realera_fast.models import (
+    Family,
+    RefusedModelError,
+    Stream,
+    as_read,
+    base_hashes,
+    check_runnable,
+    check_trainable,
+    check_width,
+    components_of,
+    family_of,
+    is_pipeline,
+    projections,
+    queries_and_outputs,
+    refuse_adapters,
+    text_streams,
+    why_not_aligned,
+)
+from realera_fast.runtime import (
+    Checkpoint,
+    Execution,
+    Processes,
+    clean,
+    clean_names,
+    cpu_warnings,
+    unwrapped,
+)
+from realera_fast.text import Concept, Text, TextWithPooled, check_names, parse_concepts
+from realera_fast.unet import config_of, ddim_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of `erase`, as they were given."""
+
+    model: Any
+    text_encoders: Any
+    concepts: Any
+    tokenizer: Any
+    preserve: Iterable[str] | None
+    scheduler: Any
+    reading: Family | None
+    config: EraseConfig | None
+    latents: Mapping[str, Tensor] | None
+    accelerator: Any
+    checkpoint_dir: str | os.PathLike[str] | None
+    resume: bool
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What the denoiser itself is run for, beside the closed form."""
+
+    scheduler: Any
+    """The noise schedule; None where the denoiser is not run."""
+    alignable: bool
+    """Whether the alignment stage runs."""
+    why_not: str | None
+    """Why the model can't be aligned, as a clause."""
+    drawable: bool
+    """Whether members of a category are found by sampling images."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DenoiserText:
+    """What a U-Net is shown of prompts."""
+
+    text: Text
+    """Encodes whole prompts, with their pooled vector where there is one."""
+    empty: Tensor
+    """`[1, t, d]` what guidance leads away from."""
+    pooled_width: int | None
+    """Features of the pooled vector in a prompt's last row, for SDXL."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `erase`, checked."""
+
+    model: Any
+    layers: Mapping[str, nn.Linear]
+    """Linear maps that text enters the model through, by name."""
+    encoders: Sequence[Any]
+    texts: Mapping[Stream, Sequence[Text]]
+    """Sections of each text stream."""
+    concepts: tuple[Concept, ...]
+    preserve: tuple[str, ...]
+    config: EraseConfig
+    family: Family
+    denoising: Denoising
+    latents: Mapping[str, Tensor]
+    provenance: dict[str, Any]
+    accelerator: Any
+    folder: Path | None
+    """Of the checkpoint."""
+    resume: bool
+    progress: bool | None
+
+    @property
+    def text(self) -> Text:
+        """The first section of the token sequence; its tokenizer's vocabulary serves all."""
+        return self.texts["sequence"][0]
+
+    @property
+    def trained_layers(self) -> Mapping[str, nn.Linear]:
+        """The layers, and those that alignment changes as well if its settings name them."""
+        if not self.denoising.alignable:
+            return self.layers
+        if set(self.config.alignment.target_modules) <= {"to_k", "to_v"}:
+            return self.layers
+        return {**self.layers, **queries_and_outputs(self.model)}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.layers.values())).weight.device
+
+    def denoiser_text(self) -> DenoiserText:
+        """Whole prompts with their pooled vector, and the empty one."""
+        pooled = self.texts.get("pooled")
+        if pooled is None:
+            return DenoiserText(self.text, self.text.encode([""]), None)
+        joined = TextWithPooled(self.text, pooled[0])
+        # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
+        return DenoiserText(joined, torch.zeros_like(joined.encode([""])), pooled[0].width)
+
+    def warn_of_slow_dtypes(self) -> tuple[str, ...]:
+        """Warns of a 16-bit dtype that the CPU does not multiply natively."""
+        denoised = self.denoising.alignable or self.denoising.drawable
+        autocast = self.config.alignment.mixed_precision == "bf16" and denoised
+        slow = cpu_warnings((self.model, *self.encoders), autocast=autocast)
+        for warning in slow:
+            logger.warning(warning)
+        return slow
+
+    def run_of(self, *more: Any) -> str:
+        """Identifies what a checkpoint belongs to: everything that what it holds depends on.
+
+        Args:
+            more: beside model, text encoders and scheduler; plain JSON values.
+        """
+        options = dict(getattr(self.denoising.scheduler, "config", {}))
+        parts = [
+            self.provenance["base_hashes"],
+            self.provenance["versions"],
+            [text.fingerprint() for sections in self.texts.values() for text in sections],
+            # Private entries come in an order of chance.
+            {name: value for name, value in options.items() if not name.startswith("_")},
+            *more,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def checkpoint(self, run: str) -> Checkpoint:
+        """Files of the run of that identity, in the folder that was given."""
+        return Checkpoint(self.folder, run, self.resume)
+
+    def execution(self, run: str) -> Execution:
+        """How a stage that processes share runs."""
+        return Execution(Processes(self.accelerator), self.checkpoint(run), self.progress)
+
+
+def checked(given: Arguments) -> Job:
+    """The job that the arguments of `erase` ask for.
+
+    Raises:
+        ValueError, TypeError: unusable input; the message names the argument and what to do.
+    """
+    given = _with_parts(given)
+    config, preserve = _checked_settings(given)
+    concepts = parse_concepts(given.concepts, preserve=preserve)
+    layers = _checked_layers(given.model, given.reading)
+    if given.scheduler is not None:
+        config_of(given.scheduler)
+    encoders = given.text_encoders
+    encoders = encoders if isinstance(encoders, tuple | list) else (encoders,)
+    family = family_of(given.model, len(encoders)) if given.reading is None else given.reading
+    why_not = why_not_aligned(given.model, family, config.alignment.latent_size)
+    alignable = config.alignment.enabled and why_not is None
+    disabled = why_not or "alignment.enabled=False"
+    if not (alignable or config.closed_form.enabled):
+        raise ValueError(
+            "config: closed_form.enabled=False leaves nothing to do, as noise alignment is off or "
+            f"does not run on this model ({disabled})"
+        )
+    if given.resume and given.checkpoint_dir is None:
+        raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
+    latents: Mapping[str, Tensor] = {}
+    if alignable:
+        latents = _checked_latents(given.latents, concepts, latent_shape(given.model, config))
+    elif given.latents:
+        raise ValueError(
+            f"latents: they are for the alignment stage, which does not run here: {disabled}"
+        )
+    drawable = takes_members(concepts, config) and family.aligned
+    drawable = drawable and can_be_drawn(given.model, config.alignment)
+    denoising = Denoising(None, alignable, why_not, drawable, ())
+    if alignable or drawable:
+        denoising = _with_scheduler(denoising, given.model, given.scheduler, config)
+    texts = text_streams(given.model, given.text_encoders, given.tokenizer, given.reading)
+    for stream, sections in texts.items():
+        for section in sections:
+            check_width(given.model, stream, section.width, family.maps)
+    check_tokens(texts, concepts, preserve, config)
+    family = as_read(family, encoders, texts)
+    return Job(
+        model=given.model,
+        layers=layers,
+        encoders=encoders,
+        texts=texts,
+        concepts=concepts,
+        preserve=preserve,
+        config=config,
+        family=family,
+        denoising=denoising,
+        latents=latents,
+        provenance=_provenance(given.model, config, family),
+        accelerator=given.accelerator,
+        folder=None if given.checkpoint_dir is None else Path(given.checkpoint_dir),
+        resume=given.resume,
+        progress=given.progress,
+    )
+
+
+def _with_parts(given: Arguments) -> Arguments:
+    """The arguments with the parts of a pipeline in place of the pipeline."""
+    model, concepts = given.model, given.concepts
+    if not is_pipeline(model):
+        if concepts is None:
+            raise TypeError(
+                "concepts: expected what to erase as the third argument, after the text encoders "
+                "(or erase(pipe, concepts) with a whole pipeline)"
+            )
+        return given
+    if (concepts is None) == (given.text_encoders is None) or given.tokenizer is not None:
+        raise TypeError(
+            "erase: with a pipeline expected erase(pipe, concepts) without text encoders or "
+            "tokenizers; with its parts, pass pipe.unet or pipe.transformer first"
+        )
+    pipe = components_of(model)
+    return dataclasses.replace(
+        given,
+        model=pipe.model,
+        text_encoders=pipe.text_encoders,
+        # The second argument is the concepts where the first is a whole pipeline.
+        concepts=given.text_encoders if concepts is None else concepts,
+        tokenizer=pipe.tokenizers,
+        scheduler=pipe.scheduler if given.scheduler is None else given.scheduler,
+    )
+
+
+def _checked_settings(given: Arguments) -> tuple[EraseConfig, tuple[str, ...]]:
+    """Settings and preserved words, cleaned."""
+    config = given.config or EraseConfig()
+    preserve = clean_names(given.preserve, "preserve")
+    if not isinstance(config, EraseConfig):
+        raise TypeError(f"config: expected an EraseConfig, got {type(config).__name__}")
+    if given.reading is not None and not isinstance(given.reading, Family):
+        raise TypeError(
+            f"reading: expected a realera_fast.models.Family, got {type(given.reading).__name__}"
+        )
+    return config, preserve
+
+
+def _checked_layers(model: Any, reading: Family | None) -> dict[str, nn.Linear]:
+    """The linear maps that text enters a model through."""
+    if isinstance(model, nn.Module):
+        refuse_adapters(model, before_erasing=True)
+    try:
+        return projections(model, None if reading is None else reading.maps)
+    except RefusedModelError as error:
+        raise ValueError(f"{error}{error.before_erasing}") from None
+
+
+def takes_members(concepts: Sequence[Concept], config: EraseConfig) -> bool:
+    """Whether members of a category are asked for."""
+    return any(c.kind == "explicit" for c in concepts) and config.mining.member_words > 0
+
+
+def name_key(texts: Mapping[Any, Sequence[Text]]) -> Callable[[str], tuple[Any, ...]]:
+    """Equal for names that are the same tokens to every text encoder."""
+    every = [text for sections in texts.values() for text in sections]
+    return lambda name: tuple(text.name_key(name) for text in every)
+
+
+def check_tokens(
+    texts: Mapping[Any, Sequence[Text]],
+    concepts: Sequence[Concept],
+    preserve: Sequence[str],
+    config: EraseConfig,
+) -> None:
+    """What only the tokenizers can tell of names.
+
+    Args:
+        texts: what the model is shown, by stream.
+        preserve: words that must stay, cleaned.
+
+    Raises:
+        ValueError: two names are the same tokens and are to go twice, or to go and to stay; or a
+            text holds a control token.
+    """
+    anchors = [c.destination for c in concepts if c.destination]
+    templates = [t for kind in {c.kind for c in concepts} for t in config.pairs.of(kind)]
+    for what, given in (
+        ("concepts", [*(word for c in concepts for word in c.words), *anchors]),
+        ("preserve", preserve),
+        ("templates", templates),
+    ):
+        for value in given:
+            for text in (text for sections in texts.values() for text in sections):
+                if (token := text.control_token(value)) is not None:
+                    raise ValueError(
+                        f"{what}: {value!r} holds {token!r}, a control token of the text encoder "
+                        "and not a word; leave it out"
+                    )
+    key = functools.cache(name_key(texts))
+    for concept in concepts:
+        for word in concept.words:
+            if key(word) == key(""):
+                raise ValueError(
+                    f"concepts: {word!r} has no tokens to the text encoder, so nothing would be "
+                    "erased; name it in another way"
+                )
+    check_names(concepts, preserve, key=key)
+
+
+def latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
+    """`(c, h, w)` of the latents that alignment denoises, for a model that it runs on.
+
+    Raises:
+        ValueError: the model is in a state in which it can't denoise.
+    """
+    try:
+        check_runnable(model)
+        check_trainable(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
+            "the closed form alone"
+        ) from None
+    options: Any = unwrapped(model).config
+    size = config.alignment.latent_size or options.sample_size
+    return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
+
+
+def _with_scheduler(
+    denoising: Denoising, model: Any, scheduler: Any, config: EraseConfig
+) -> Denoising:
+    """What is run with the scheduler whose noise schedule is used, and what is to say of it.
+
+    Raises:
+        ValueError: alignment needs the scheduler, and it can't be used.
+    """
+    options, alignable = config.alignment, denoising.alignable
+    warnings = []
+    counts = {options.sampling_steps, options.check_sampling_steps} if alignable else {MEMBER_STEPS}
+    try:
+        found = alignment.find_scheduler(model) if scheduler is None else scheduler
+        if found is None:
+            found = alignment.assumed_scheduler()
+            warnings.append(alignment.ASSUMED)
+        for steps in counts:
+            ddim_of(found, steps)
+    except ValueError as error:
+        if alignable:
+            raise ValueError(
+                f"{error}; or set alignment.enabled=False for the closed form alone"
+            ) from None
+        logger.warning("%s", error)
+        return dataclasses.replace(denoising, drawable=False, warnings=tuple(warnings))
+    if alignable and (few := alignment.distilled(found, options)) is not None:
+        logger.warning(few)
+        warnings.append(few)
+    return dataclasses.replace(denoising, scheduler=found, warnings=tuple(warnings))
+
+
+def _checked_latents(
+    latents: Mapping[str, Tensor] | None, concepts: Sequence[Concept], shape: tuple[int, ...]
+) -> Mapping[str, Tensor]:
+    """The given latents, if they are of named words."""
+    if not isinstance(latents, Mapping | None):
+        raise TypeError(
+            f"latents: expected a mapping of words to tensors, got {type(latents).__name__}"
+        )
+    named = {word for concept in concepts for word in concept.words}
+    given: dict[str, Tensor] = {}
+    for word, values in (latents or {}).items():
+        word = clean(word, "latents")
+        if word in given:
+            raise ValueError(f"latents: {word!r} is there twice; leave one out")
+        given[word] = values
+        if word not in named:
+            raise ValueError(f"latents: {word!r} is not to be erased; {sorted(named)} are")
+        fits = isinstance(values, Tensor) and values.dim() == 4 and values.shape[1:] == shape
+        if not fits or not len(values) or not bool(values.isfinite().all()):
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"latents[{word!r}]: expected finite [n, {', '.join(map(str, shape))}], got {got}; "
+                "encode pictures of that size (AlignmentConfig.latent_size) with the pipeline's "
+                "VAE and multiply by its scaling factor"
+            )
+    return given
+
+
+def _provenance(model: Any, config: EraseConfig, family: Family) -> dict[str, Any]:
+    versions = {}
+    for package in ("realera_fast", "torch", "diffusers", "transformers", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    weight = next(iter(projections(model, family.maps).values())).weight
+    name = str(getattr(getattr(unwrapped(model), "config", None), "_name_or_path", ""))
+    is_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    return {
+        # A hub id; a path on this machine is nobody's business.
+        "base_model": name if is_id else None,
+        "versions": versions,
+        "model_class": type(unwrapped(model)).__name__,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "base_hashes": base_hashes(model, family.maps),
+        "reading": family.to_dict(),
+        "history": history_of(model),
+        "seed": config.seed,
+    }
