@@ -23,11 +23,12 @@ if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
     # Without torch's pool an overrun leaves its own allocation and shows.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-      --kernel-regex kns=realera_fast python3 -m pytest -q tests/test_ops.py \
+      --kernel-regex kns=realera_fast python3 -m pytest -q tests/ops/test_ops.py \
       -k "cuda and (SolveSpd or LowRankUpdate)" > "$out/$tool.log" 2>&1
     echo "$tool: exit status $?"
   done
-  compute-sanitizer --tool memcheck python3 -m pytest -q tests/test_perturb_kernel.py tests/test_gram.py tests/test_project.py \
+  compute-sanitizer --tool memcheck python3 -m pytest -q \
+    tests/ops/test_perturb_kernel.py tests/ops/test_gram.py tests/ops/test_projection.py \
     > "$out/memcheck_triton.log" 2>&1
   tail -n 3 "$out/memcheck_triton.log"
 fi

@@ -2,8 +2,8 @@
 // instruction set, with NOISE_KERNELS naming the table; the rules of tiles.cpp hold here too.
 //
 // Every operation rounds by itself: this file is compiled without contraction to fused
-// multiply-adds. All steps are in the order of philox.py and perturbation.py, except that a factor
-// that is a power of two may move: that changes no bit.
+// multiply-adds. All steps are in the order of philox.py and perturb_reference.py, except that a
+// factor that is a power of two may move: that changes no bit.
 
 #include "noise.h"
 

@@ -1,5 +1,6 @@
 // The inner loops of perturb.cpp, compiled once for each instruction set like those of tiles.h.
-// What they compute is defined, to the last bit, by realera_fast/philox.py and perturbation.py.
+// What they compute is defined, to the last bit, by realera_fast/ops/philox.py and
+// realera_fast/ops/perturb_reference.py.
 
 #pragma once
 
@@ -13,7 +14,7 @@ constexpr uint32_t kRoundA = 0xD2511F53, kRoundB = 0xCD9E8D57;
 constexpr uint32_t kKeyA = 0x9E3779B9, kKeyB = 0xBB67AE85;
 constexpr float kUniformScale = 4.6566127342e-10f;
 
-// Fixed points of the sums, as in perturbation.py.
+// Fixed points of the sums, as in perturb_reference.py.
 constexpr double kNormScale = 549755813888.0;  // 2^39
 constexpr float kSquareScale = 33554432.0f;    // 2^25
 

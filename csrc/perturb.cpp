@@ -1,5 +1,5 @@
 // Random points around prompt embeddings: their scalars, and their rows. Defined by
-// realera_fast/perturbation.py, and equal to it to the last bit.
+// realera_fast/ops/perturb_reference.py, and equal to it to the last bit.
 //
 // Noise is drawn where it is used, for the scalars and again for the rows, so that it needs no
 // memory. Threads share blocks of tokens, of one sample each: sums of integers don't tell how they

@@ -151,7 +151,7 @@ def members_lines() -> list[str]:
         f"`member_cosine` ({MiningConfig().member_cosine:g}) was chosen on plant, food, clothing "
         "and building, whose names are not judged, though things among their members are; vehicle "
         f"and animal overlap. {first['dtype']}, {first['device']}, torch {first['torch']}, commit "
-        f"{first['commit']} (`bench/members.py`).",
+        f"{first['commit']} (`bench/quality/members.py`).",
         "",
         *table(
             ("category", "drawn: members", "members found ↑", "others taken ↓", "text: members"),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from realera_fast import mining
+from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
 from realera_fast.text import AlignedPrompts
@@ -143,10 +144,8 @@ class WindowFiller:
         sampler: DDIMSampler,
         prompts: Any,
         preserve: Tensor,
+        config: AlignmentConfig,
         *,
-        trajectories: int,
-        min_timestep: float,
-        negative_guidance: float,
         beyond_region: mining.Region | None,
         latents: Mapping[str, Tensor],
         seed: int,
@@ -156,20 +155,20 @@ class WindowFiller:
         Args:
             prompts: `AlignedPrompts` of all words, the first `prompts.named` are named ones.
             preserve: `[p, t, d]` prompts that keep their prediction.
-            trajectories: starts of targets, and of preserved prompts; a multiple of the processes.
-            min_timestep: latest part of the schedule that is left out, a fraction of it.
+            config: its `trajectories` are rounded up to a multiple of the processes.
             latents: `[n, c, h, w]` encoded images of words, noised in place of trajectories.
         """
         self.sampler, self.prompts, self.named = sampler, prompts, prompts.named
         self.preserve, self.latents = preserve, latents
-        self.trajectories, self.negative_guidance = trajectories, negative_guidance
+        self.trajectories = -(-config.trajectories // processes.count) * processes.count
+        self.negative_guidance = config.negative_guidance
         self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
-        last = sampler.scheduler.config.num_train_timesteps * min_timestep
+        last = sampler.scheduler.config.num_train_timesteps * config.min_timestep
         self.used = sampler.scheduler.timesteps >= last
         if not bool(self.used.any()):
             first = int(sampler.scheduler.timesteps[0])
             raise ValueError(
-                f"AlignmentConfig.min_timestep: {min_timestep} leaves none of "
+                f"AlignmentConfig.min_timestep: {config.min_timestep} leaves none of "
                 f"{len(self.used)} denoising steps, of which the first is at time step {first}; "
                 "lower it or raise sampling_steps"
             )

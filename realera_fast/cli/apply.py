@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from realera_fast.cli.inputs import check_places
 from realera_fast.cli.options import (
     Base,
     Debug,
@@ -63,6 +64,7 @@ def apply(
       realera-fast apply ./sd14 faces.safetensors --rebase -o out/sd14-no-faces
     """
     check_placement(dtype, device)
+    check_places(model, base, out, force, deltas)
     from realera_fast.cli.loading import load_pipeline
     from realera_fast.erasure import Erasure
     from realera_fast.models import component_name, components_of

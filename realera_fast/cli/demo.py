@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from realera_fast.cli.inputs import settings_of
+from realera_fast.cli.inputs import read_config, settings_of
 from realera_fast.cli.options import ConfigFile, Debug, Device, Mining, NoAlign, Quiet
 from realera_fast.cli.program import app, start_logging
 
@@ -40,6 +40,7 @@ def demo(
       realera-fast demo
       realera-fast demo --thing dog --style blueprint --no-align --out out/dog
     """
+    values = read_config(config)
     if not quiet:
         # Said before the imports below, which take seconds.
         typer.echo(
@@ -53,7 +54,7 @@ def demo(
     from realera_fast.cli.loading import find_device
 
     settings = settings_of(
-        config, mining=mining, no_align=no_align, seed=seed, defaults=ERASE_CONFIG
+        values, config, mining=mining, no_align=no_align, seed=seed, defaults=ERASE_CONFIG
     )
     start_logging(quiet)
     result = run_demo(

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from realera_fast.cli.inputs import check_concept_tokens, concepts_of, settings_of
+from realera_fast.cli.inputs import (
+    check_concept_tokens,
+    check_places,
+    concepts_of,
+    read_config,
+    settings_of,
+)
 from realera_fast.cli.options import (
     KIND_NAMES,
     Base,
@@ -137,7 +143,9 @@ def erase(
     concepts, preserved = concepts_of(
         concept or [], concepts_file, kind, synonym or [], preserve or []
     )
-    settings = settings_of(config, mining=mining, no_align=no_align, seed=seed)
+    values = read_config(config)
+    check_places(model, base, out, force)
+    settings = settings_of(values, config, mining=mining, no_align=no_align, seed=seed)
     from realera_fast.cli.loading import load_pipeline
     from realera_fast.eraser import erase as erase_concepts
     from realera_fast.models import component_name, components_of

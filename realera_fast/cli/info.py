@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from realera_fast.cli.inputs import check_files
 from realera_fast.cli.options import Debug
 from realera_fast.cli.program import app
 from realera_fast.cli.tables import columns, echo_file, json_text, system_info
@@ -35,6 +36,7 @@ def info(
       realera-fast info out/no-cat/lora/pytorch_lora_weights.safetensors --json
     """
     if file is not None:
+        check_files(file)
         from realera_fast.erasure import read_description
 
         described = read_description(file)

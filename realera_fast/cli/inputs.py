@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera_fast.cli.options import KIND_NAMES, option_of, usage_error
+from realera_fast.cli.loading import check_model
+from realera_fast.cli.options import KIND_NAMES, MINING_MODES, option_of, usage_error
+from realera_fast.cli.output import check_output
 
 if TYPE_CHECKING:
     from realera_fast.config import EraseConfig
@@ -60,7 +62,46 @@ def check_concept_tokens(
         raise usage_error(option_of(error), str(error)) from error
 
 
+def check_files(*files: Path) -> None:
+    """Raises the OSError of the first file that is not there, before anything that takes seconds.
+
+    What they hold is for the library to check.
+    """
+    for file in files:
+        file.stat()
+
+
+def check_places(
+    model: str, base: Path | None, out: Path, force: bool, deltas: Sequence[Path] = ()
+) -> None:
+    """What a command reads is there and its output may be written, before anything that takes
+    seconds.
+
+    Raises:
+        OSError: of a delta.
+        CommandError: of the output or the model.
+    """
+    check_files(*deltas)
+    check_output(out, force)
+    check_model(model, base)
+
+
+def read_config(file: Path | None) -> Any:
+    """The JSON values of a file of settings; none without a file."""
+    if file is None:
+        return {}
+    from realera_fast.runtime import read_json
+
+    try:
+        return read_json(file.read_bytes())
+    except OSError as error:
+        raise usage_error("--config", f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise usage_error("--config", f"{file}: {error}") from error
+
+
 def settings_of(
+    values: Any,
     file: Path | None,
     *,
     mining: str | None,
@@ -68,23 +109,24 @@ def settings_of(
     seed: int | None,
     defaults: EraseConfig | None = None,
 ) -> EraseConfig:
-    """`EraseConfig` from a file, or `defaults` without one, and the options that override it."""
+    """`EraseConfig` of the values that `read_config` read, and the options that override it.
+
+    Args:
+        defaults: the settings without a file.
+    """
+    if mining is not None and mining not in MINING_MODES:
+        told = f"MiningConfig.mode must be one of {MINING_MODES}, got {mining!r}"
+        raise usage_error("--mining", told)
     from realera_fast.config import EraseConfig
-    from realera_fast.runtime import read_json
 
     config = defaults or EraseConfig()
     if file is not None:
         try:
-            config = EraseConfig.from_dict(read_json(file.read_bytes()))
-        except OSError as error:
-            raise usage_error("--config", f"{file}: {error.strerror}") from error
+            config = EraseConfig.from_dict(values)
         except ValueError as error:
             raise usage_error("--config", f"{file}: {error}") from error
-    try:
-        if mining is not None:
-            config = replace(config, mining=replace(config.mining, mode=mining))
-    except ValueError as error:
-        raise usage_error("--mining", str(error)) from error
+    if mining is not None:
+        config = replace(config, mining=replace(config.mining, mode=mining))
     if no_align:
         config = replace(config, alignment=replace(config.alignment, enabled=False))
     return config if seed is None else replace(config, seed=seed)

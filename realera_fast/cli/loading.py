@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from realera_fast import embedded, models
 from realera_fast.cli.options import CommandError
+
+if TYPE_CHECKING:
+    import torch
 
 _ARGUMENTS = re.compile("`(device|variant|base)`")
 """Arguments that are options by the same name, as `models.LoadError` writes them."""
@@ -21,6 +22,17 @@ def find_device(name: str | None) -> torch.device:
     """The device of that name; None is the first GPU, or the CPU."""
     with _told_in_options():
         return models.find_device(name)
+
+
+def check_model(model: str, base: Path | None) -> None:
+    """Refuses what names no model, before anything that takes seconds.
+
+    Raises:
+        CommandError: with what to do.
+    """
+    if model != "embedded":
+        with _told_in_options():
+            models.check_model(model, base)
 
 
 def load_pipeline(

@@ -18,6 +18,7 @@ SAVED = ("pipeline", "delta", "lora", "kohya", "weights", "single-file")
 
 # What the library knows as well; said here, a mistake costs no import of torch.
 KIND_NAMES = ("object", "style", "person", "explicit")
+MINING_MODES = ("vocabulary", "gaussian", "offset", "none")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 DEVICE_TYPES = (
     *("cpu", "cuda", "hpu", "ipu", "maia", "meta", "mps", "mtia", "npu", "privateuseone"),

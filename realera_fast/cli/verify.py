@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from realera_fast.cli.inputs import check_places
 from realera_fast.cli.options import (
     Base,
     Debug,
@@ -25,6 +27,9 @@ from realera_fast.cli.options import (
 from realera_fast.cli.output import output_folder
 from realera_fast.cli.program import app, start_logging
 from realera_fast.cli.tables import columns, joined_names, json_text
+
+if TYPE_CHECKING:
+    from realera_fast.evaluation import Row
 
 
 @app.command()
@@ -112,6 +117,7 @@ def verify(
     """
     check_placement(dtype, device)
     numbers = seeds_of(seeds)
+    check_places(model, base, out, force, [delta])
     from realera_fast import embedded
     from realera_fast.cli.loading import find_device, load_pipeline
     from realera_fast.erasure import Erasure
@@ -178,6 +184,11 @@ def verify(
         write_atomically(folder / "report.json", json_text(outcome).encode())
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
+    typer.echo(_changes(found.rows))
+    typer.echo(f"\nwrote before_after.png, report.html, report.json to {out}")
+
+
+def _changes(rows: Sequence[Row]) -> str:
     lines = [("change of pixels", "of text", "group", "prompt")]
     lines += [
         (
@@ -186,7 +197,6 @@ def verify(
             row.group,
             row.prompt,
         )
-        for row in found.rows
+        for row in rows
     ]
-    typer.echo(columns(lines, right=(0, 1)))
-    typer.echo(f"\nwrote before_after.png, report.html, report.json to {out}")
+    return columns(lines, right=(0, 1))

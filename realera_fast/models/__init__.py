@@ -1,27 +1,61 @@
 """Architectures: where text enters a denoiser, how a pipeline reads text, edits that are undone."""
 
-from realera_fast.models.components import component_name, components_of, is_pipeline
-from realera_fast.models.entrances import (
-    ENTRANCES,
-    STREAMS,
-    Maps,
-    Stream,
-    check_drawable,
-    check_runnable,
-    check_trainable,
-    check_width,
-    projections,
-    queries_and_outputs,
-    stream_of,
-    streams,
-)
-from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
-from realera_fast.models.fingerprint import base_hashes, weights_hash
-from realera_fast.models.lora_factors import LoraFactors
-from realera_fast.models.pipelines import DTYPES, LoadError, find_device, load_pipeline
-from realera_fast.models.reading import Family, Reading
-from realera_fast.models.refusals import RefusedModelError, refuse_adapters
-from realera_fast.models.transactions import Structure, transaction, write_
+from typing import TYPE_CHECKING
+
+from realera_fast.models.places import LoadError, check_model
+from realera_fast.runtime import on_demand
+
+if TYPE_CHECKING:
+    from realera_fast.models.components import component_name, components_of, is_pipeline
+    from realera_fast.models.entrances import (
+        ENTRANCES,
+        STREAMS,
+        Maps,
+        Stream,
+        check_drawable,
+        check_runnable,
+        check_trainable,
+        check_width,
+        projections,
+        queries_and_outputs,
+        stream_of,
+        streams,
+    )
+    from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
+    from realera_fast.models.fingerprint import base_hashes, weights_hash
+    from realera_fast.models.lora_factors import LoraFactors
+    from realera_fast.models.pipelines import DTYPES, find_device, load_pipeline
+    from realera_fast.models.reading import Family, Reading
+    from realera_fast.models.refusals import RefusedModelError, refuse_adapters
+    from realera_fast.models.transactions import Structure, transaction, write_
+else:
+    __getattr__ = on_demand(
+        __name__,
+        {
+            "components": ("component_name", "components_of", "is_pipeline"),
+            "entrances": (
+                "ENTRANCES",
+                "STREAMS",
+                "Maps",
+                "Stream",
+                "check_drawable",
+                "check_runnable",
+                "check_trainable",
+                "check_width",
+                "projections",
+                "queries_and_outputs",
+                "stream_of",
+                "streams",
+            ),
+            "families": ("as_read", "family_of", "text_streams", "why_not_aligned"),
+            "fingerprint": ("base_hashes", "weights_hash"),
+            "lora_factors": ("LoraFactors",),
+            "pipelines": ("DTYPES", "find_device", "load_pipeline"),
+            "reading": ("Family", "Reading"),
+            "refusals": ("RefusedModelError", "refuse_adapters"),
+            "transactions": ("Structure", "transaction", "write_"),
+        },
+    )
 
 __all__ = [
     "DTYPES",
@@ -38,6 +72,7 @@ __all__ = [
     "as_read",
     "base_hashes",
     "check_drawable",
+    "check_model",
     "check_runnable",
     "check_trainable",
     "check_width",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from realera_fast.models.components import components_of
+from realera_fast.models.places import LoadError, check_model
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -18,11 +18,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "fp16": torch.float16,
 }
 """Dtypes by their short names."""
-
-
-class LoadError(ValueError):
-    """A model can't be loaded. The message says what to do; `device`, `variant` and `base` stand in
-    it in backticks, for a command line to name its own options."""
 
 
 def find_device(device: str | None) -> torch.device:
@@ -65,12 +60,9 @@ def load_pipeline(
     """
     where = find_device(device)
     path = Path(model).expanduser()
-    if path.is_file():
+    check_model(model, base)
+    if base is not None and path.is_file():
         return _from_file(path, base, dtype).to(where)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise LoadError(f"{model} is not a diffusers pipeline folder: no model_index.json in it")
-    if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise LoadError(f"{model}: no such folder")
     pipe = _from_pretrained(model, dtype, variant)
     try:
         components_of(pipe)
@@ -86,10 +78,9 @@ def _from_pretrained(model: str, dtype: torch.dtype, variant: str | None) -> Any
     from diffusers import DiffusionPipeline
 
     folder = Path(model).expanduser()
-    is_folder = folder.is_dir()
     try:
         return DiffusionPipeline.from_pretrained(
-            str(folder) if is_folder else model,
+            str(folder) if folder.is_dir() else model,
             dtype=dtype,
             variant=variant,
             local_files_only=True,
@@ -97,28 +88,16 @@ def _from_pretrained(model: str, dtype: torch.dtype, variant: str | None) -> Any
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        if not is_folder and not _is_cached(model):
-            raise LoadError(
-                f"{model!r} is neither a folder nor in the Hugging Face cache; "
-                f"download it first: hf download {model}"
-            ) from error
         raise LoadError(
             f"cannot load {model}: {' '.join(str(error).split())} (weights must be safetensors; "
             "for files named like model.fp16.safetensors pass `variant` fp16)"
         ) from error
 
 
-def _from_file(file: Path, base: Path | None, dtype: torch.dtype) -> Any:
+def _from_file(file: Path, base: Path, dtype: torch.dtype) -> Any:
     """A pipeline from a single-file checkpoint, through diffusers' own loader."""
     import diffusers
 
-    if file.suffix != ".safetensors":
-        raise LoadError(f"{file}: expected a .safetensors file; a pickle can run anything")
-    if base is None or not (base / "model_index.json").is_file():
-        raise LoadError(
-            f"{file} is a single file; pass `base` with a pipeline folder of the same "
-            "architecture, for its configuration and tokenizers"
-        )
     name = json.loads((base / "model_index.json").read_bytes())["_class_name"]
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "from_single_file"):
@@ -130,11 +109,3 @@ def _from_file(file: Path, base: Path | None, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LoadError(f"cannot load {file} as {name}: {reason}") from error
-
-
-def _is_cached(model: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    with suppress(ValueError):
-        return isinstance(try_to_load_from_cache(model, "model_index.json"), str)
-    return False

@@ -1,8 +1,8 @@
 """Files, processes, progress, checkpoints and the states of PyTorch that an edit depends on."""
 
-from realera_fast.runtime import checkpoint, progress
-from realera_fast.runtime.checkpoint import Checkpoint
-from realera_fast.runtime.execution import Execution
+from typing import TYPE_CHECKING
+
+from realera_fast.runtime.faces import on_demand
 from realera_fast.runtime.files import fields_once, folder_atomically, read_json, write_atomically
 from realera_fast.runtime.names import (
     clean,
@@ -15,30 +15,59 @@ from realera_fast.runtime.names import (
     valid,
     valid_texts,
 )
-from realera_fast.runtime.precision import cpu_warnings, fastest_dtype, multiplies_natively
-from realera_fast.runtime.processes import Processes
-from realera_fast.runtime.progress import bar
-from realera_fast.runtime.safetensors_file import (
-    MAX_HEADER_BYTES,
-    NAMES,
-    SafetensorsFileError,
-    encode_json,
-    patch,
-    read_header,
-    tensor_at,
-    tensor_bytes,
-    write,
-)
 from realera_fast.runtime.settings import check_types
-from realera_fast.runtime.states import (
-    alone,
-    exclusive,
-    full_precision,
-    locked,
-    ordinary,
-    uncompiled,
-)
-from realera_fast.runtime.wrappers import refuse_offloading, unwrapped
+
+if TYPE_CHECKING:
+    from realera_fast.runtime import checkpoint, progress
+    from realera_fast.runtime.checkpoint import Checkpoint
+    from realera_fast.runtime.execution import Execution
+    from realera_fast.runtime.precision import cpu_warnings, fastest_dtype, multiplies_natively
+    from realera_fast.runtime.processes import Processes
+    from realera_fast.runtime.progress import bar
+    from realera_fast.runtime.safetensors_file import (
+        MAX_HEADER_BYTES,
+        NAMES,
+        SafetensorsFileError,
+        encode_json,
+        patch,
+        read_header,
+        tensor_at,
+        tensor_bytes,
+        write,
+    )
+    from realera_fast.runtime.states import (
+        alone,
+        exclusive,
+        full_precision,
+        locked,
+        ordinary,
+        uncompiled,
+    )
+    from realera_fast.runtime.wrappers import refuse_offloading, unwrapped
+else:
+    __getattr__ = on_demand(
+        __name__,
+        {
+            "checkpoint": ("checkpoint", "Checkpoint"),
+            "execution": ("Execution",),
+            "precision": ("cpu_warnings", "fastest_dtype", "multiplies_natively"),
+            "processes": ("Processes",),
+            "progress": ("progress", "bar"),
+            "safetensors_file": (
+                "MAX_HEADER_BYTES",
+                "NAMES",
+                "SafetensorsFileError",
+                "encode_json",
+                "patch",
+                "read_header",
+                "tensor_at",
+                "tensor_bytes",
+                "write",
+            ),
+            "states": ("alone", "exclusive", "full_precision", "locked", "ordinary", "uncompiled"),
+            "wrappers": ("refuse_offloading", "unwrapped"),
+        },
+    )
 
 __all__ = [
     "Checkpoint",
@@ -65,6 +94,7 @@ __all__ = [
     "listed",
     "locked",
     "multiplies_natively",
+    "on_demand",
     "ordinary",
     "patch",
     "progress",

@@ -1,4 +1,4 @@
-"""Small timed cases; `pytest --benchmark-only tests/test_benchmarks.py` compares them.
+"""Small timed cases; `pytest --benchmark-only tests/bench/test_benchmarks.py` compares them.
 
 Published numbers come from bench/run.py.
 """

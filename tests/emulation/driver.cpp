@@ -1,5 +1,5 @@
-// The CUDA kernels, run by cuda_emulation.h: a shared library for tests/test_cuda_sources.py, and a
-// program for the sanitizers.
+// The CUDA kernels, run by cuda_emulation.h: a shared library for tests/ops/test_cuda_sources.py,
+// and a program for the sanitizers.
 
 #include "low_rank_update.cuh"
 #include "solve_spd.cuh"

@@ -316,6 +316,6 @@ class TestLibrary:
             assert used["SHARED"] <= 1024, "all but what the system takes is asked for at launch"
 
     def test_cpu_torch_loads_it(self, kernels: list) -> None:
-        # That it is loaded, ops.py has seen to: here, that its CUDA part took part.
+        # That it is loaded, registry.py has seen to: here, that its CUDA part took part.
         for name in ("solve_spd", "low_rank_update_"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{name}", "CUDA")

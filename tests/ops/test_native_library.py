@@ -384,7 +384,7 @@ def sanitized(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Sanitiz
     if not build.runtimes or build.compiler is None:
         pytest.skip("needs Linux and a g++ with sanitizer runtimes")
     folder = tmp_path_factory.mktemp("sanitized")
-    # The package as links, and beside them the library: ops.py loads the one in its own folder.
+    # The package as links, and beside them the library: registry.py loads the one of its package.
     package = folder / "realera_fast"
     package.mkdir()
     for path in PACKAGE.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import importlib.util
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from ldm_checkpoint import to_ldm
-from run import CASES
+from run import main as bench_run
 from safetensors.torch import save_file
 from tiny_clip import tiny_clip
 from tiny_models import tiny_pipeline
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_README = 150
+LONGEST_MEASURED = 80
+"""Lines."""
 
 KINDS = ("object", "style", "person", "explicit")
 
@@ -203,6 +206,7 @@ def tiny_command_line(
     """The command line, for which every model is a tiny one that takes text as it comes."""
     from realera_fast.cli import program as cli
 
+    monkeypatch.setattr("realera_fast.models.check_model", lambda *_: None)
     monkeypatch.setattr("realera_fast.cli.loading.load_pipeline", lambda *_, **__: tiny_pipeline())
     prepare(folder)
     detectors = ModuleType("mypackage.nudity")
@@ -237,27 +241,81 @@ def test_shell_commands_run(
     assert seen == {"erase", "apply", "verify", "info", "demo"}
 
 
-def test_other_shell_commands_exist() -> None:
-    """Targets of make, and scripts with their options; to run them takes minutes to hours."""
+class _Parsed(Exception):
+    """A case has read its command line."""
+
+
+@pytest.fixture
+def read_case(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Reads a command line of bench/run.py with the parser of its case, and runs nothing."""
+    parse_args = argparse.ArgumentParser.parse_args
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> Any:
+        found = parse_args(parser, *arguments, **options)
+        parsers.append(parser)
+        # The first is bench/run.py's own, which leaves the rest to the case.
+        if len(parsers) == 2:
+            raise _Parsed
+        return found
+
+    def read(words: list[str]) -> None:
+        parsers.clear()
+        with pytest.raises(_Parsed):
+            bench_run(words)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    return read
+
+
+def inline_cases(page: Path) -> Iterator[list[str]]:
+    """Commands of bench/run.py inside sentences, but those of which only `CASE` is said."""
+    sentences = re.sub(r"\s+", " ", page.read_text(encoding="utf-8"))
+    for command in re.findall(r"`python bench/run\.py ([a-z][^`]*)`", sentences):
+        yield shlex.split(command)
+
+
+def test_other_shell_commands_exist(read_case: Callable[[list[str]], None]) -> None:
+    """Targets of make, and cases with their options; to run them takes minutes to hours."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    options = {path: path.read_text(encoding="utf-8") for path in (ROOT / "bench").rglob("*.py")}
-    named = set()
+    named, cases = set(), []
     for page in PAGES:
+        cases += inline_cases(page)
         for line, words in commands_of(page):
             where = (str(page), line, words)
             named.add(words[0])
             if words[0] == "make":
                 assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), where
             elif words[0] == "python" and words[1] != "-m":
-                assert words[1] == "bench/run.py" and words[2] in CASES, where
-                for word in words[3:]:
-                    if word.startswith("--"):
-                        assert any(f'"{word}"' in text for text in options.values()), where
+                assert words[1] == "bench/run.py", where
+                cases.append(words[2:])
             else:
                 assert words[0] in {"realera-fast", "pip", "python", "."}, where
     assert {"make", "python", "realera-fast"} <= named
     targets = {words[1] for _, words in commands_of(README) if words[0] == "make"}
     assert targets == {"demo", "test"}
+    assert {"closed_form", "quality", "protocol", "publish", "embedded"} <= {c[0] for c in cases}
+    for words in cases:
+        read_case(words)
+
+
+def test_an_option_of_another_case_is_refused(read_case: Callable[[list[str]], None]) -> None:
+    read_case(["closed_form", "--quick"])
+    with pytest.raises(SystemExit):
+        read_case(["quality", "objects", "--quick"])
+
+
+def test_the_visit_to_a_gpu_names_what_exists(read_case: Callable[[list[str]], None]) -> None:
+    """bench/gpu.sh runs for hours, on a machine that is rare: what it names is there."""
+    script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    paths = re.findall(r"(?<![\w$/{-])(?:tests|bench|setup\.py)(?:/[\w./-]+)?", script)
+    assert {"setup.py", "tests", "tests/aot", "bench/run.py", "tests/ops/test_ops.py"} <= set(paths)
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    cases = re.findall(r"python3 bench/run\.py ([^|>\n]*?)(?:\s\d?[|>].*)?$", script, re.MULTILINE)
+    assert len(cases) >= 13
+    for case in cases:
+        read_case(shlex.split(case))
 
 
 # Pages
@@ -277,27 +335,54 @@ def test_links_of_the_repository_point_at_files() -> None:
                 assert (ROOT / link).exists(), (name, link)
 
 
-SOURCES = ("realera_fast", "kernels", "csrc", "bench", "tests", "tools")
-CITATION = re.compile(r"(docs/[\w/.-]+\.(?:md|png))(?:,\s+section\s+(\d+(?:\.\d+)*))?")
+CITING = {".py", ".md", ".sh", ".h", ".cpp", ".cu", ".cuh", ".toml", ".yml", ".yaml"}
+SECTION = re.compile(r"(docs/[\w/.-]+\.md),\s+section\s+(\d+(?:\.\d+)*)")
+SUFFIX = r"\.(?:py|md|sh|h|cpp|cuh?|toml|ya?ml|png|jsonl?|safetensors|txt)\b"
+PATH = re.compile(
+    r"(?<![\w./-])(?:realera_fast|bench|tests|csrc|kernels|docs|tools)/[\w./-]*" + SUFFIX
+)
+FILE = re.compile(r"(?<![\w./{}*-])\w[\w-]*\.(?:py|cpp|cuh?|sh)\b(?![/.\w(])")
+"""A file of ours that is named without its folder."""
+CITED_ELSEWHERE = {
+    "utils.py": "a rule of CONTRIBUTING.md: there is none",
+    "no_house.py": "the program of the reader of docs/alignment.md",
+    "faults.cpp": "tests/ops/test_native_library.py writes it",
+    "wrapper.cpp": "tests/ops/test_perturb_native.py writes it",
+}
+"""Files that are named and not ours, and why."""
+
+
+def citing() -> list[Path]:
+    """Every text of the project; what git ignores, such as out/, is not looked at."""
+    folders = ("realera_fast", "kernels", "csrc", "bench", "tests", "tools", "docs")
+    inside = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
+    every = (*sorted(ROOT.glob("*")), *inside)
+    return [p for p in every if (p.suffix in CITING or p.name == "Makefile") and p.is_file()]
 
 
 def test_cited_pages_and_sections_exist() -> None:
     """A document is cited by its path in the repository, an equation by the section."""
-    found = 0
-    for folder in SOURCES:
-        for path in (ROOT / folder).rglob("*"):
-            if path.suffix not in {".py", ".cpp", ".h", ".cu", ".cuh"} or path == Path(__file__):
-                continue
-            # A citation may be broken over two lines of a comment.
-            text = re.sub(r"\n\s*(#|//)?\s*", " ", path.read_text(encoding="utf-8"))
-            for document, section in CITATION.findall(text):
-                page = ROOT / document
-                assert page.is_file(), (str(path), document)
-                if section:
-                    headings = re.findall(r"^#+ (\d+(?:\.\d+)*)", page.read_text(), re.MULTILINE)
-                    assert section in headings, (str(path), document, section)
-                    found += 1
-    assert found >= 8
+    ours = {path.name for path in citing()}
+    sections = paths = files = 0
+    for path in citing():
+        text = path.read_text(encoding="utf-8")
+        for cited in PATH.findall(text):
+            assert (ROOT / cited).is_file(), (str(path), cited)
+            paths += 1
+        for cited in FILE.findall(text):
+            assert cited in ours or cited in CITED_ELSEWHERE, (str(path), cited)
+            files += 1
+        # A citation may be broken over two lines of a comment.
+        for document, section in SECTION.findall(re.sub(r"\n\s*(#|//)?\s*", " ", text)):
+            headings = re.findall(r"^#+ (\d+(?:\.\d+)*)", (ROOT / document).read_text(), re.M)
+            assert section in headings, (str(path), document, section)
+            sections += 1
+    assert sections >= 8 and paths >= 100 and files >= 50, (sections, paths, files)
+
+
+def test_the_page_of_measured_facts_is_one_page() -> None:
+    measured = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert len(measured.splitlines()) <= LONGEST_MEASURED
 
 
 def test_page_of_the_command_line_is_what_the_commands_say() -> None:

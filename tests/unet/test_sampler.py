@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_pipeline
 
 from realera_fast import embedded
-from realera_fast.alignment import Window, WindowFiller
+from realera_fast.alignment import AlignmentConfig, Window, WindowFiller
 from realera_fast.alignment import windows as trajectories
 from realera_fast.alignment.windows import word_numbers
 from realera_fast.mining import Region
@@ -62,17 +62,19 @@ def made(parts, processes=None, **options):
         latent_size=None,
         batch_size=options.pop("batch_size", 32),
     )
+    config = AlignmentConfig(
+        trajectories=4,
+        min_timestep=options.pop("min_timestep", 0.0),
+        negative_guidance=options.pop("negative_guidance", 0.0),
+    )
     defaults = {
-        "trajectories": 4,
-        "min_timestep": 0.0,
-        "negative_guidance": 0.0,
         "beyond_region": BEYOND,
         "latents": {},
         "seed": 0,
         "processes": processes or Processes(),
     }
     preserve = text.encode(["a ship", "a tree", "a horse"])
-    filler = WindowFiller(sampler, words, preserve, **(defaults | options))
+    filler = WindowFiller(sampler, words, preserve, config, **(defaults | options))
     return shared, sampler, filler
 
 
