@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from realera_fast.kernels.rounding import INTERPRETED
+
 
 class Shape(NamedTuple):
     """How one kind of GPU runs `_products`."""
@@ -78,8 +80,6 @@ _OPTIONS = {"enable_fp_fusion": True}
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers it takes to hold one number of the rows."""
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 @triton.jit
 def _tile_of(index, side):
@@ -96,7 +96,7 @@ def _tile_of(index, side):
 @triton.jit
 def _bfloat16(x):
     # The interpreter multiplies bfloat16 by its bit patterns; the parts are exact in float32.
-    return x if _INTERPRETED else x.to(tl.bfloat16)
+    return x if INTERPRETED else x.to(tl.bfloat16)
 
 
 @triton.jit

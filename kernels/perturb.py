@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from realera_fast.ops import perturb_reference as perturbation
-from realera_fast.ops import philox
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from realera_fast.kernels.rounding import rounded
+from realera_fast.ops import perturb_reference, philox
 
 _BLOCK = 512
 """Groups of four columns per program, four per thread; fewer for a prompt smaller than that."""
@@ -38,9 +36,9 @@ _SMALLEST: tl.constexpr = tl.constexpr(philox.SMALLEST_UNIFORM)
 _ROOT_HALF: tl.constexpr = tl.constexpr(philox.ROOT_HALF_BITS)
 _LN2_HIGH: tl.constexpr = tl.constexpr(philox.LN2_HIGH)
 _LN2_LOW: tl.constexpr = tl.constexpr(philox.LN2_LOW)
-_EXPONENT: tl.constexpr = tl.constexpr(perturbation.EXPONENT_BITS)
-_NORM_SCALE: tl.constexpr = tl.constexpr(perturbation.NORM_SCALE)
-_GUARD: tl.constexpr = tl.constexpr(perturbation.GUARD)
+_EXPONENT: tl.constexpr = tl.constexpr(perturb_reference.EXPONENT_BITS)
+_NORM_SCALE: tl.constexpr = tl.constexpr(perturb_reference.NORM_SCALE)
+_GUARD: tl.constexpr = tl.constexpr(perturb_reference.GUARD)
 
 
 @triton.jit
@@ -125,7 +123,7 @@ def _norms(
     stride_d,
     BLOCK: tl.constexpr,
 ):
-    """`perturbation.rms`, a program for each prompt."""
+    """`perturb_reference.rms`, a program for each prompt."""
     concept = tl.program_id(0).to(tl.int64)
     elements = (tokens - 1) * width
     i = tl.arange(0, BLOCK)
@@ -228,7 +226,7 @@ def _scalars(
     square_scale: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """`perturbation.interval` and the draw from it, a thread for each sample."""
+    """`perturb_reference.interval` and the draw from it, a thread for each sample."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = pair < pairs
     concept = pair // samples
@@ -266,17 +264,6 @@ def _scalars(
     tl.store(alpha_ptr + pair, alpha, mask=mask)
     tl.store(beta_ptr + pair, beta, mask=mask)
     tl.store(scale_ptr + pair, scale.to(scale_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """`x` in the type it is stored in, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter cuts float32 off where a GPU rounds.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "concept_offset"])
@@ -325,7 +312,7 @@ def _rows(
     alpha = tl.load(alpha_ptr + concept * stride_alpha + number)
     scale = tl.load(scale_ptr + concept * stride_scale + number)
     x = alpha * e + scale * z
-    x = _rounded(tl.where(token > 0, x, e), rows_ptr.dtype.element_ty)
+    x = rounded(tl.where(token > 0, x, e), rows_ptr.dtype.element_ty)
     out = pair * tokens * width + token.to(tl.int64) * width + column
     tl.store(rows_ptr + out, x, mask=mask)
 
@@ -351,7 +338,7 @@ def perturb(
     """`realera_fast.ops.perturb`, see there; any strides."""
     concepts, tokens, width = embeddings.shape
     double = embeddings.dtype == torch.float64
-    exact = perturbation.exact_dtype(embeddings.dtype)
+    exact = perturb_reference.exact_dtype(embeddings.dtype)
     elements = (tokens - 1) * width
     pairs = concepts * samples
     if pairs == 0 or elements <= 0:
@@ -362,7 +349,7 @@ def perturb(
     root = embeddings.new_empty((concepts,), dtype=torch.float64)
     sums = embeddings.new_zeros((pairs, 2), dtype=torch.int64)
     groups, block, tiles = _layout(embeddings)
-    product_scale = perturbation.inner_scale(elements)
+    product_scale = perturb_reference.inner_scale(elements)
     strides = {
         "stride_c": embeddings.stride(0),
         "stride_t": embeddings.stride(1),
@@ -391,7 +378,7 @@ def perturb(
             groups=groups,
             tiles=tiles,
             product_scale=product_scale,
-            square_scale=perturbation.SQUARE_SCALE,
+            square_scale=perturb_reference.SQUARE_SCALE,
             DOUBLE=double,
             BLOCK=block,
             **_OPTIONS,
@@ -407,12 +394,12 @@ def perturb(
             samples=samples,
             elements=elements,
             min_cosine=min_cosine,
-            min_sine=perturbation.sine(min_cosine),
+            min_sine=perturb_reference.sine(min_cosine),
             max_cosine=max_cosine,
-            max_sine=perturbation.sine(max_cosine),
+            max_sine=perturb_reference.sine(max_cosine),
             max_distance=max_distance,
             product_scale=product_scale,
-            square_scale=perturbation.SQUARE_SCALE,
+            square_scale=perturb_reference.SQUARE_SCALE,
             BLOCK=_PAIRS,
             **_OPTIONS,
         )

@@ -52,7 +52,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from realera_fast.kernels.rounding import INTERPRETED, rounded
 
 
 class Shape(NamedTuple):
@@ -126,17 +126,6 @@ _OPTIONS = {"enable_fp_fusion": True}
 def _operand(x):
     # The interpreter multiplies bfloat16 by its bit patterns; the products are exact in float32.
     return x.to(tl.float32) if INTERPRETED else x
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """`x` in the type it is stored in, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter cuts float32 off where a GPU rounds.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -235,7 +224,7 @@ def _project(
         w_place += BLOCK_K
 
     if FUSED:
-        h = _rounded(scaling * hidden, x_ptr.dtype.element_ty)
+        h = rounded(scaling * hidden, x_ptr.dtype.element_ty)
     if LOOP:
         for chunk in tl.range(0, rank, RANK, num_stages=1):
             used = chunk + rank_place < rank
@@ -246,7 +235,7 @@ def _project(
         total = tl.dot(_operand(h), _operand(b), total, input_precision="ieee")
     out = y_ptr + row.to(tl.int64)[:, None] * stride_y + column[None, :]
     mask = (row < rows)[:, None] & (column < end)[None, :]
-    tl.store(out, _rounded(total, y_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, rounded(total, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -338,7 +327,7 @@ def _backward(
             # copies it asynchronously, too.
             product = tl.trans(tl.dot(hidden, g, input_precision="ieee"))
             tl.store(out, before + scaling * product, mask=mask)
-        total = _rounded(total, grad_hidden_ptr.dtype.element_ty)
+        total = rounded(total, grad_hidden_ptr.dtype.element_ty)
         tl.store(grad_hidden_ptr + thin, total, mask=inside & used[None, :])
 
 

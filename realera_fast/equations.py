@@ -19,8 +19,7 @@ from realera_fast.config import EraseConfig
 from realera_fast.inputs import Job
 from realera_fast.models import Stream
 from realera_fast.ops import philox
-from realera_fast.runtime import Checkpoint
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import Checkpoint, progress_bar
 from realera_fast.selection import Selection
 from realera_fast.solver import IncrementalSystem, NormalEquations, Pairs, Solution
 from realera_fast.text import (
@@ -90,9 +89,7 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
         checkpoint = Checkpoint()
     first = _resumed(sums, checkpoint, stream)
     count = len(job.concepts)
-    with progress_bars.bar(
-        total=count, desc="concepts", progress=job.progress, initial=first
-    ) as bar:
+    with progress_bar(total=count, desc="concepts", progress=job.progress, initial=first) as bar:
         for index in range(first, count):
             into = of_concepts.get(job.concepts[index].target, sums)
             for number in prompts[0].numbers(index):

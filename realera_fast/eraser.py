@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +17,7 @@ from realera_fast.equations import Solved, gather, solve
 from realera_fast.erasure import Erasure, report
 from realera_fast.inputs import Arguments, Job, checked, takes_members
 from realera_fast.models import Family, Stream, streams, transaction, weights_hash
-from realera_fast.runtime import checkpoint, exclusive
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
 from realera_fast.selection import (
     Selection,
     select,
@@ -32,21 +29,6 @@ from realera_fast.solver import ConceptMap
 from realera_fast.text import Concept, encode_vocabulary, fill
 
 logger = logging.getLogger(__name__)
-
-
-class _Clock:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        seconds = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self.seconds[name] = round(seconds, 4)
-        logger.info("%s: %.2f s", name, self.seconds[name])
 
 
 @exclusive
@@ -133,7 +115,7 @@ def erase(
         erasure = _nothing_erased(job)
         erasure.apply_(job.model)
         return erasure
-    clock = _Clock()
+    clock = Clock(logger=logger)
     with clock.stage("prior"):
         vocabulary = encode_vocabulary(job.text, job.config.vocabulary, progress=job.progress)
     slow = job.warn_of_slow_dtypes()
@@ -188,7 +170,7 @@ def _run_of(job: Job, selection: Selection) -> str:
     )
 
 
-def _solved(job: Job, selection: Selection, stream: Stream, run: str, clock: _Clock) -> Solved:
+def _solved(job: Job, selection: Selection, stream: Stream, run: str, clock: Clock) -> Solved:
     with clock.stage("equations"):
         equations = gather(job, selection, stream, job.checkpoint(run))
     with clock.stage("closed form"):
@@ -196,7 +178,7 @@ def _solved(job: Job, selection: Selection, stream: Stream, run: str, clock: _Cl
 
 
 def _aligned(
-    job: Job, selection: Selection, solved: Mapping[Stream, Solved], run: str, clock: _Clock
+    job: Job, selection: Selection, solved: Mapping[Stream, Solved], run: str, clock: Clock
 ) -> Alignment:
     config = job.config
     moves = solved["sequence"].solution.map.rank or not config.closed_form.enabled
@@ -299,7 +281,7 @@ def _measured_words(
     movement = report.Movement(*([w[name] for name in names] for w in (before, edited)))
     prompts = selection.prompts(job.text)
     measured: dict[int, report.WordReport] = {}
-    with progress_bars.bar(total=len(prompts), desc="report", progress=job.progress) as bar:
+    with progress_bar(total=len(prompts), desc="report", progress=job.progress) as bar:
         for index, concept in enumerate(prompts.concepts):
             # Encoded a second time: to keep all words' prompts would take gigabytes.
             for number in prompts.numbers(index):

@@ -15,7 +15,7 @@ from realera_fast import embedded, fuse, unfuse
 from realera_fast.alignment import AlignmentConfig, Points, Trainer, Window, WindowFiller, loss_of
 from realera_fast.mining import Region
 from realera_fast.models import projections
-from realera_fast.runtime import Processes, bar
+from realera_fast.runtime import Processes, progress_bar
 from realera_fast.solver import ConceptMap
 from realera_fast.text import AlignedPrompts
 from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet
@@ -175,7 +175,10 @@ class Problem:
         )
 
         def run() -> None:
-            with trainer.shared.installed(), bar(total=1, desc="", progress=False) as progress:
+            with (
+                trainer.shared.installed(),
+                progress_bar(total=1, desc="", progress=False) as progress,
+            ):
                 window = filler.fill(0, "aligned", progress)
                 for number in range(STEPS):
                     trainer.step(window, number)

@@ -1,10 +1,9 @@
 """The second stage: LoRA factors trained on predicted noise, and the check whether they stay."""
 
-from realera_fast.alignment.check import is_better
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.scheduler import ASSUMED, assumed_scheduler, distilled, find_scheduler
 from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, AlignmentPrompts, align_noise
-from realera_fast.alignment.trainer import Trainer, loss_of
+from realera_fast.alignment.trainer import DivergedError, Trainer, loss_of
 from realera_fast.alignment.windows import Points, Window, WindowFiller
 
 __all__ = [
@@ -12,6 +11,7 @@ __all__ = [
     "Alignment",
     "AlignmentConfig",
     "AlignmentPrompts",
+    "DivergedError",
     "NOT_ALIGNED",
     "Points",
     "Trainer",
@@ -21,6 +21,5 @@ __all__ = [
     "assumed_scheduler",
     "distilled",
     "find_scheduler",
-    "is_better",
     "loss_of",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from realera_fast import mining
 from realera_fast.alignment.config import AlignmentConfig
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import progress_bar
 from realera_fast.text import AlignedPrompts
 from realera_fast.unet import DDIMSampler, Variant
 
@@ -125,7 +125,7 @@ class HeldOutCheck:
         states = torch.cat(list(groups))
         total = self._sampler.passes * self._sampler.batches(len(states))
         seeds = range(self._first, self._first + len(states))
-        with progress_bars.bar(
+        with progress_bar(
             total=total, desc=f"alignment check, {variant}", progress=self._progress
         ) as bar:
             run = self._sampler.run(states, seeds, variant, bar)

@@ -31,8 +31,7 @@ from realera_fast.models import (
     projections,
     queries_and_outputs,
 )
-from realera_fast.runtime import Execution, Processes, checkpoint, unwrapped
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import Execution, Processes, checkpoint, progress_bar, unwrapped
 from realera_fast.solver import ConceptMap
 from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet, Variant
 
@@ -274,7 +273,7 @@ def _train(
 
     def fill(number: int, variant: Variant, *, held_back: bool = False) -> Window:
         what = "held-back trajectories" if held_back else "trajectories"
-        with progress_bars.bar(total=filler.passes, desc=what, progress=progress) as bar:
+        with progress_bar(total=filler.passes, desc=what, progress=progress) as bar:
             return filler.fill(number, variant, bar, held_back=held_back)
 
     held_back = fill(0, "edited", held_back=True) if looks else None
@@ -295,9 +294,7 @@ def _train(
     else:
         trainer.look(held_back)
     done = len(trainer.losses)
-    with progress_bars.bar(
-        total=config.steps, initial=done, desc="alignment", progress=progress
-    ) as bar:
+    with progress_bar(total=config.steps, initial=done, desc="alignment", progress=progress) as bar:
         for step in range(done, config.steps):
             if looks and trainer.is_exhausted:
                 return f"no improvement on held-back prompts after {len(trainer.losses)} steps"

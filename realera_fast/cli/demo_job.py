@@ -9,7 +9,6 @@ one of them by name, which is checked here.
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from realera_fast.cli.demo_report import DemoResult, Evidence, write_images, wri
 from realera_fast.config import EraseConfig
 from realera_fast.eraser import erase
 from realera_fast.evaluation import Judge, Sampling, Shot, generate, judged, sampling_settings
-from realera_fast.runtime import bar, write_atomically
+from realera_fast.runtime import Clock, progress_bar, write_atomically
 from realera_fast.text import Concept
 from realera_fast.unet import fuse
 
@@ -73,7 +72,7 @@ def run_demo(
     held_out = check_held_out(concepts, table)
     folder = _writable(Path(out))
     sampling = _sampling_of(config, table)
-    clock = _Clock()
+    clock = Clock(digits=2)
     with _job_bar(len(shots), sampling, progress) as job:
         pipe, judge = _loaded(pipe, judge, device)
         job.update(_LOADING)
@@ -136,7 +135,7 @@ def _sampling_of(config: DemoConfig, table: Any) -> Sampling:
 def _job_bar(shots: int, sampling: Sampling, progress: bool | None) -> Any:
     """The progress bar of the whole job, in batches of images."""
     batches = -(-shots // sampling.batch_size)
-    return bar(
+    return progress_bar(
         total=_LOADING + 2 * batches + _ERASING,
         desc="demo: loading",
         progress=progress,
@@ -185,19 +184,6 @@ def _sample(
             images += generate(pipe, prompts, seeds, sampling, progress=False)
             job.update(1)
     return images
-
-
-class _Clock:
-    """Wall-clock seconds between laps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self.last, 2)
-        self.last = now
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             inner: dict[str, Any] = {}
             for field in SYSTEM_FIELDS.values():
                 own = [key for key in shapes if key.startswith(f"{field}.")]
-                if bool(own) > (field in metadata):
+                if own and field not in metadata:
                     raise ErasureFileError(f"has tensors of a {field}, but no description of it")
                 inner |= {key: shapes.pop(key) for key in own}
             for key, (dtype, shape) in inner.items():

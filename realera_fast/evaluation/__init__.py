@@ -12,7 +12,7 @@ from realera_fast.evaluation.images import (
     picture_warnings,
     sampling_settings,
 )
-from realera_fast.evaluation.metrics import Scores, accuracy, harmonic_mean
+from realera_fast.evaluation.metrics import Scores, accuracy
 from realera_fast.evaluation.shots import Shot, judged, prompt_of, scores_of
 from realera_fast.evaluation.verification import verify
 
@@ -30,7 +30,6 @@ __all__ = [
     "before_after_grid",
     "find_detector",
     "generate",
-    "harmonic_mean",
     "identity_of",
     "judged",
     "numbers",

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from realera_fast.evaluation.grid import encoded
-from realera_fast.evaluation.images import GROUPS, Row
+from realera_fast.evaluation.images import GROUPS, Row, is_plain
 from realera_fast.evaluation.metrics import Scores
 from realera_fast.runtime import write_atomically
 
@@ -354,19 +354,15 @@ def _table(table: Table) -> str:
 
 def _scalars_first(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The entries, with all the single values gathered under one heading at the front."""
-    single = {key: value for key, value in values.items() if _is_single(value)}
+    single = {key: value for key, value in values.items() if is_plain(value)}
     others = [(key, value) for key, value in values.items() if key not in single]
     return [("summary", single), *others] if single else others
-
-
-def _is_single(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _value(key: str, value: Any) -> str:
     """Any plain value under a heading: mappings and lists of mappings become tables."""
     title, note = _TITLES.get(key, (key.replace("_", " ").capitalize(), ""))
-    if _is_single(value):
+    if is_plain(value):
         return _table(Table(title=title, header=("",), rows=((value,),)))
     if not value:
         return f'<h3>{escape(title)}</h3><p class="note">none</p>'
@@ -423,9 +419,9 @@ def _bars(title: str, values: Mapping[str, float], note: str) -> str:
 
 def _cell(value: Any) -> Any:
     """A value for one cell: nested ones as compact JSON, lists of words joined."""
-    if _is_single(value):
+    if is_plain(value):
         return value
-    if isinstance(value, Mapping) and all(_is_single(entry) for entry in value.values()):
+    if isinstance(value, Mapping) and all(is_plain(entry) for entry in value.values()):
         return ", ".join(
             f"{name} {entry:.4g}" if isinstance(entry, float) else f"{name} {entry}"
             for name, entry in value.items()

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from realera_fast.models import component_name
-from realera_fast.runtime import bar, listed, valid_texts
+from realera_fast.runtime import listed, progress_bar, valid_texts
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def generate(
     hidden = 0
     with (
         _silenced(pipe) as silent,
-        bar(
+        progress_bar(
             total=sampling.steps * len(batches),
             desc=f"{description} {len(prompts)} pictures",
             progress=False if progress is None and silent else progress,
@@ -253,7 +253,7 @@ def sampling_settings(pipe: Any, sampling: Sampling) -> dict[str, Any]:
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return {
         "sampler": type(scheduler).__name__,
-        "sampler_config": {k: v for k, v in sorted(config.items()) if _is_plain(v)},
+        "sampler_config": {k: v for k, v in sorted(config.items()) if is_plain(v)},
         "steps": sampling.steps,
         "guidance_scale": sampling.guidance,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -269,7 +269,8 @@ def _is_blank(image: Image.Image) -> bool:
     return max(ImageStat.Stat(image.convert("RGB")).stddev) < BLANK
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is a single one: no mapping, no list, no object."""
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from realera_fast.models import Structure, check_drawable, check_runnable
-from realera_fast.runtime import Execution, checkpoint, unwrapped
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import Execution, checkpoint, progress_bar, unwrapped
 from realera_fast.solver import ConceptMap
 from realera_fast.text import Concept, fill
 from realera_fast.unet import (
@@ -194,7 +193,7 @@ class MemberSearch:
         known = self._measured.setdefault(json.dumps(concept.words), {})
         left = [word for word in words if word not in known]
         size = self._together * self._processes.count
-        with progress_bars.bar(
+        with progress_bar(
             total=len(words),
             initial=len(words) - len(left),
             desc="members",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.ops import perturb_reference as perturbation
+from realera_fast.ops import perturb_reference
 
 BEYOND_OFFSET = 1 << 31
 """Sample counter of the first beyond sample: they never share noise with neighbors of one seed."""
@@ -57,7 +57,7 @@ class Region:
                 f"Region.max_distance must be positive and finite, got {self.max_distance}"
             )
         # The nearest point at a given angle is the foot of the perpendicular from E, or the origin.
-        nearest = perturbation.sine(self.max_cosine) if self.max_cosine > 0 else 1.0
+        nearest = perturb_reference.sine(self.max_cosine) if self.max_cosine > 0 else 1.0
         if self.max_distance <= nearest:
             raise ValueError(
                 f"Region is empty: no point within {self.max_distance} |E| has a cosine of at most "
@@ -235,7 +235,7 @@ def moments(elements: int, region: Region) -> Moments:
     """The limit of infinitely many samples, by quadrature over the noise.
 
     In units |E| = 1 the noise is v = g E + v_perp with g ~ N(0, 1/N) and N |v_perp|^2 ~ chi^2 with
-    N - 1 degrees of freedom; the step is uniform in `perturbation.interval(g, |v_perp|)`, over
+    N - 1 degrees of freedom; the step is uniform in `perturb_reference.interval(g, |v_perp|)`, over
     which the integrals are polynomials.
 
     Args:
@@ -269,7 +269,7 @@ def moments(elements: int, region: Region) -> Moments:
 
     parallel = g[:, None].expand_as(mass)
     perpendicular = chi.expand_as(mass) * deviation
-    low, high = perturbation.interval(
+    low, high = perturb_reference.interval(
         parallel, perpendicular, region.min_cosine, region.max_cosine, region.max_distance
     )
     accepted = low <= high

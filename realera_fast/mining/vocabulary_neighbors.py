@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from realera_fast import mining
-from realera_fast.runtime import folded
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import folded, progress_bar
 from realera_fast.text import Concept, Text, Vocabulary, describe
 
 _RELATIVES = 3
@@ -64,7 +63,7 @@ def neighbor_words(
     best = torch.full((len(vocabulary.words),), -torch.inf, dtype=torch.float64, device="cpu")
     owner = torch.zeros(len(vocabulary.words), dtype=torch.long, device="cpu")
     known = torch.tensor([key(word) in taken for word in vocabulary.words], device="cpu")
-    with progress_bars.bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
+    with progress_bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for start in range(0, len(concepts), _TOGETHER):
             part = concepts[start : start + _TOGETHER]
             described = describe(text, [word for concept in part for word in concept.words])

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from realera_fast.models.components import component_name, components_of, is_pipeline
     from realera_fast.models.entrances import (
         ENTRANCES,
-        STREAMS,
         Maps,
         Stream,
         check_drawable,
@@ -35,7 +34,6 @@ else:
             "components": ("component_name", "components_of", "is_pipeline"),
             "entrances": (
                 "ENTRANCES",
-                "STREAMS",
                 "Maps",
                 "Stream",
                 "check_drawable",
@@ -66,7 +64,6 @@ __all__ = [
     "Maps",
     "Reading",
     "RefusedModelError",
-    "STREAMS",
     "Stream",
     "Structure",
     "as_read",

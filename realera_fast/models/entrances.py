@@ -224,7 +224,7 @@ def check_drawable(model: nn.Module, latent_size: int | None) -> None:
         latent_size: height and width of the latents, if the caller knows them.
 
     Raises:
-        ValueError: not a U-Net of Stable Diffusion, a picture or class beside the text, no size.
+        ValueError: not a U-Net of Stable Diffusion, an image or class beside the text, no size.
     """
     model = unwrapped(model)
     if all(kind.__name__ != "UNet2DConditionModel" for kind in type(model).__mro__):

@@ -200,8 +200,8 @@ def _name_of(value: Any) -> str:
     return f"{getattr(value, '__module__', None) or type(value).__module__}.{found}"
 
 
-_PICTURE_MAPS = ("to_k_ip", "to_v_ip")
-"""Maps of an attention processor that take no text but picture embeddings (IP-Adapter)."""
+_IMAGE_MAPS = ("to_k_ip", "to_v_ip")
+"""Maps of an attention processor that take no text but image embeddings (IP-Adapter)."""
 
 
 def _check_processor(name: str, processor: Any, width: int, own: set[int]) -> None:
@@ -214,7 +214,7 @@ def _check_processor(name: str, processor: Any, width: int, own: set[int]) -> No
     kind = type(processor)
     stock = kind.__module__.startswith("diffusers.")
     for key, tensor in _held(processor, "", set()):
-        if stock and key.split(".")[0] in _PICTURE_MAPS:
+        if stock and key.split(".")[0] in _IMAGE_MAPS:
             continue
         if tensor.dim() == 2 and width in tensor.shape and id(tensor) not in own:
             raise RefusedModelError(

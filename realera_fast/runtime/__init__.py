@@ -18,12 +18,13 @@ from realera_fast.runtime.names import (
 from realera_fast.runtime.settings import check_types
 
 if TYPE_CHECKING:
-    from realera_fast.runtime import checkpoint, progress
-    from realera_fast.runtime.checkpoint import Checkpoint
+    from realera_fast.runtime import checkpoint
+    from realera_fast.runtime.checkpoint import Checkpoint, CheckpointError
+    from realera_fast.runtime.clock import Clock
     from realera_fast.runtime.execution import Execution
     from realera_fast.runtime.precision import cpu_warnings, fastest_dtype, multiplies_natively
     from realera_fast.runtime.processes import Processes
-    from realera_fast.runtime.progress import bar
+    from realera_fast.runtime.progress import progress_bar
     from realera_fast.runtime.safetensors_file import (
         MAX_HEADER_BYTES,
         NAMES,
@@ -48,11 +49,12 @@ else:
     __getattr__ = on_demand(
         __name__,
         {
-            "checkpoint": ("checkpoint", "Checkpoint"),
+            "checkpoint": ("checkpoint", "Checkpoint", "CheckpointError"),
+            "clock": ("Clock",),
             "execution": ("Execution",),
             "precision": ("cpu_warnings", "fastest_dtype", "multiplies_natively"),
             "processes": ("Processes",),
-            "progress": ("progress", "bar"),
+            "progress": ("progress_bar",),
             "safetensors_file": (
                 "MAX_HEADER_BYTES",
                 "NAMES",
@@ -71,13 +73,14 @@ else:
 
 __all__ = [
     "Checkpoint",
+    "CheckpointError",
+    "Clock",
     "Execution",
     "MAX_HEADER_BYTES",
     "NAMES",
     "Processes",
     "SafetensorsFileError",
     "alone",
-    "bar",
     "check_types",
     "checkpoint",
     "clean",
@@ -97,7 +100,7 @@ __all__ = [
     "on_demand",
     "ordinary",
     "patch",
-    "progress",
+    "progress_bar",
     "read_header",
     "read_json",
     "refuse_offloading",

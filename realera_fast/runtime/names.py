@@ -28,7 +28,7 @@ _FORMS = {
 """Selectors of a letter's form, with the scripts (`script`) whose letters have several."""
 _KEYS = "0123456789#*"
 _KEYCAP = "\u20e3"
-_PICTURES = "\u203c\u2049\u2139\u3030"
+_EMOJI = "\u203c\u2049\u2139\u3030"
 """Emoji that Unicode does not count as symbols."""
 _TAGS = range(0xE0020, 0xE0080)
 _FLAG = "\U0001f3f4"
@@ -169,17 +169,17 @@ def _refused(before: str, character: str, after: str) -> str | None:
     elif code in _TAGS:
         seen = before == _FLAG or (before != "" and ord(before) in _TAGS)
     elif forms is not None:
-        seen = script(before) in forms or (0xFE00 <= code <= 0xFE0F and _is_picture(before, after))
+        seen = script(before) in forms or (0xFE00 <= code <= 0xFE0F and _is_symbol(before, after))
     else:
         seen = character not in _BLANK and category not in ("Cf", "Cc")
     return None if seen else "a character nobody sees"
 
 
-def _is_picture(character: str, after: str) -> bool:
+def _is_symbol(character: str, after: str) -> bool:
     """Whether a selector behind this character, and before `after`, says how a symbol is drawn."""
     if character == "" or character.isascii():
         return character != "" and character in _KEYS and after == _KEYCAP
-    return character in _PICTURES or unicodedata.category(character) in ("So", "Sm")
+    return character in _EMOJI or unicodedata.category(character) in ("So", "Sm")
 
 
 def _joins(character: str) -> bool:

@@ -20,7 +20,7 @@ def enabled(progress: bool | None) -> bool:
     return diffusers_logging is None or diffusers_logging.is_progress_bar_enabled()
 
 
-def bar(
+def progress_bar(
     *,
     total: int,
     desc: str,

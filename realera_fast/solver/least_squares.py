@@ -21,7 +21,6 @@ from realera_fast import ops
 _log = logging.getLogger(__name__)
 
 _EPS = torch.finfo(torch.float64).eps
-_TINY = torch.finfo(torch.float64).tiny
 _RESIDUAL_THRESHOLD = 30.0
 """LAPACK's own test suite accepts a solution whose residual ratio is below this (``dtest.in``)."""
 _REFINEMENTS = 5

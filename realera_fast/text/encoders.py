@@ -16,8 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from realera_fast.runtime import locked, refuse_offloading, uncompiled, unwrapped
-from realera_fast.runtime import progress as progress_bars
+from realera_fast.runtime import locked, progress_bar, refuse_offloading, uncompiled, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -409,7 +408,7 @@ class TextModel:
             training = {module: module.training for module in self.encoder.modules()}
             self.encoder.eval()
             try:
-                with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
+                with progress_bar(total=len(prompts), desc=desc, progress=progress) as bar:
                     for start in range(0, len(prompts), batch_size):
                         ids, mask = self.tokenize(prompts[start : start + batch_size])
                         states = self._states(ids.to(self.device), mask.to(self.device))

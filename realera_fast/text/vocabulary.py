@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from realera_fast.runtime import check_types, clean_names, folded, write_atomically
+from realera_fast.runtime import check_types, clean_names, folded, progress_bar, write_atomically
 from realera_fast.solver import NormalEquations, Pairs
 from realera_fast.text.encoders import Text
 from realera_fast.text.prompts import fill
@@ -119,13 +119,11 @@ def _accumulate(
     text: Text, prompts: Sequence[str], *, progress: bool | None, desc: str
 ) -> tuple[Tensor, Tensor]:
     """Summed second moments `[d, d]` and end-of-text rows `[p, d]`, streamed in blocks."""
-    from realera_fast.runtime import progress as progress_bars
-
     equations = NormalEquations(text.width, device=text.device)
     ends = []
     # As many prompts as make 128 MiB of embeddings.
     block = max(1, min(64, (1 << 25) // (text.max_tokens * text.width)))
-    with progress_bars.bar(total=len(prompts), desc=desc, progress=progress) as bar:
+    with progress_bar(total=len(prompts), desc=desc, progress=progress) as bar:
         for start in range(0, len(prompts), block):
             part = prompts[start : start + block]
             hidden = text.encode(part)

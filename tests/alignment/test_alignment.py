@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_alignment import CONFIG, UNCHECKED, Words, kept_in, run, trained_on
 from tiny_models import tiny_pipeline
 
-from realera_fast import alignment, embedded
+from realera_fast import embedded
 from realera_fast.alignment import Trainer, WindowFiller, check, find_scheduler
 from realera_fast.alignment.check import AlignmentScore
-from realera_fast.runtime import checkpoint
-from realera_fast.runtime.checkpoint import CheckpointError
+from realera_fast.runtime import CheckpointError, checkpoint
 from realera_fast.solver import ConceptMap
 from realera_fast.text import TextModel, align
 
@@ -117,8 +116,8 @@ def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch,
 
 def test_a_little_drift_of_the_rest_is_no_harm():
     before = AlignmentScore(0.5, 0.5, 0.0)
-    assert alignment.is_better(before, AlignmentScore(0.1, 0.1, 0.1))
-    assert not alignment.is_better(before, AlignmentScore(0.1, 0.1, 0.11))
+    assert check.is_better(before, AlignmentScore(0.1, 0.1, 0.1))
+    assert not check.is_better(before, AlignmentScore(0.1, 0.1, 0.11))
 
 
 def test_scores_of_a_model_that_is_as_it_was():

@@ -8,13 +8,13 @@ import functools
 import pytest
 import torch
 from baselines.peft_alignment import PlainLoop
+from shares import Share
 from tiny_models import tiny_unet
 from tolerance import check
 from torch import Tensor
 
-from realera_fast.alignment import AlignmentConfig, Points, Trainer, Window, loss_of
-from realera_fast.alignment import trainer as training
-from realera_fast.alignment.trainer import Batch, DivergedError
+from realera_fast.alignment import AlignmentConfig, DivergedError, Points, Trainer, Window, loss_of
+from realera_fast.alignment.trainer import Batch
 from realera_fast.mining import Region
 from realera_fast.models import projections, queries_and_outputs
 from realera_fast.runtime import Processes
@@ -231,14 +231,6 @@ def steps(it: Trainer, count: int, start: int = 0) -> None:
             it.step(window(), number)
 
 
-class Share(Processes):
-    """One of several processes, without the others."""
-
-    def __init__(self, rank: int, count: int) -> None:
-        super().__init__()
-        self.rank, self.count = rank, count
-
-
 @pytest.mark.parametrize("parts", [1, 3, 5])
 def test_shares_and_parts_make_up_the_batch(parts):
     it = trainer(Region(0.5, 0.9, 1.6), batch_size=6)
@@ -298,7 +290,9 @@ def test_numbers_out_of_range_leave_the_factors_alone():
 def test_the_best_factors_are_those_of_the_least_held_back_loss(monkeypatch):
     it = trainer(patience=2)
     found = iter([3.0, 1.0, 2.0, 2.0])
-    monkeypatch.setattr(training, "loss_of", lambda *_: (torch.tensor(next(found)), None))
+    monkeypatch.setattr(
+        "realera_fast.alignment.trainer.loss_of", lambda *_: (torch.tensor(next(found)), None)
+    )
     for number in range(4):
         with torch.no_grad():
             it.lora.up.fill_(number)

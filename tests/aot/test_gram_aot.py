@@ -83,11 +83,6 @@ def products(dtype: str, shape: gram.Shape, capability: int, aligned: bool) -> A
     )
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("capability", SHAPES)
 @pytest.mark.parametrize("dtype", PARTS)
 def test_products_use_tensor_cores_and_do_not_spill(dtype, capability, tmp_path):

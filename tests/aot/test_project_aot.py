@@ -128,11 +128,6 @@ def fits(result: Any, capability: int, shape: project.Shape, folder: Any, reside
     return machine_code(folder)
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize(("capability", "dtype"), HALF)
 @pytest.mark.parametrize(
     ("size", "fused"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tiny_clip import tiny_clip
 from tiny_families import sd1
 
 from realera_fast.evaluation import ClipJudge
-from realera_fast.text import Concept, parse_concepts
+from realera_fast.text import parse_concepts
 
 BENCH = Path(__file__).parents[2] / "bench"
 NAMES = sorted(path.stem for path in (BENCH / "protocols").glob("*.json"))
@@ -133,4 +132,3 @@ def test_a_prompt_file_without_prompts_is_refused(tmp_path):
     path.write_text("text\nhello\n")
     with pytest.raises(SystemExit, match="expected a column 'prompt'"):
         protocols.read_prompts(path, None)
-    assert dataclasses.is_dataclass(Concept)

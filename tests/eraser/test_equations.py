@@ -17,8 +17,7 @@ from torch.testing import assert_close
 from realera_fast import Concept, Erasure, erase
 from realera_fast import equations as equations_module
 from realera_fast.mining import MiningConfig, vocabulary_neighbors
-from realera_fast.runtime import checkpoint
-from realera_fast.runtime.checkpoint import CheckpointError
+from realera_fast.runtime import CheckpointError, checkpoint
 from realera_fast.solver import NormalEquations, Pairs
 from realera_fast.text import ConceptFileError, TextModel, Vocabulary, align, read_concepts
 

@@ -482,7 +482,7 @@ def test_the_size_of_latents_can_be_named(pipe):
 
 def test_a_wrapped_unet_is_aligned(pipe):
     fast = dataclasses.replace(FAST, gradient_checkpointing=True)
-    realera_fast.erase(
+    result = realera_fast.erase(
         torch.nn.DataParallel(pipe.unet),
         pipe.text_encoder,
         ["cat"],
@@ -490,6 +490,7 @@ def test_a_wrapped_unet_is_aligned(pipe):
         config=dataclasses.replace(CONFIG, alignment=fast),
         progress=False,
     )
+    assert result.report["alignment"]["steps"] == fast.steps
     assert not pipe.unet.is_gradient_checkpointing
 
 
@@ -543,18 +544,18 @@ def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypa
 def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
     import weakref
 
-    from realera_fast.text import prompts as pairs
+    from realera_fast.text import AlignedPrompts
 
     living, most = weakref.WeakSet(), []
-    made = pairs.AlignedPrompts.__init__
+    made = AlignedPrompts.__init__
 
     def counted(self, *arguments, **options):
         made(self, *arguments, **options)
         living.add(self)
         most.append(len(living))
 
-    monkeypatch.setattr(pairs.AlignedPrompts, "__init__", counted)
-    monkeypatch.setattr(pairs.AlignedPrompts, "__hash__", object.__hash__)
+    monkeypatch.setattr(AlignedPrompts, "__init__", counted)
+    monkeypatch.setattr(AlignedPrompts, "__hash__", object.__hash__)
     words = ["cat", "kitten", "horse", "puppy", "ship", "tree", "van", "gogh", "painting"]
     run(pipe, words, dataclasses.replace(CLOSED, mining=MiningConfig(mode="gaussian")))
     assert len(most) >= 2 * len(words) and max(most) <= 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from realera_fast.evaluation import Scores, accuracy, harmonic_mean
+from realera_fast.evaluation import Scores, accuracy
+from realera_fast.evaluation.metrics import harmonic_mean
 
 # MACE (arXiv 2403.06135), table 4, erasing 100 people: Acc_e, Acc_s and H_c, all in percent.
 PEOPLE = [(67.79, 85.05, 46.72), (0.08, 32.16, 48.66), (18.70, 61.78, 70.21), (4.31, 84.56, 89.78)]

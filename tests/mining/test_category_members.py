@@ -16,8 +16,7 @@ from realera_fast import Concept, EraseConfig, embedded, erase, eraser, selectio
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.mining import MemberSearch, MiningConfig, guidance_cosine
 from realera_fast.models import text_streams
-from realera_fast.runtime import Execution, Processes, fastest_dtype
-from realera_fast.runtime.checkpoint import CheckpointError
+from realera_fast.runtime import CheckpointError, Execution, Processes, fastest_dtype
 from realera_fast.text import TextWithPooled
 from realera_fast.unet import SharedUNet
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from realera_fast import mining
 from realera_fast.mining import MiningConfig, Region, add_neighbors, moments, rows, sample
-from realera_fast.ops import perturb_reference as perturbation
+from realera_fast.ops import perturb_reference
 from realera_fast.solver import NormalEquations
 
 NEIGHBOR = Region(0.5, 0.9, 1.6)
@@ -106,8 +106,8 @@ def test_moments_are_the_means_of_samples(region):
 
 def test_moments_converge_for_many_elements():
     """With |v_perp| = 1 and g = 0 the interval is elementary: u at 135 degrees to E."""
-    low = 1 / (0.9 / perturbation.sine(0.9) + 1)
-    high = 1 / (0.5 / perturbation.sine(0.5) + 1)
+    low = 1 / (0.9 / perturb_reference.sine(0.9) + 1)
+    high = 1 / (0.5 / perturb_reference.sine(0.5) + 1)
     limit = moments(10**9, NEIGHBOR)
     assert limit.first == pytest.approx(1 - (low + high) / 2, rel=1e-4)
     mean_square = (low**2 + low * high + high**2) / 3

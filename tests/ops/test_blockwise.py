@@ -13,9 +13,7 @@ from tolerance import check, product_error
 from torch import Tensor
 
 from realera_fast import mining, ops
-from realera_fast.ops import blockwise as streamed
-from realera_fast.ops import perturb_reference as perturbation
-from realera_fast.ops import reference
+from realera_fast.ops import blockwise, perturb_reference, reference
 
 NEIGHBOR = (0.5, 0.9, 1.6)
 HEIGHTS = [(5,), (3, 5, 20), (1, 1), (32, 64)]
@@ -178,8 +176,8 @@ def test_no_other_gradients(device):
 @pytest.mark.parametrize(("concepts", "samples", "tokens"), [(1, 1, 2), (3, 2, 5), (1, 4, 1)])
 @pytest.mark.parametrize("block", [1, 600, 1 << 20])
 def test_perturb_project(dtype, concepts, samples, tokens, block, device, monkeypatch):
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES", {})
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES_ELSEWHERE", block)
+    monkeypatch.setattr(blockwise, "_BLOCK_BYTES", {})
+    monkeypatch.setattr(blockwise, "_BLOCK_BYTES_ELSEWHERE", block)
     values = problem((3, 5), 4, dtype, device)
     e = normal(concepts, tokens, 13).to(device, dtype)
     alpha, scale = drawn(e, samples)
@@ -188,7 +186,7 @@ def test_perturb_project(dtype, concepts, samples, tokens, block, device, monkey
     factors = {n: values[n].clone().requires_grad_() for n in ("down", "up")}
     got = ops.perturb_project(e, alpha, scale, seed=5, **(values | factors))
     assert got.shape == (concepts, samples, tokens, 8) and got.dtype == dtype
-    rows = perturbation.perturb_rows(e, alpha, scale, 5)
+    rows = perturb_reference.perturb_rows(e, alpha, scale, 5)
     doubles = wide(values)
     exact = reference.project(rows.double().view(-1, 13), *(doubles[n] for n in names))
     plain = reference.perturb_project(e, alpha, scale, *(values[n] for n in names), *stream)
@@ -232,8 +230,8 @@ def test_perturb_project_with_counters_and_strides(device):
 @pytest.mark.parametrize("kind", ["stay", "absolute", "relative"])
 @pytest.mark.parametrize("block", [1, 3000, 1 << 20])
 def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES", {})
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES_ELSEWHERE", block)
+    monkeypatch.setattr(blockwise, "_BLOCK_BYTES", {})
+    monkeypatch.setattr(blockwise, "_BLOCK_BYTES_ELSEWHERE", block)
     e = normal(3, 5, 13).to(device, dtype)
     alpha, scale = drawn(e, 4)
     weight = torch.rand(3, 5, device=device)
@@ -247,8 +245,8 @@ def test_perturb_accumulate(dtype, kind, block, device, monkeypatch):
         *got, e, alpha, scale, weight, 5, destination=destination, relative=kind == "relative"
     )
     # In extended precision, and by PyTorch in the type of the rows.
-    wide = e.to(perturbation.exact_dtype(dtype))
-    rows = perturbation.perturb_rows(wide, alpha, scale, 5).view(-1, 13)
+    wide = e.to(perturb_reference.exact_dtype(dtype))
+    rows = perturb_reference.perturb_rows(wide, alpha, scale, 5).view(-1, 13)
     w = weight[:, None].expand(3, 4, 5).reshape(-1, 1)
     y = torch.zeros_like(e) if destination is None else destination
     y = y[:, None].expand(3, 4, 5, 13).reshape(-1, 13).to(rows.dtype)
@@ -330,10 +328,10 @@ def test_memory_does_not_grow_with_the_samples(device):
 
 @pytest.mark.parametrize("samples", [1, 5, 400])
 def test_blocks_cover_every_sample_once(samples, monkeypatch):
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES_ELSEWHERE", 4 * 7 * 60)
+    monkeypatch.setattr(blockwise, "_BLOCK_BYTES_ELSEWHERE", 4 * 7 * 60)
     e = torch.zeros(9, 7, 4)
     seen = torch.zeros(9, samples, dtype=torch.int)
-    for c, s in streamed._blocks(e, samples, 4):
+    for c, s in blockwise._blocks(e, samples, 4):
         seen[c, s] += 1
         assert (c.stop - c.start) * (s.stop - s.start) <= 15
     assert bool((seen == 1).all())

@@ -24,6 +24,7 @@ import pytest
 import torch
 from child import child_environment
 from native_calls import calls
+from threads import using_threads
 from tiles import tile_sets
 from torch import Tensor
 
@@ -510,10 +511,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Torch's number of threads, for a test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with using_threads(request.param):
+        yield request.param
 
 
 class TestThreads:

@@ -9,8 +9,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
-from realera_fast.ops import perturb_reference as perturbation  # noqa: E402
-from realera_fast.ops import philox  # noqa: E402
+from realera_fast.ops import perturb_reference, philox  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -108,8 +107,8 @@ def kernel_draw(e, samples, region, seed, offset=0, concept_offset=0):
 
 def defined_draw(e, samples, region, seed, offset=0, concept_offset=0):
     stream = (seed, offset, concept_offset)
-    scalars = perturbation.perturb(e, samples, *region, *stream)
-    rows = perturbation.perturb_rows(e, scalars[0], scalars[2], *stream)
+    scalars = perturb_reference.perturb(e, samples, *region, *stream)
+    rows = perturb_reference.perturb_rows(e, scalars[0], scalars[2], *stream)
     return rows, *scalars
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from threads import using_threads
 from tiles import tile_sets
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.ops import perturb_reference as perturbation
-from realera_fast.ops import philox
+from realera_fast.ops import perturb_reference, philox
 
 NATIVE = ops.implementations()["perturb"]["cpu"] == "native"
 pytestmark = pytest.mark.skipif(not NATIVE, reason="the native library has no `perturb`")
@@ -66,21 +66,19 @@ def agree(
     """Draws with both, scalars and rows, and fails where they differ."""
     place = {"offset": offset, "concept_offset": concept_offset}
     got = ops.perturb(e, samples, *region, seed, **place)
-    expected = perturbation.perturb(e, samples, *region, seed, **place)
+    expected = perturb_reference.perturb(e, samples, *region, seed, **place)
     for name, a, b in zip(("alpha", "beta", "scale"), got, expected, strict=True):
         assert same(a, b), name
     rows = ops.perturb_rows(e, got[0], got[2], seed, **place)
     assert rows.is_contiguous()
-    assert same(rows, perturbation.perturb_rows(e, got[0], got[2], seed, **place))
+    assert same(rows, perturb_reference.perturb_rows(e, got[0], got[2], seed, **place))
     return (*got, rows)
 
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with using_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.usefixtures("tiles")
@@ -138,8 +136,8 @@ def test_strides(dtype: torch.dtype) -> None:
 
 def test_scalars_of_any_stride() -> None:
     e = embeddings(2, 4, 12)
-    alpha, _, scale = perturbation.perturb(e, 6, *NEIGHBOR, 5)
-    whole = perturbation.perturb_rows(e, alpha, scale, 5)
+    alpha, _, scale = perturb_reference.perturb(e, 6, *NEIGHBOR, 5)
+    whole = perturb_reference.perturb_rows(e, alpha, scale, 5)
     part = ops.perturb_rows(e, alpha[:, 2:5], scale[:, 2:5], 5, offset=2)
     assert same(part, whole[:, 2:5])
     turned = ops.perturb_rows(e, alpha.T.contiguous().T, scale, 5)
@@ -202,11 +200,11 @@ def test_directions_without_an_accepted_point() -> None:
 
 
 def test_the_most_elements() -> None:
-    e = embeddings(1, 3, perturbation.MOST_ELEMENTS // 2)
+    e = embeddings(1, 3, perturb_reference.MOST_ELEMENTS // 2)
     e[0, 1:, 1:] *= 1e-3  # nearly all of the norm in two elements
     agree(e, 1)
     with pytest.raises(ValueError, match="elements"):
-        ops.perturb(embeddings(1, 2, perturbation.MOST_ELEMENTS + 1), 1, *NEIGHBOR, 1)
+        ops.perturb(embeddings(1, 2, perturb_reference.MOST_ELEMENTS + 1), 1, *NEIGHBOR, 1)
 
 
 def test_arguments_that_the_code_relies_on() -> None:
@@ -315,12 +313,12 @@ class TestInstructionSets:
         assert same(out[:7], expected[2:9])
         assert out[7].isnan().all()
         e = embeddings(7, width)
-        scale = perturbation.inner_scale(10 * width)
+        scale = perturb_reference.inner_scale(10 * width)
         fixed, sums = e * scale, torch.zeros(2, dtype=torch.int64)
         loops.moments(*counters(seed, sample, concept, 3, 7, width), pointer(fixed), pointer(sums))
         z = expected[2:9]
         assert int(sums[0]) == int((z * e * scale).to(torch.int32).sum(dtype=torch.int64))
-        squares = z * z * perturbation.SQUARE_SCALE
+        squares = z * z * perturb_reference.SQUARE_SCALE
         assert int(sums[1]) == int(squares.to(torch.int32).sum(dtype=torch.int64))
 
     def test_many_numbers(self, loops: ctypes.CDLL) -> None:
@@ -332,7 +330,7 @@ class TestInstructionSets:
 
     @pytest.mark.parametrize("dtype", KINDS)
     def test_rows_and_sums(self, loops: ctypes.CDLL, dtype: torch.dtype) -> None:
-        kind, exact = KINDS.index(dtype), perturbation.exact_dtype(dtype)
+        kind, exact = KINDS.index(dtype), perturb_reference.exact_dtype(dtype)
         at = torch.tensor([2]), torch.tensor([9])
         for width in (1, 7, 16, 50, 768, 1100):
             e = embeddings(5, width, dtype=dtype)
@@ -354,7 +352,7 @@ class TestInstructionSets:
             wide = e.to(torch.float64)
             assert loops.largest(pointer(e), *size) == float(wide.abs().max())
             inverse = 0.5 / float(wide.abs().max())
-            fixed = ((wide * inverse).square() * perturbation.NORM_SCALE + 0.5).to(torch.int64)
+            fixed = ((wide * inverse).square() * perturb_reference.NORM_SCALE + 0.5).to(torch.int64)
             found = loops.square_sum(pointer(e), *size, ctypes.c_double(inverse))
             assert found == int(fixed.sum())
             out = torch.empty(5, width)

@@ -10,8 +10,7 @@ from tolerance import check
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.ops import perturb_reference as perturbation
-from realera_fast.ops import philox
+from realera_fast.ops import perturb_reference, philox
 
 NEIGHBOR = (0.5, 0.9, 1.6)
 BEYOND = (-1.0, 0.5, 1.6)
@@ -28,8 +27,8 @@ def draw(
     e: Tensor, samples: int, region: tuple[float, float, float], seed: int, **stream: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, alpha, beta, scale of the definition."""
-    scalars = perturbation.perturb(e, samples, *region, seed, **stream)
-    rows = perturbation.perturb_rows(e, scalars[0], scalars[2], seed, **stream)
+    scalars = perturb_reference.perturb(e, samples, *region, seed, **stream)
+    rows = perturb_reference.perturb_rows(e, scalars[0], scalars[2], seed, **stream)
     return rows, *scalars
 
 
@@ -49,7 +48,7 @@ def test_every_sample_lies_in_its_region(region, dtype):
     # The sample as its scalars define it, in float64, and as stored.
     concept, sample = torch.arange(3).repeat_interleave(400), torch.arange(400).repeat(3)
     z = philox.normals(11, concept, sample, 9, 33).double().view(3, 400, 8, 33)
-    sigma = perturbation.rms(e)
+    sigma = perturb_reference.rms(e)
     exact = rows.double().clone()
     exact[:, :, 1:] = (
         alpha.double()[..., None, None] * e.double()[:, None, 1:]
@@ -80,7 +79,7 @@ def test_norms_are_exact_to_float64_rounding(scale):
     e = embeddings(3, 7, 45, dtype=torch.float64) * scale
     e[1, 2, 3] = 300 * scale  # one element much larger than the others, as text encoders have
     plain = e[:, 1:].square().mean((1, 2)).sqrt()
-    assert ((perturbation.rms(e) - plain).abs() <= 1e-11 * plain).all()
+    assert ((perturb_reference.rms(e) - plain).abs() <= 1e-11 * plain).all()
 
 
 def test_integer_sums_are_as_exact_as_sums_in_float32():
@@ -96,7 +95,7 @@ def test_integer_sums_are_as_exact_as_sums_in_float32():
         base = base / base.square().mean(1, keepdim=True).sqrt()
         parallel, total = (base * z).mean(1), z.square().mean(1)
         perpendicular = (total - parallel.square()).sqrt()
-        low, high = perturbation.interval(parallel, perpendicular, *NEIGHBOR)
+        low, high = perturb_reference.interval(parallel, perpendicular, *NEIGHBOR)
         uniform = philox.step_uniforms(3, concept, sample).to(dtype)
         return (low + uniform * (high - low)).view(3, 50)
 
@@ -107,14 +106,14 @@ def test_largest_elements_do_not_overflow_the_sums():
     """All of E in one element: the largest product that fixed point must hold."""
     e = torch.zeros(1, 1 + (1 << 9), 1 << 12)
     e[0, 1, 0] = 3.0
-    assert e[0, 1:].numel() == perturbation.MOST_ELEMENTS
+    assert e[0, 1:].numel() == perturb_reference.MOST_ELEMENTS
     rows, _, beta, _ = draw(e, 1, NEIGHBOR, 0)
     assert not beta.isnan().any()
     cosine, _ = in_float64(e, rows)
     assert 0.5 <= cosine.min() and cosine.max() <= 0.9
-    largest = 8 * math.sqrt(perturbation.MOST_ELEMENTS)
-    assert largest * perturbation.inner_scale(perturbation.MOST_ELEMENTS) <= 2**31
-    assert philox.LARGEST_NORMAL**2 * perturbation.SQUARE_SCALE < 2**31
+    largest = 8 * math.sqrt(perturb_reference.MOST_ELEMENTS)
+    assert largest * perturb_reference.inner_scale(perturb_reference.MOST_ELEMENTS) <= 2**31
+    assert philox.LARGEST_NORMAL**2 * perturb_reference.SQUARE_SCALE < 2**31
     too_many = torch.zeros(1, 1, 1).expand(1, 2 + (1 << 9), 1 << 12)
     with pytest.raises(ValueError, match="embeddings: expected at most"):
         ops.perturb(too_many, 1, *NEIGHBOR, 0)
@@ -136,7 +135,7 @@ def test_splitting_samples_or_concepts_changes_nothing():
 def test_internal_blocks_change_nothing(monkeypatch):
     e = embeddings(2, 6, 10)
     whole = draw(e, 12, NEIGHBOR, 4)
-    monkeypatch.setattr(perturbation, "_ELEMENTS_PER_BLOCK", 1)
+    monkeypatch.setattr(perturb_reference, "_ELEMENTS_PER_BLOCK", 1)
     for full, split in zip(whole, draw(e, 12, NEIGHBOR, 4), strict=True):
         assert torch.equal(full, split)
 

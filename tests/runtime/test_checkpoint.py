@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from realera_fast.runtime import Checkpoint, checkpoint
-from realera_fast.runtime.checkpoint import CheckpointError
+from realera_fast.runtime import Checkpoint, CheckpointError, checkpoint
 
 TENSORS = {"x": torch.arange(6.0).view(2, 3).mT, "n": torch.tensor(3)}
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_alignment import UNCHECKED, run
 from tiny_models import tiny_pipeline
 
-from realera_fast.runtime import Execution, Processes
-from realera_fast.runtime.checkpoint import ALIGNMENT, Checkpoint, CheckpointError
+from realera_fast.runtime import Checkpoint, CheckpointError, Execution, Processes
+from realera_fast.runtime.checkpoint import ALIGNMENT
 from realera_fast.text import TextModel
 
 SCRIPT = """

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shares import Share
 from tiny_models import tiny_pipeline
 
 from realera_fast import embedded
 from realera_fast.alignment import AlignmentConfig, Window, WindowFiller
-from realera_fast.alignment import windows as trajectories
-from realera_fast.alignment.windows import word_numbers
+from realera_fast.alignment.windows import _PROMPTS, word_numbers
 from realera_fast.mining import Region
 from realera_fast.models import projections
-from realera_fast.runtime import Processes, bar
+from realera_fast.runtime import Processes, progress_bar
 from realera_fast.solver import ConceptMap
 from realera_fast.text import TextModel, align
 from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet
@@ -24,17 +24,6 @@ class Words(list):
     """Aligned prompts, the first of them named."""
 
     named = 1
-
-
-class Share(Processes):
-    """One of several processes; its part is all that it gathers."""
-
-    def __init__(self, rank: int, count: int) -> None:
-        super().__init__()
-        self.rank, self.count = rank, count
-
-    def gather(self, tensor):
-        return tensor
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +69,7 @@ def made(parts, processes=None, **options):
 
 def filled(parts, number=0, held_back=False, model="edited", **options) -> Window:
     shared, _, filler = made(parts, **options)
-    with shared.installed(), bar(total=1, desc="", progress=False) as progress:
+    with shared.installed(), progress_bar(total=1, desc="", progress=False) as progress:
         return filler.fill(number, model, progress, held_back=held_back)
 
 
@@ -207,7 +196,7 @@ def test_the_original_model_tells_its_own_pictures_apart():
         batch_size=8,
     )
     states = text.encode(["a photo of a rabbit", "a photo of a house"])
-    with shared.installed(), bar(total=1, desc="", progress=False) as progress:
+    with shared.installed(), progress_bar(total=1, desc="", progress=False) as progress:
         pictures = sampler.run(states, [1, 2], "original", progress).latents[-1]
         margins = sampler.margin(pictures, states[[0, 0]], states[[1, 1]])
         swapped = sampler.margin(pictures, states[[1, 1]], states[[0, 0]])
@@ -273,4 +262,4 @@ def test_every_named_word_is_denoised(parts, caplog):
     filler.named, filler.prompts = 1000, [None] * 1000
     assert filler.windows(60, 100) == 60
     assert "60 steps see 240 of 1000 named words" in caplog.text
-    assert trajectories._PROMPTS == 8
+    assert _PROMPTS == 8
