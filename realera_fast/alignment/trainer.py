@@ -69,7 +69,7 @@ def loss_of(shared: SharedUNet, batch: Batch) -> tuple[Tensor, Tensor]:
     prompts = shared.condition(batch.states, "aligned")
     student = shared.predict(batch.latents, batch.timesteps, prompts)
     errors = (student - batch.teacher.to(student)).square().flatten(1).mean(dim=1)
-    return (errors * batch.weight).sum(), batch.term @ errors.detach()
+    return (errors * batch.weight).sum(), batch.term @ errors.detach().to(batch.term)
 
 
 class DivergedError(FloatingPointError):

@@ -494,6 +494,12 @@ def test_a_wrapped_unet_is_aligned(pipe):
     assert not pipe.unet.is_gradient_checkpointing
 
 
+def test_a_float64_unet_is_aligned():
+    pipe = tiny_pipeline(dtype=torch.float64)
+    result = run(pipe, ["cat"], CONFIG)
+    assert result.report["alignment"]["steps"] == FAST.steps
+
+
 def test_a_part_of_the_schedule_without_steps_is_refused(pipe):
     fast = dataclasses.replace(FAST, min_timestep=0.99)
     before = weights(pipe.unet)
