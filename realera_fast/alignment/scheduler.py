@@ -37,8 +37,9 @@ def find_scheduler(unet: Any) -> Any | None:
     try:
         found = getattr(diffusers, kind, None)
         if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
+            scheduler: Any = found
             # What a file leaves out is the default of its own class, not of another.
-            return found.from_config(config)
+            return scheduler.from_config(config)
     except Exception as error:
         # The file is anybody's, and so is what a class makes of it.
         why = str(error)
