@@ -349,10 +349,6 @@ def test_command_line_takes_the_demo_s_settings_and_its_options_override_them(
 # --- the real model ------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    not (embedded.FOLDER / "pipeline" / "model_index.json").is_file(),
-    reason="this checkout does not hold the embedded model",
-)
 def test_on_the_embedded_model(tmp_path: Path) -> None:
     table = embedded.words()
     names = {"cat", "tiger", "lion", "leopard", "bird", "dog"}
