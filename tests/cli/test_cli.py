@@ -583,11 +583,14 @@ def test_signals_leave_nothing_behind(
     model: str, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "out"
-    # The real process, stopped in the middle of the work, which waits there to be stopped.
+    # The real process, stopped in the middle of the work, which waits there to be stopped: in
+    # short sleeps, as a signal that comes just before a sleep is seen only when that one ends.
     program = (
         "import time, signal; from realera_fast import cli, eraser\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "def work(*_, **__): print('working', flush=True); time.sleep(60)\n"
+        "def work(*_, **__):\n"
+        "    print('working', flush=True)\n"
+        "    while True: time.sleep(0.05)\n"
         "eraser.erase = work\n"
         f"cli.main(['erase', {model!r}, '-c', 'cat', '-o', {str(out)!r}])"
     )
