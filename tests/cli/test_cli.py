@@ -590,7 +590,7 @@ def test_signals_leave_nothing_behind(
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def work(*_, **__):\n"
         "    print('working', flush=True)\n"
-        "    while True: time.sleep(0.05)\n"
+        "    for _ in range(1200): time.sleep(0.05)\n"
         "eraser.erase = work\n"
         f"cli.main(['erase', {model!r}, '-c', 'cat', '-o', {str(out)!r}])"
     )
