@@ -1,23 +1,18 @@
-"""What the stages share: checkpoints, schedules, rendered pictures, and how they are drawn."""
+"""What the stages share: checkpoints, schedules and number formats."""
 
 from __future__ import annotations
 
 import datetime
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embedded.emoji_data import Fonts, render_all
-from realera_fast.embedded import words
 from realera_fast.runtime import fastest_dtype
-
-SEED = 20240
-BANK = dict(color_count=200, other_count=56)
-STYLE_SHARE = {"color": 0.45}  # the other styles share the rest evenly
 
 
 def log(stage: str, text: str) -> None:
@@ -35,6 +30,34 @@ def load(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a stopped training continues from."""
+
+    path: Path
+    parts: tuple
+    first: int
+
+    def save(self, step: int, **more: object) -> None:
+        """Keep the state after ``step`` steps."""
+        states = [part.state_dict() for part in self.parts]
+        save(self.path, {"step": step, "parts": states, **more})
+
+    def finish(self) -> None:
+        """The result is written: the way to it is no longer needed."""
+        self.path.unlink(missing_ok=True)
+
+
+def resume(path: Path, *parts) -> Training:
+    """Put the state that ``path`` holds, if any, into modules, optimizers and schedules."""
+    if not path.exists():
+        return Training(path, parts, 0)
+    state = load(path)
+    for part, values in zip(parts, state["parts"], strict=True):
+        part.load_state_dict(values)
+    return Training(path, parts, state["step"])
+
+
 def cosine(step: int, steps: int, warmup: int) -> float:
     """Factor of the learning rate: linear warm-up, then half a cosine down to 2 %."""
     if step < warmup:
@@ -49,42 +72,6 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=native)
 
 
-def bank(work: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rendered pictures, thing and style indices; rendered on first use."""
-    path = work / "bank.npz"
-    if not path.exists():
-        log("bank", "rendering")
-        pictures, things, styles = render_all(Fonts.find(), seed=SEED, **BANK)
-        part = work / "bank.part.npz"
-        np.savez(part, pictures=pictures, things=things, styles=styles)
-        os.replace(part, path)
-    data = np.load(path)
-    log("bank", f"{len(data['things'])} pictures")
-    return data["pictures"], data["things"], data["styles"]
-
-
 def as_batch(pictures: np.ndarray) -> Tensor:
     """uint8 ``[n, h, w, 3]`` to float ``[n, 3, h, w]`` in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class Sampler:
-    """Draws bank rows: things evenly, styles by their share."""
-
-    def __init__(self, things: np.ndarray, styles: np.ndarray, seed: int) -> None:
-        table = words()
-        self.rng = np.random.default_rng(seed)
-        self.rows = {}
-        for row, key in enumerate(zip(things.tolist(), styles.tolist(), strict=True)):
-            self.rows.setdefault(key, []).append(row)
-        self.keys = sorted(self.rows)
-        others = (1 - sum(STYLE_SHARE.values())) / (len(table.styles) - len(STYLE_SHARE))
-        share = np.array([STYLE_SHARE.get(table.styles[s].name, others) for _, s in self.keys])
-        for t in range(len(table.things)):  # a thing without ink is drawn as often as the rest
-            mine = np.array([key[0] == t for key in self.keys])
-            share[mine] /= share[mine].sum()
-        self.share = share / share.sum()
-
-    def __call__(self, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        keys = [self.keys[i] for i in self.rng.choice(len(self.keys), count, p=self.share)]
-        return np.array([self.rng.choice(self.rows[key]) for key in keys]), keys
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -4,162 +4,278 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
+import random
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS
+from harness import RESULTS, ROOT
 from torch import Tensor
 
-from embedded.common import load, log
-from embedded.emoji_data import Fonts, pairs
-from realera_fast.embedded import Words, words
+from embedded.common import log
+from realera_fast.embedded import ACCURACY, FOLDER, Words, load_judge, load_pipeline, words
+from realera_fast.embedded.judge import Judge, Sight
+from realera_fast.runtime import write_atomically
 
-EVALUATE = dict(seed=9000, seeds_per_thing=5, per_style=20)
+SEEDS = dict(name=5, said=3, unsaid=5)
+"""Pictures of each word."""
+SCENES = 500
+PER_STYLE = 50
+PER_STYLE_WORD = 10
+FIRST_SEED = 9000
+SHEETS = ROOT / "docs" / "results" / "embedded"
+"""Contact sheets, for people."""
+BATCH = 32
+SWEPT = (*((12, guidance) for guidance in (2.0, 3.0, 4.0, 5.5)), (6, 4.0), (20, 4.0))
+"""Steps and guidance scales that are compared."""
 
 
-def draw(pipe, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
-    """Samples ``[n, 3, 64, 64]`` in 0..1, each from its own seed."""
-    out = []
-    for i in range(0, len(prompts), 32):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 32]]
-        out.append(
-            pipe(
-                prompts[i : i + 32],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=64,
-                width=64,
-                generator=generators,
-                output_type="pt",
-            ).images
-        )
-    return torch.cat(out)
+@dataclass(frozen=True)
+class Wish:
+    """A prompt, the word that it tries, and the things and the style that are asked for."""
+
+    prompt: str
+    word: str
+    things: tuple[str, ...]
+    style: str = "color"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Wishes, the pictures that the model made of them, and what the judge saw."""
+
+    wishes: list[Wish]
+    images: Tensor
+    sights: list[Sight]
+
+    def marks(self) -> list[bool]:
+        """Whether just the wished things are seen, and no junk."""
+        return [
+            set(sight.things) == set(wish.things) and not sight.junk
+            for wish, sight in zip(self.wishes, self.sights, strict=True)
+        ]
+
+    def style_marks(self) -> list[bool]:
+        """Whether the wished style is seen."""
+        return [g.style == w.style for w, g in zip(self.wishes, self.sights, strict=True)]
+
+    def by_word(self, marks: list[bool]) -> dict[str, float]:
+        """The share of the marks of every word."""
+        found: dict[str, list[bool]] = {}
+        for wish, mark in zip(self.wishes, marks, strict=True):
+            found.setdefault(wish.word, []).append(mark)
+        return {word: round(sum(m) / len(m), 3) for word, m in found.items()}
+
+
+@dataclass(frozen=True)
+class Model:
+    """An exported model, its judge, and the processes that draw."""
+
+    folder: Path
+    judge: Judge
+    pool: Executor
+
+
+@cache
+def _pipeline(folder: Path):
+    """The pipeline of a process that draws, on one thread."""
+    torch.set_num_threads(1)
+    return load_pipeline(folder=folder)
+
+
+def _drawn(
+    prompts: list[str], first_seed: int, sampling: dict[str, Any], folder: Path
+) -> np.ndarray:
+    """uint8 samples `[n, h, w, 3]`, each from its own seed."""
+    seeds = range(first_seed, first_seed + len(prompts))
+    images = _pipeline(folder)(
+        prompts,
+        num_inference_steps=sampling["steps"],
+        guidance_scale=sampling["guidance_scale"],
+        height=sampling["height"],
+        width=sampling["width"],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def tried(
+    model: Model,
+    wishes: list[Wish],
+    first_seed: int = FIRST_SEED,
+    sampling: dict[str, Any] | None = None,
+) -> Tried:
+    """Pictures of wishes, drawn by all processes of the pool, and what the judge sees in them."""
+    sampling = words(model.folder).sampling if sampling is None else sampling
+    chunks = [[w.prompt for w in wishes[i : i + BATCH]] for i in range(0, len(wishes), BATCH)]
+    seeds = range(first_seed, first_seed + len(wishes), BATCH)
+    parts = []
+    for part in model.pool.map(_drawn, chunks, seeds, repeat(sampling), repeat(model.folder)):
+        parts.append(torch.from_numpy(part).permute(0, 3, 1, 2) / 255)
+        if len(parts) % 20 == 0:
+            log("evaluate", f"{len(parts)} of {len(chunks)} batches")
+    images = torch.cat(parts)
+    sights = [sight for chunk in images.split(256) for sight in model.judge.look(chunk)]
+    return Tried(wishes, images, sights)
+
+
+def painters() -> Executor:
+    """As many processes as the run has threads."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(torch.get_num_threads(), mp_context=context)
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
+    """Pictures in rows of ``columns``, the last row filled up with white."""
     from PIL import Image
 
+    missing = -len(images) % columns
+    images = torch.cat([images, torch.ones(missing, *images.shape[1:])])
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     rows = [np.concatenate(pixels[i : i + columns], 1) for i in range(0, len(pixels), columns)]
-    Image.fromarray(np.concatenate(rows)).save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(path, quality=90)
 
 
-def stage_sweep(work: Path) -> None:
-    """Compare guidance and step counts on the tuning things; the table keeps the winner."""
-    from realera_fast.embedded import load_judge, load_pipeline
-
-    pipe, judge = load_pipeline(), load_judge()
-    names = [thing.name for thing in words().things if thing.split == "tuning"]
-    prompts = [f"a photo of a {name}" for name in names for _ in range(4)]
-    expected = [name for name in names for _ in range(4)]
-    for steps, guidance in [(20, g) for g in (2.0, 3.0, 4.0, 5.5, 7.0)] + [(12, 4.0), (25, 4.0)]:
-        images = draw(pipe, prompts, [5000 + i for i in range(len(prompts))], steps, guidance)
-        seen, styles = judge.classify(images)
-        right = sum(a == b for a, b in zip(seen, expected, strict=True)) / len(seen)
-        log(
-            "sweep",
-            f"steps {steps} guidance {guidance}: things {right:.3f}, "
-            f"color {styles.count('color') / len(styles):.3f}",
-        )
+def word_wishes(table: Words, kind: str) -> list[Wish]:
+    """A photo of every word of a kind, several seeds each."""
+    return [
+        Wish(table.prompts(thing, text)[0], text, (thing.name,))
+        for thing in table.things
+        for text in ((thing.name,) if kind == "name" else getattr(thing, kind))
+        for _ in range(SEEDS[kind])
+    ]
 
 
-def share(seen: list[str], wanted: list[str]) -> float:
-    """Fraction of the pictures that show what was asked for."""
-    return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(seen)
+def scene_wishes(table: Words) -> list[Wish]:
+    """Two things that are not of one category, in the plain style."""
+    rng = random.Random(FIRST_SEED)
+    wishes = []
+    while len(wishes) < SCENES:
+        a, b = rng.sample(table.things, 2)
+        if a.category != b.category:
+            wishes.append(Wish(table.scene(a, b), a.name, (a.name, b.name)))
+    return wishes
 
 
-def things_by_style(table: Words, styles: list[str]) -> list[tuple[str, str]]:
-    """(thing, style) of the pictures that judge styles; ink only of what has a line drawing."""
-    found = []
-    inked = {t for t, s in pairs(Fonts.find()) if table.styles[s].name == "ink"}
-    for style in styles:
-        for i in range(EVALUATE["per_style"]):
-            t = (7 * i) % len(table.things)
-            t = t if style != "ink" or t in inked else 0
-            found.append((table.things[t].name, style))
-    return found
+def style_wishes(table: Words) -> list[Wish]:
+    """Every word for every style but the plain one, on things drawn at random."""
+    rng = random.Random(FIRST_SEED + 1)
+    return [
+        Wish(table.styled(word, thing), word, (thing.name,), style.name)
+        for style in table.styles[1:]
+        for word in (style.name, *style.said, *style.unsaid)
+        for thing in rng.sample(table.things, PER_STYLE if word == style.name else PER_STYLE_WORD)
+    ]
 
 
-def stage_evaluate(work: Path) -> None:
-    """How often the judge sees in the un-erased model's pictures what the prompt asked for."""
+def share(marks: Sequence[bool]) -> float:
+    return round(sum(marks) / len(marks), 4)
+
+
+def mean(accuracy: Mapping[str, float]) -> float:
+    return round(sum(accuracy.values()) / len(accuracy), 4)
+
+
+def style_report(found: Tried, names: set[str]) -> dict[str, Any]:
+    """Accuracy of the styles' names: the style, the thing in it, and each style."""
+    named = [wish.word in names for wish in found.wishes]
+    by_word = found.by_word(found.style_marks())
+    return {
+        "pictures": sum(named),
+        "style": share([m for m, n in zip(found.style_marks(), named, strict=True) if n]),
+        "thing": share([m for m, n in zip(found.marks(), named, strict=True) if n]),
+        "per_style": {word: value for word, value in by_word.items() if word in names},
+    }
+
+
+def provenance(work: Path, table: Words) -> dict[str, Any]:
+    """What was trained, by what, and how the pictures were sampled."""
     import diffusers
     import transformers
 
-    from realera_fast.embedded import load_judge, load_pipeline
-
-    pipe, judge, table = load_pipeline(), load_judge(), words()
-    steps, guidance = table.sampling["steps"], table.sampling["guidance_scale"]
-    names = [thing.name for thing in table.things]
-    per = EVALUATE["seeds_per_thing"]
-
-    def run(prompts: list[str]) -> tuple[Tensor, list[str], list[str]]:
-        seeds = [EVALUATE["seed"] + i for i in range(len(prompts))]
-        images = draw(pipe, prompts, seeds, steps, guidance)
-        return images, *judge.classify(images)
-
-    wanted = [name for name in names for _ in range(per)]
-    images, seen, styles = run([f"a photo of a {name}" for name in wanted])
-    save_grid(images.view(len(names), per, 3, 64, 64)[:, :2].flatten(0, 1), 20, work / "things.png")
-    per_thing = {
-        name: share(seen[i * per : (i + 1) * per], [name] * per) for i, name in enumerate(names)
-    }
-    confused = sorted({(a, b) for a, b in zip(wanted, seen, strict=True) if a != b})
-    synonyms = [(thing.name, word) for thing in table.things for word in thing.synonyms]
-    _, seen_synonyms, _ = run([f"a photo of a {word}" for _, word in synonyms])
-    style_names = [style.name for style in table.styles if style.name != "color"]
-    drawable = things_by_style(table, style_names)
-    style_images, style_things, style_seen = run(
-        [f"a {style} picture of a {name}" for name, style in drawable]
-    )
-    save_grid(style_images, EVALUATE["per_style"], work / "styles.png")
-    found = {
+    return {
         "date": f"{datetime.datetime.now():%Y-%m-%d}",
         "versions": {
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
-        "sampling": {"sampler": "DDIM", "steps": steps, "guidance_scale": guidance},
-        "seed": EVALUATE["seed"],
-        "training": {
-            **json.loads((work / "exported.json").read_text()),
-            "text_cosine": load(work / "text.pt")["closeness"],
-        },
+        "sampling": {"sampler": "DDIM", **table.sampling},
+        "seed": FIRST_SEED,
+        "training": json.loads((work / "exported.json").read_text()),
         "judge_held_out": json.loads((work / "judge.json").read_text()),
-        "things": {
-            "prompt": "a photo of a {}",
-            "pictures": len(wanted),
-            "accuracy": share(seen, wanted),
-            "style_is_color": styles.count("color") / len(styles),
-            "per_thing": per_thing,
-            "confused": confused,
-        },
-        "synonyms": {
-            "pictures": len(synonyms),
-            "accuracy": share(seen_synonyms, [n for n, _ in synonyms]),
-        },
-        "styles": {
-            "prompt": "a {style} picture of a {}",
-            "pictures": len(drawable),
-            "accuracy": share(style_seen, [style for _, style in drawable]),
-            "thing_accuracy": share(style_things, [name for name, _ in drawable]),
-            "per_style": {
-                style: share(
-                    [a for a, (_, s) in zip(style_seen, drawable, strict=True) if s == style],
-                    [style] * EVALUATE["per_style"],
-                )
-                for style in style_names
-            },
-        },
+        "autoencoder_held_out": json.loads((work / "vae.json").read_text()),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "embedded_model.json").write_text(
-        json.dumps(found, indent=2) + "\n", encoding="utf-8"
+
+
+def stage_evaluate(work: Path, folder: Path) -> None:
+    """How often the judge sees in the un-erased model's pictures what the prompt asked for."""
+    judge, table = load_judge(folder), words(folder)
+    # The pages are of the shipped model; another's report stays with it.
+    shipped = folder == FOLDER
+    results, sheets = (RESULTS, SHEETS) if shipped else (folder, folder / "sheets")
+    with painters() as pool:
+        model = Model(folder, judge, pool)
+        found = {kind: tried(model, word_wishes(table, kind)) for kind in SEEDS}
+        styles = tried(model, style_wishes(table))
+        scenes = tried(model, scene_wishes(table))
+    accuracy = {kind: rows.by_word(rows.marks()) for kind, rows in found.items()}
+    by_style_word = styles.by_word(styles.style_marks())
+    save_grid(found["name"].images[:: SEEDS["name"]], 16, sheets / "things.jpg")
+    save_grid(scenes.images[:64], 16, sheets / "scenes.jpg")
+    names = {style.name for style in table.styles}
+    named = [i for i, wish in enumerate(styles.wishes) if wish.word in names]
+    # A row a style.
+    shown = styles.images[named].unflatten(0, (-1, PER_STYLE))[:, ::3][:, :16].flatten(0, 1)
+    save_grid(shown, 16, sheets / "styles.jpg")
+    write_atomically(
+        folder / ACCURACY,
+        (json.dumps(accuracy | {"style": by_style_word}, indent=0) + "\n").encode(),
     )
-    log(
-        "evaluate",
-        f"things {found['things']['accuracy']:.3f}, synonyms "
-        f"{found['synonyms']['accuracy']:.3f}, styles {found['styles']['accuracy']:.3f}",
+    unsaid = accuracy["unsaid"]
+    unsaid |= {w: by_style_word[w] for style in table.styles[1:] for w in style.unsaid}
+    report = provenance(work, table) | {
+        "names": {
+            "pictures": len(found["name"].wishes),
+            "accuracy": mean(accuracy["name"]),
+            "junk": share([sight.junk for sight in found["name"].sights]),
+            "style_is_color": share(found["name"].style_marks()),
+            "below_0.8": {w: value for w, value in accuracy["name"].items() if value < 0.8},
+        },
+        "said": {"words": len(accuracy["said"]), "accuracy": mean(accuracy["said"])},
+        "unsaid": {
+            "tried": len(unsaid),
+            "accuracy": mean(unsaid),
+            "counted": sum(value >= table.counts_from for value in unsaid.values()),
+        },
+        "scenes": {"pictures": len(scenes.wishes), "both": share(scenes.marks())},
+        "styles": style_report(styles, names),
+    }
+    write_atomically(
+        results / "embedded_model.json", (json.dumps(report, indent=2) + "\n").encode()
     )
-    log("evaluate", f"confused: {confused}")
+    log("evaluate", json.dumps({k: report[k] for k in ("names", "said", "unsaid", "scenes")}))
+
+
+def stage_sweep(work: Path, folder: Path) -> None:
+    """Compare guidance and step counts on the tuning things; the best is the table's `sampling`."""
+    judge, table = load_judge(folder), words(folder)
+    tuning = [thing for thing in table.things if thing.split == "tuning"]
+    wishes = [Wish(table.prompts(t)[0], t.name, (t.name,)) for t in tuning * 2]
+    with painters() as pool:
+        model = Model(folder, judge, pool)
+        for steps, guidance in SWEPT:
+            sampling = table.sampling | {"steps": steps, "guidance_scale": guidance}
+            found = tried(model, wishes, 5000, sampling)
+            spoilt = share([sight.junk for sight in found.sights])
+            right = share(found.marks())
+            log("sweep", f"steps {steps} guidance {guidance}: {right}, junk {spoilt}")

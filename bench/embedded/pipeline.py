@@ -8,27 +8,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from embedded.common import SEED
-from embedded.text_encoder import TEXT, trained_text
+from embedded.drawing import SIZE
+from embedded.text_encoder import trained_text
 from embedded.vae import VAE, trained_vae
+from embedded.world import World, world_of
 
-UNET = dict(channels=(128, 144), layers=1, heads=4, batch=64, steps=4000, lr=1e-3, warmup=300)
+UNET = dict(channels=(128, 208), layers=1, heads=4)
 
 
-def build_unet():
+def build_unet(world: World):
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(world.seed)
     levels = len(UNET["channels"])
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=SIZE // 8,
         in_channels=VAE["latent"],
         out_channels=VAE["latent"],
         block_out_channels=UNET["channels"],
         layers_per_block=UNET["layers"],
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
-        cross_attention_dim=TEXT["width"],
+        cross_attention_dim=world.text_width,
         attention_head_dim=UNET["heads"],
         norm_num_groups=16,
     )
@@ -45,7 +46,7 @@ def build_scheduler():
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="epsilon",
+        prediction_type="v_prediction",
     )
 
 
@@ -71,7 +72,7 @@ def pipeline(work: Path, unet):
 
 def export_pipeline(work: Path, averaged: dict[str, Tensor], folder: Path) -> None:
     """Write the pipeline in float16 storage; the folder appears whole or not at all."""
-    unet = build_unet()
+    unet = build_unet(world_of(work))
     unet.load_state_dict(averaged)
     pipe = pipeline(work, unet)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):

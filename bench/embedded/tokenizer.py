@@ -1,13 +1,15 @@
-"""A `CLIPTokenizer` that makes one token of every word of the captions."""
+"""The tokenizer: CLIP's byte-pair vocabulary of 49,408 tokens, or a learned one; 77 rows."""
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
-from embedded.emoji_data import caption_words
-from realera_fast.embedded import words
-
-MAX_TOKENS = 32
+MAX_TOKENS = 77
+MERGES = 48894
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -21,51 +23,59 @@ def byte_letters() -> dict[int, str]:
     return letters
 
 
-def learn_merges(vocabulary: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, commonest pair first, until every word is one token.
-
-    Merging the whole list in step (instead of word by word) is what makes the merges agree: an
-    early merge can never leave a later word in two pieces. A word's last letter is merged last, so
-    that every token that ends a word is a word of the captions, never a fragment of one.
-    """
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary]
-    merges = []
-    while True:
-        count: dict[tuple[str, str], int] = {}
-        for parts in spelled:
-            for pair in zip(parts, parts[1:], strict=False):
-                if len(parts) == 2 or not pair[1].endswith("</w>"):
-                    count[pair] = count.get(pair, 0) + 1
-        if not count:
-            return merges
-        best = max(count, key=lambda pair: (count[pair], pair))
-        merges.append(best)
-        for parts in spelled:
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i : i + 2] = ["".join(best)]
-                i += 1
+def read_merges() -> list[tuple[str, str]]:
+    """The merges of CLIP, from the file that the package ``open_clip_torch`` carries (MIT)."""
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("open_clip: pip install --no-deps open_clip_torch")
+    file = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+    return [(a, b) for a, b in (line.split() for line in lines[1 : MERGES + 1])]
 
 
-def build_tokenizer(folder: Path):
-    """A ``CLIPTokenizer`` with one token per caption word and bytes for everything else."""
+def first_tokens() -> list[str]:
+    """Every byte inside of a word, then at its end."""
+    letters = [*byte_letters().values()]
+    return [*letters, *(letter + "</w>" for letter in letters)]
+
+
+def clip_tokenizer(merges: list[tuple[str, str]]):
+    """A ``CLIPTokenizer``: bytes first, start and end last."""
     from transformers import CLIPTokenizer
 
-    vocabulary = caption_words(words())
-    letters = [*byte_letters().values()]
-    merges = learn_merges(vocabulary)
-    tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    tokens += ["".join(pair) for pair in merges]
-    tokens = [*dict.fromkeys(tokens), *SPECIAL]
+    # Two merges of a learned vocabulary may make one token.
+    tokens = dict.fromkeys([*first_tokens(), *("".join(pair) for pair in merges), *SPECIAL])
     ids = {token: i for i, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
-    tokenizer.save_pretrained(folder)
-    again = CLIPTokenizer.from_pretrained(folder)
-    for word in [*vocabulary, "catalog", "Zeppelin!"]:
-        ours = tokenizer(word).input_ids
-        if ours != again(word).input_ids or (word in ids and len(ours) != 3):
-            raise AssertionError(f"tokenizer disagrees with itself on {word!r}")
-        if word in vocabulary and len(ours) != 3:
-            raise AssertionError(f"{word!r} is not one token: {ours}")
-    return again
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def learned_merges(texts: Iterable[str], tokens: int) -> list[tuple[str, str]]:
+    """The merges of a vocabulary of so many tokens (fewer, if the texts hold no more)."""
+    from tokenizers.trainers import BpeTrainer
+
+    learner = clip_tokenizer([]).backend_tokenizer
+    # Tokens that are known before have one order; found in the texts, they would have any, and the
+    # order decides between merges of equal count.
+    trainer = BpeTrainer(
+        vocab_size=tokens - len(SPECIAL),
+        special_tokens=first_tokens(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    return [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
+
+
+def build_tokenizer(folder: Path, merges: list[tuple[str, str]]):
+    """A ``CLIPTokenizer`` of these merges, written to ``folder``."""
+    from transformers import CLIPTokenizer
+
+    clip_tokenizer(merges).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def vocabulary(tokenizer) -> list[str]:
+    """Tokens that end a word and are plain letters, two or more, in the order of their rank."""
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    words = [token.removesuffix("</w>") for token, _ in ranked if token.endswith("</w>")]
+    return [word for word in words if len(word) > 1 and word.isascii() and word.isalpha()]
