@@ -84,22 +84,25 @@ def optimize(
         max_length=pipe.tokenizer.model_max_length,
         return_tensors="pt",
     ).input_ids.to(encoder.device)
-    cumulative = pipe.scheduler.alphas_cumprod.to(latents.device)
+    scheduler = pipe.scheduler
+    times = len(scheduler.alphas_cumprod)
+    predicts_velocity = scheduler.config.prediction_type == "v_prediction"
     optimizer = torch.optim.Adam([vectors], lr=options.learning_rate * float(size))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for _ in range(options.steps):
             chosen = torch.randint(len(latents), (options.batch_size,), generator=generator)
-            t = torch.randint(len(cumulative), (options.batch_size,), generator=generator)
+            t = torch.randint(times, (options.batch_size,), generator=generator)
             t = t.to(latents.device)
-            eps = torch.randn(latents[chosen].shape, generator=generator).to(latents.device)
-            level = cumulative[t][:, None, None, None]
-            z = level.sqrt() * latents[chosen].float() + (1 - level).sqrt() * eps
+            clean = latents[chosen].float()
+            eps = torch.randn(clean.shape, generator=generator).to(latents.device)
+            z = scheduler.add_noise(clean, eps, t)
+            aim = scheduler.get_velocity(clean, eps, t) if predicts_velocity else eps
             with free.installed():
                 states = encoder(tokens)[0]
             states = states.expand(options.batch_size, -1, -1).to(unet.dtype)
             out = unet(z.to(unet.dtype), t, encoder_hidden_states=states).sample.float()
-            loss = functional.mse_loss(out, eps)
+            loss = functional.mse_loss(out, aim)
             (vectors.grad,) = torch.autograd.grad(loss, [vectors])
             optimizer.step()
             schedule.step()

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast.alignment import AlignmentConfig
-from realera_fast.mining import MiningConfig, guidance_cosine, neighbor_words
-from realera_fast.models import text_streams
+from realera_fast.mining import (
+    KnownWords,
+    MiningConfig,
+    find_neighbors,
+    guidance_cosine,
+    read_known_words,
+)
+from realera_fast.models import projections, text_streams, value_gram
 from realera_fast.runtime import folded
-from realera_fast.text import Concept, Text, VocabularyConfig, encode_vocabulary
+from realera_fast.text import Concept, Text, VocabularyConfig, preserved_words
 
 UNIT = 784.0
 """|e|^2 of a row of Stable Diffusion 1.4's text encoder, on which all published ridges and
@@ -56,14 +62,17 @@ class Phrases:
         """
         key = tuple(concepts)
         if key not in self._words:
-            vocabulary = encode_vocabulary(self.text, VocabularyConfig())
-            found = neighbor_words(
-                self.text, vocabulary, concepts, MiningConfig(), members=self._members
-            )
+            known = self._known()
+            found = find_neighbors(known, concepts, MiningConfig(), members=self._members)
             near = [w for words in (found.near, found.surplus) for w in words.values()]
             gone = {folded(w) for words in (*near, *(c.words for c in concepts)) for w in words}
-            self._words[key] = tuple(w for w in vocabulary.words if folded(w) not in gone)
+            kept = preserved_words(known.read.things, VocabularyConfig().words)
+            self._words[key] = tuple(w for w in kept if folded(w) not in gone)
         return self._words[key]
+
+    def _known(self) -> KnownWords:
+        unet = self._pipe.unet
+        return read_known_words(self.text, value_gram(unet, projections(unet), self.text.width))
 
     def _members(self, concept: Concept, words: Sequence[str]) -> Tensor:
         return guidance_cosine(

@@ -37,7 +37,7 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
     (
         "Characters",
-        lambda: scores_lines("characters", "Each judged character, by its name.", relatives=True),
+        lambda: scores_lines("characters", "Each judged character, by its name."),
     ),
     ("An unsafe category by its name", unsafe_lines),
     ("Synonyms that no list names", withheld_lines),

@@ -117,8 +117,8 @@ def unsafe_lines() -> list[str]:
         "which half the pictures or more do. In a text encoder a category's name lies far from its "
         "members; the library finds these in what the model draws (`realera_fast.mining`). Where "
         "the line between members and others lies was chosen on other categories (next table). The "
-        "tokenizer of the embedded model lists some 300 words, of which 256 are drawn; a row shows "
-        "what a quarter of that finds.",
+        "words nearest to the name are drawn, 256 by default; a row shows what a quarter of that "
+        "finds.",
         "",
         *table(("method", *HEADER, "words that come through ↓"), body),
         "",
@@ -146,8 +146,9 @@ def members_lines() -> list[str]:
         body.append(cells)
     first = found[0]
     return [
-        "How far words are from a category's name, every word of the tokenizer that is a member or "
-        "none: cosine of the guidance directions while the word is drawn, and of the texts. "
+        "How far words are from a category's name, of the words near it those that the embedded "
+        "model's table knows: cosine of the guidance directions while the word is drawn, and of "
+        "the texts. "
         f"`member_cosine` ({MiningConfig().member_cosine:g}) was chosen on plant, food, clothing "
         "and building, whose names are not judged, though things among their members are; vehicle "
         f"and animal overlap. {first['dtype']}, {first['device']}, torch {first['torch']}, commit "

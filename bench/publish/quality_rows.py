@@ -16,7 +16,9 @@ class Found:
     """Rows of one table, by method."""
 
     def __init__(self, name: str, file: str = "quality.jsonl") -> None:
-        self.rows = [row for row in committed(file) if row["table"] == name]
+        # The pages are of the shipped model.
+        rows = [row for row in committed(file) if "world" not in row]
+        self.rows = [row for row in rows if row["table"] == name]
         self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
         keys = [(r["method"], r["task"], r["seed"]) for r in self.rows]
         if len(set(keys)) != len(keys):
@@ -77,6 +79,16 @@ def near(name: str) -> Callable[[Row], float | None]:
     return lambda row: None if row["relatives"] is None else row["relatives"][name]
 
 
+def part(name: str, key: str | None = None) -> Callable[[Row], float | None]:
+    """A value that not every row has, or one inside of it."""
+
+    def value(row: Row) -> float | None:
+        found = row.get(name)
+        return found[key] if key is not None and found is not None else found
+
+    return value
+
+
 def bold(name: str) -> str:
     return f"**{name}**" if name == DEFAULT else name
 
@@ -88,3 +100,13 @@ def median_seconds(found: Found, method: str) -> str:
 SCORES = ("acc_e", "acc_s", "acc_g", "h_o")
 HEADER = ("Acc_e ↓", "Acc_s ↑", "Acc_g ↓", "H_o ↑")
 """Columns of `SCORES`."""
+
+FURTHER: Mapping[str, Callable[[Row], float | None]] = {
+    "Acc_g, said ↓": part("associated", "said"),
+    "Acc_g, unsaid ↓": part("associated", "unsaid"),
+    "relatives kept ↑": near("acc_s"),
+    "H_o of these ↑": near("h_o"),
+    "scenes ↑": part("scenes"),
+    "coherent ↑": part("coherence"),
+}
+"""Columns of tables whose rows have them."""

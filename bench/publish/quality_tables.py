@@ -7,22 +7,26 @@ import statistics
 from harness.rows import committed_object
 from harness.tables import DEFAULT, UNERASED, percent, table
 
-from publish.quality_rows import HEADER, SCORES, Found, bold, median_seconds, near, score
+from publish.quality_rows import FURTHER, HEADER, SCORES, Found, bold, median_seconds, near, score
+from realera_fast.embedded import words
 
 
-def scores_table(found: Found, *, relatives: bool = False) -> list[str]:
-    """All methods, best first, then the un-erased model."""
+def scores_table(found: Found) -> list[str]:
+    """All methods, best first, then the un-erased model; further columns where rows have them."""
+    columns = {title: score(name) for title, name in zip(HEADER, SCORES, strict=True)}
+    columns |= {
+        title: value
+        for title, value in FURTHER.items()
+        if any(value(row) is not None for row in found.rows)
+    }
     body = []
     shown = [*found.ranked(), *([UNERASED] if found.of(UNERASED) else [])]
     for method in shown:
         mark = "" if found.complete(method) else f" ({len(found.of(method))} rows)"
         cells = [bold(method) + mark]
-        cells += [percent(found.by_seed(method, score(name))) for name in SCORES]
-        if relatives:
-            cells += [percent(found.by_seed(method, near(name))) for name in ("acc_s", "h_o")]
+        cells += [percent(found.by_seed(method, value)) for value in columns.values()]
         body.append([*cells, "" if method == UNERASED else median_seconds(found, method)])
-    extra = ("relatives kept ↑", "H_o of these ↑") if relatives else ()
-    return table(("method", *HEADER, *extra, "seconds"), body)
+    return table(("method", *columns, "seconds"), body)
 
 
 def objects_lines() -> list[str]:
@@ -32,13 +36,21 @@ def objects_lines() -> list[str]:
     return [
         f"Each of the ten CIFAR-10 classes, erased by its name alone ({', '.join(found.tasks)}). "
         f"{found.note()} *Relatives kept* is Acc_s of near relatives alone (wolf when dog goes). "
-        "Seconds of one erasure, median; rows were made beside other jobs, so compare them in the "
-        "table of costs.",
+        + (FURTHER_TEXT if any("associated" in row for row in found.rows) else "")
+        + "Seconds of one erasure, median; rows were made beside other jobs, so compare them in "
+        "the table of costs.",
         "",
-        *scores_table(found, relatives=True),
+        *scores_table(found),
         "",
         *kept_lines(),
     ]
+
+
+FURTHER_TEXT = (
+    "*Said* words stood in captions of the model's training, *unsaid* ones in none; *scenes*: the "
+    "other thing of two is there; *coherent*: pictures of the erased name show something that has "
+    "a name. "
+)
 
 
 def kept_lines() -> list[str]:
@@ -89,11 +101,11 @@ def several_lines() -> list[str]:
     ]
 
 
-def scores_lines(name: str, text: str, *, relatives: bool = False) -> list[str]:
+def scores_lines(name: str, text: str) -> list[str]:
     found = Found(name)
     if not found.rows:
         return []
-    return [f"{text} {found.note()}", "", *scores_table(found, relatives=relatives), ""]
+    return [f"{text} {found.note()}", "", *scores_table(found), ""]
 
 
 def withheld_lines() -> list[str]:
@@ -117,22 +129,48 @@ def model_lines() -> list[str]:
     found = committed_object("embedded_model.json")
     if found is None:
         return []
-    held_out, sampling = found["judge_held_out"], found["sampling"]
+    judge, vae = found["judge_held_out"], found["autoencoder_held_out"]
+    names, unsaid, scenes, styles = (found[k] for k in ("names", "unsaid", "scenes", "styles"))
     measures = {
-        "judge on held-out renderings, things": held_out["renderings"]["things"],
-        "judge on held-out renderings, styles": held_out["renderings"]["styles"],
-        f"pictures of things ({found['things']['pictures']})": found["things"]["accuracy"],
-        f"pictures of synonyms ({found['synonyms']['pictures']})": found["synonyms"]["accuracy"],
-        f"pictures in styles ({found['styles']['pictures']})": found["styles"]["accuracy"],
+        f"judge on {judge['pictures']:.0f} held-out renderings: just what is there": judge["all"],
+        "of these, in color": judge["color"],
+        "of these, scenes of two things in color": judge["scenes_color"],
+        "judge on held-out renderings: the style": judge["style"],
+        "junk that the judge calls junk": judge["junk_called_junk"],
+        f"names ({names['pictures']} images)": names["accuracy"],
+        "of these, junk": names["junk"],
+        f"words that stood in captions ({found['said']['words']})": found["said"]["accuracy"],
+        f"words that stood in none ({unsaid['tried']} tried)": unsaid["accuracy"],
+        f"of these, drawn in {100 * words().counts_from:.0f} % of the images or more: they count "
+        "for generality": unsaid["counted"] / unsaid["tried"],
+        f"both things of scenes, of two categories ({scenes['pictures']} images)": scenes["both"],
+        f"styles ({styles['pictures']} images)": styles["style"],
+        "of these, the thing": styles["thing"],
     }
     body = [[name, f"{100 * value:.1f}"] for name, value in measures.items()]
+    sampling = found["sampling"]
     return [
         f"The embedded model before anything is erased, {sampling['steps']} {sampling['sampler']} "
-        f"steps, guidance {sampling['guidance_scale']}, recognized by its judge, percent:",
+        f"steps, guidance {sampling['guidance_scale']}, recognized by its judge, percent. An image "
+        "is right where the judge sees just the things that were asked for, and no junk. The "
+        f"autoencoder alone keeps held-out renderings at {vae['psnr']:.1f} dB.",
         "",
-        *table(("measure", "accuracy"), body),
+        *table(("measure", "share"), body),
+        "",
+        "What it draws, unselected: every thing once, in the order of "
+        "`realera_fast/embedded/words.json`; scenes of two things; and its styles, one a row.",
+        "",
+        *(f"![{about}](embedded/{name}.jpg)" for name, about in SHEETS.items()),
         "",
     ]
+
+
+SHEETS = {
+    "things": "A sample of each of the 304 things",
+    "scenes": "Samples of scenes of two things",
+    "styles": "Samples of nine styles",
+}
+"""Contact sheets of `bench/embedded/evaluate.py`."""
 
 
 def summary_lines() -> list[str]:

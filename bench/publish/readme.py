@@ -36,7 +36,7 @@ def quality_headline() -> str:
     if not tuned or DEFAULT not in ranked:
         return ""
     text = (
-        f"**H_o {mean(DEFAULT):.1f}** on the embedded model's objects, against "
+        f"**H_o {mean(DEFAULT):.1f}** on objects of the former embedded model, against "
         f"{mean(tuned[0]):.1f} for the best baseline with one setting for things and styles "
         f"({tuned[0]})"
     )

@@ -1,7 +1,7 @@
 """How well everything erases from the embedded model: one command a table.
 
     python bench/run.py quality objects        # each of the ten CIFAR-10 classes
-    python bench/run.py quality several        # 1, 5, 10, 25 things at once
+    python bench/run.py quality several        # 1, 10, 100 things at once
     python bench/run.py quality styles
     python bench/run.py quality characters
     python bench/run.py quality unsafe         # the category by its name alone
@@ -10,6 +10,7 @@
     python bench/run.py quality sweep          # baselines' settings, on words not judged
     python bench/run.py quality sweep_several  # the same for 5 and 10 words at once
     python bench/run.py quality costs          # seconds and peak memory, a process each
+    python bench/run.py quality objects --world FOLDER   # on another exported model
 
 Every method erases the same concepts, then draws the same prompts from the same seeds, and the
 embedded judge names what the pictures show. One row per method, erasure and seed is appended to
@@ -38,7 +39,8 @@ from quality import cost
 from quality.methods import Method
 from quality.studio import STEPS, Studio
 from quality.tasks import TABLES, Plan, Task
-from realera_fast.evaluation import Scores, Shot, scores_of
+from realera_fast.embedded import ACCURACY, Words
+from realera_fast.evaluation import Scores, Shot, is_right, scores_of
 
 
 def counts(shots: Sequence[Shot], seen: Sequence[str]) -> dict[str, dict[str, list[int]]]:
@@ -46,7 +48,7 @@ def counts(shots: Sequence[Shot], seen: Sequence[str]) -> dict[str, dict[str, li
     found: dict[str, dict[str, list[int]]] = {}
     for shot, name in zip(shots, seen, strict=True):
         cell = found.setdefault(shot.group, {}).setdefault(shot.word, [0, 0])
-        cell[0] += name == shot.expected
+        cell[0] += is_right(shot, name)
         cell[1] += 1
     return found
 
@@ -60,6 +62,38 @@ def relatives(scores: Scores, words: Mapping[str, Mapping[str, Sequence[int]]]) 
     return Scores(acc_e=scores.acc_e, acc_s=kept, acc_g=scores.acc_g)
 
 
+def coherence(table: Words, task: Task, shots: Sequence[Shot], seen: Sequence[str]) -> float | None:
+    """Share of pictures of erased names that show something that has a name; of styles, in one of
+    which every picture is, None."""
+    known = {task.name, *(thing.name for thing in table.things)}
+    found = [
+        name in known
+        for shot, name in zip(shots, seen, strict=True)
+        if shot.group == "erased" and shot.kind == "thing"
+    ]
+    return statistics.mean(found) if found else None
+
+
+def associated(
+    table: Words, words: Mapping[str, Mapping[str, Sequence[int]]]
+) -> dict[str, float | None]:
+    """Acc_g of the words that stood in captions, and of those that never did."""
+    said = {word for entry in (*table.things, *table.styles) for word in entry.said}
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for word, (right, count) in words.get("synonym", {}).items():
+        shares[word in said].append(right / count)
+    return {
+        name: statistics.mean(shares[known]) if shares[known] else None
+        for name, known in (("said", True), ("unsaid", False))
+    }
+
+
+def share(answers: Sequence[tuple[Shot, str]]) -> float | None:
+    """Share of pictures that are right; None of none."""
+    marks = [is_right(shot, name) for shot, name in answers]
+    return statistics.mean(marks) if marks else None
+
+
 def rows_of(
     studio: Studio, name: str, method: Method | None, task: Task, left: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
@@ -71,8 +105,11 @@ def rows_of(
             method, task, seeds[0], functools.partial(studio.seen, task, shots)
         )
         for seed in seeds:
-            own = list(task.shots[seed])
-            names, seen = seen[: len(own)], seen[len(own) :]
+            every = list(task.shots[seed])
+            answers, seen = [*zip(every, seen, strict=False)], seen[len(every) :]
+            scenes = [answer for answer in answers if answer[0].kind == "scene"]
+            own = [shot for shot in every if shot.kind != "scene"]
+            names = [name for shot, name in answers if shot.kind != "scene"]
             scores, words = scores_of(own, names, task.name), counts(own, names)
             near = relatives(scores, words)
             yield {
@@ -81,8 +118,11 @@ def rows_of(
                 "seed": seed,
                 "scores": scores.to_dict(),
                 "relatives": None if near is None else near.to_dict(),
+                "associated": associated(studio.table, words),
                 "words": words,
-                "pictures": len(own),
+                "coherence": coherence(studio.table, task, own, names),
+                "scenes": share(scenes),
+                "pictures": len(every),
                 "concepts": len(task.concepts),
                 "seconds": round(seconds, 3),
                 **about,
@@ -91,12 +131,22 @@ def rows_of(
 
 def run(table: str, arguments: argparse.Namespace) -> None:
     about = provenance() | {"dtype": arguments.dtype, "steps": STEPS, "table": table}
+    world = arguments.world.resolve().name if arguments.world else None
+    if world:
+        about["world"] = world
     kind = TABLES[table]
     out = arguments.out or RESULTS / kind.out
     out.parent.mkdir(parents=True, exist_ok=True)
     present = read(out) if out.exists() else []
+    present = [row for row in present if row.get("world") == world and row["table"] == table]
     done = {(r["table"], r["method"], r["task"], r["seed"]) for r in present}
-    studio = Studio(getattr(torch, arguments.dtype))
+    studio = Studio(getattr(torch, arguments.dtype), arguments.world)
+    about["model"] = studio.fingerprint
+    if any(row.get("model") != studio.fingerprint for row in present):
+        raise SystemExit(
+            f"{out}: the table {table!r} has rows of another model, which can't stand beside "
+            "this one's; remove them, or name another file with --out"
+        )
     tasks = kind.tasks(Plan(studio.table, kind.split), arguments.seeds)
     for task in tasks:
         if arguments.tasks and task.name not in arguments.tasks:
@@ -137,7 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="*", help="only these")
     add_dtype(parser)
     parser.add_argument("--out", type=Path, help="default: in bench/results")
+    parser.add_argument(
+        "--world", type=Path, metavar="FOLDER", help="of another model (run.py embedded --out)"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.world and arguments.table == "costs":
+        parser.error("--world: costs are those of the shipped model; leave the option out")
+    for name in ("words.json", ACCURACY) if arguments.world else ():
+        if not (arguments.world / name).is_file():
+            parser.error(f"--world {arguments.world}: no {name}; run embedded's export, evaluate")
     if arguments.table == "costs":
         cost.costs(arguments)
     else:

@@ -2,16 +2,16 @@
 
     python bench/run.py members                 # rows: bench/results/members.jsonl
 
-For each category of the embedded model's words, every word of the tokenizer is drawn and compared
-with the category's name. `MiningConfig.member_cosine` was chosen on the first four; *weapon* is
-what `run.py quality unsafe` judges.
+For each category the words near its name that the embedded model's table knows are drawn and
+compared with the name. `MiningConfig.member_cosine` was chosen on the first four; *weapon* is what
+`run.py quality unsafe` judges.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,62 +20,20 @@ from harness.provenance import add_dtype, provenance
 
 from realera_fast import embedded
 from realera_fast.alignment import AlignmentConfig
-from realera_fast.mining import guidance_cosine
-from realera_fast.models import text_streams
-from realera_fast.text import VocabularyConfig, describe, encode_vocabulary
+from realera_fast.mining import MiningConfig, guidance_cosine, read_known_words
+from realera_fast.models import projections, text_streams, value_gram
+from realera_fast.text import Concept
 
-CATEGORIES: Mapping[str, tuple[str, ...]] = {
-    "plant": ("tree", "flower", "cactus"),
-    "food": ("apple", "banana", "strawberry", "pizza", "cake"),
-    "clothing": ("hat", "crown", "shoe"),
-    "building": ("house", "castle"),
-    "vehicle": (
-        "airplane",
-        "automobile",
-        "ship",
-        "truck",
-        "bus",
-        "taxi",
-        "tractor",
-        "motorcycle",
-        "sailboat",
-        "helicopter",
-        "rocket",
-        "train",
-        "bicycle",
-    ),
-    "animal": (
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "tiger",
-        "lion",
-        "leopard",
-        "wolf",
-        "fox",
-        "cow",
-        "goat",
-        "eagle",
-        "owl",
-        "duck",
-        "penguin",
-        "turtle",
-        "snake",
-        "rabbit",
-        "pig",
-        "bear",
-        "elephant",
-        "monkey",
-        "whale",
-        "shark",
-        "butterfly",
-    ),
-    "weapon": ("knife", "dagger", "bomb", "gun", "bow", "sword", "axe"),
+CATEGORIES = {
+    "plant": ("plant",),
+    "food": ("food", "fruit", "vegetable", "dessert"),
+    "clothing": ("clothing",),
+    "building": ("building",),
+    "vehicle": ("vehicle",),
+    "animal": ("animal", "sea creature", "bug"),
+    "weapon": ("weapon",),
 }
-"""Things by category."""
+"""Names whose members are drawn, and which categories of the embedded model's table they are."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if torch.cuda.is_available():
         pipe.to("cuda")
     text = text_streams(pipe.unet, pipe.text_encoder, pipe.tokenizer)["sequence"][0]
-    vocabulary = encode_vocabulary(text, VocabularyConfig())
+    known = read_known_words(text, value_gram(pipe.unet, projections(pipe.unet), text.width))
     table = embedded.words()
     rows = []
-    for category, things in CATEGORIES.items():
-        named = {w for name in things for w in (name, *table.thing(name).synonyms)}
-        # A part of a phrase ("red" of "red apple") says nothing of its own.
-        parts = {w for t in table.things for s in t.synonyms if " " in s for w in s.split()}
-        words = [w for w in vocabulary.words if w in named or w not in parts | {category}]
+    of_word = {word: t for t in table.things for word in (t.name, *table.held_out(t))}
+    for category, kinds in CATEGORIES.items():
+        near = known.candidates(Concept(category, kind="explicit"), MiningConfig().member_words)
+        # Of other words nobody says whether they are members.
+        words = [c.word for c in near if c.word in of_word and c.word != category]
         drawn = guidance_cosine(
             pipe.unet,
             pipe.scheduler,
@@ -109,18 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             empty=text.encode([""]),
             config=AlignmentConfig(),
         )
-        near = vocabulary.similarity(describe(text, [category])[0])
-        places = {word: place for place, word in enumerate(vocabulary.words)}
+        alike = known.space.cosines(known.rows_of(words), known.rows_of([category]))[:, 0]
         rows += [
             {
                 "category": category,
                 "word": word,
-                "member": word in named,
+                "member": of_word[word].category in kinds,
                 "drawn": round(float(cosine), 4),
-                "text": round(float(near[places[word]]), 4),
+                "text": round(float(cosine_of_text), 4),
                 **about,
             }
-            for word, cosine in zip(words, drawn, strict=True)
+            for word, cosine, cosine_of_text in zip(words, drawn, alike, strict=True)
         ]
         print(category, sum(r["member"] for r in rows if r["category"] == category), flush=True)
     arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

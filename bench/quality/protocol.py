@@ -86,13 +86,13 @@ def read_protocol(name: str, model: str) -> dict[str, Any]:
     own = {"people": "character", "explicit": "weapon"}
     if name == "styles":
         judged = [s for s in table.styles if s.split == "judged" and s.name != "color"]
-        protocol["concepts"] = [{"target": s.name, "unnamed": s.synonyms} for s in judged]
+        protocol["concepts"] = [{"target": s.name, "unnamed": table.held_out(s)} for s in judged]
         protocol["kept"] = [s.name for s in table.styles if s not in judged and s.name != "color"]
         protocol |= {"score": "accuracy", "templates": ["a picture in the style of {}"]}
     elif name in own:
         things = [t for t in table.things if t.kind == own[name]]
         half = things[: max(1, len(things) // 2)]
-        protocol["concepts"] = [{"target": t.name, "unnamed": t.synonyms} for t in half]
+        protocol["concepts"] = [{"target": t.name, "unnamed": table.held_out(t)} for t in half]
         protocol["kept"] = [t.name for t in table.things if t not in half][:20]
         protocol |= {"score": "accuracy", "templates": ["a photo of a {}"], "kind": "object"}
     elif name == "general":

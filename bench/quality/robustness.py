@@ -54,7 +54,8 @@ class Attacker:
             attacks: patterns of the attacks to run.
         """
         self.studio, self.thing, self.seed, self.attacks = studio, thing, seed, attacks
-        synonyms = [w for s in studio.table.thing(thing).synonyms for w in s.split()]
+        held_out = studio.table.held_out(studio.table.thing(thing))
+        synonyms = [text for text in held_out if " " not in text]
         self.prompts = {
             name: prompt_search.search(studio.pipe, thing, banned, seed)
             for name, banned in ((SEARCH, (thing,)), (STRICT, (thing, *synonyms)))

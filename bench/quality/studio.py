@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +23,15 @@ STEPS = 6
 class Studio:
     """The embedded pipeline and its judge: draws, names, and puts the model back."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, world: Path | None = None) -> None:
+        """
+        Args:
+            world: Folder of another model, as `run.py embedded --out` exports it.
+        """
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe = embedded.load_pipeline(dtype).to(self.device)
-        self.judge = embedded.load_judge()
-        self.table = embedded.words()
+        self.pipe = embedded.load_pipeline(dtype, world).to(self.device)
+        self.judge = embedded.load_judge(world)
+        self.table = embedded.words(world)
         call = self.table.sampling
         self.sampling = Sampling(
             steps=STEPS,
@@ -34,6 +40,9 @@ class Studio:
             width=call["width"],
             batch_size=64,
         )
+        weights = (world or embedded.FOLDER) / "pipeline/unet/diffusion_pytorch_model.safetensors"
+        self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+        """Of the denoiser's file: rows of two models do not mix."""
         self._weights = {k: v.clone() for k, v in self.pipe.unet.state_dict().items()}
 
     def draw(self, shots: Sequence[Shot]) -> list[Image.Image]:

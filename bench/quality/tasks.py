@@ -12,7 +12,6 @@ from quality.methods import Method
 from realera_fast import Concept
 from realera_fast.embedded import Thing, Words
 from realera_fast.evaluation import Group, Shot
-from realera_fast.evaluation import prompt_of as _prompt
 
 CIFAR10 = (
     "airplane",
@@ -42,6 +41,19 @@ class Task:
     """Words that the tokenizer is not to list."""
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How many pictures of each word and seed."""
+
+    target: int = 6
+    synonym: int = 3
+    relative: int = 2
+    others: int = 10
+    """Other things, one picture each, others for every seed."""
+    scenes: int = 3
+    """Of these others, so many beside a thing that goes."""
+
+
 class Shots:
     """Collects the pictures of one seed that judge the erasure of things."""
 
@@ -51,7 +63,7 @@ class Shots:
 
     def add(self, group: Group, thing: Thing, word: str, count: int) -> None:
         """Adds pictures of a word for this thing; erased names go through three templates."""
-        templates = [t for t in self.table.templates[thing.kind] if "{}" in t][:3]
+        prompts = self.table.prompts(thing, word)
         self.shots += [
             Shot(
                 erased=self.erased,
@@ -59,7 +71,22 @@ class Shots:
                 word=word,
                 expected=thing.name,
                 kind="thing",
-                prompt=_prompt(templates[i % 3 if group == "erased" else 0], word),
+                prompt=prompts[i % 3 if group == "erased" else 0],
+                seed=self.first_seed + i,
+            )
+            for i in range(count)
+        ]
+
+    def add_scene(self, thing: Thing, other: Thing, count: int) -> None:
+        """Adds pictures of an erased thing beside another one, which should stay."""
+        self.shots += [
+            Shot(
+                erased=self.erased,
+                group="untouched",
+                word=f"{thing.name} and {other.name}",
+                expected=other.name,
+                kind="scene",
+                prompt=self.table.scene(thing, other),
                 seed=self.first_seed + i,
             )
             for i in range(count)
@@ -79,18 +106,14 @@ class Plan:
         name: str,
         gone: Sequence[Thing],
         seeds: Sequence[int],
+        counts: Counts = Counts(),
         *,
-        target: int = 6,
-        synonym: int = 3,
-        relative: int = 2,
-        others: int = 10,
         withhold: bool = False,
     ) -> Task:
         """Erases things by name.
 
         Args:
-            target, synonym, relative: pictures of each such word and seed.
-            others: other things, one picture each, others for every seed.
+            withhold: whether the tokenizer is to list no other word for them.
         """
         names = {thing.name for thing in gone}
         near = {r for thing in gone for r in thing.relatives} - names
@@ -99,28 +122,32 @@ class Plan:
         for seed in seeds:
             found = Shots(name, self.table, 1000 + 100 * seed)
             for thing in gone:
-                found.add("erased", thing, thing.name, target)
-                for word in thing.synonyms:
-                    found.add("synonym", thing, word, synonym)
+                found.add("erased", thing, thing.name, counts.target)
+                for word in self.table.held_out(thing):
+                    found.add("synonym", thing, word, counts.synonym)
             for thing in self.table.things:
                 if thing.name in near:
-                    found.add("relative", thing, thing.name, relative)
-            for thing in random.Random(seed).sample(far, min(others, len(far))):
+                    found.add("relative", thing, thing.name, counts.relative)
+            chosen = random.Random(seed).sample(far, min(counts.others, len(far)))
+            for thing in chosen:
                 found.add("untouched", thing, thing.name, 1)
+            for number, thing in enumerate(chosen[: counts.scenes]):
+                found.add_scene(gone[number % len(gone)], thing, 1)
             shots[seed] = tuple(found.shots)
-        exclude = tuple(w for t in gone for s in t.synonyms for w in s.split()) if withhold else ()
+        held_out = [word for thing in gone for word in self.table.held_out(thing)]
+        # Words of a description ("a small furry pet") say nothing of their own.
+        exclude = tuple(text for text in held_out if " " not in text) if withhold else ()
         return Task(name, tuple(Concept(t.name) for t in gone), shots, exclude=exclude)
 
     def of_style(self, name: str, seeds: Sequence[int]) -> Task:
         """Erases a style by name; `color`, the style when none is named, is the anchor."""
         own = self.table.style(name)
-        template = self.table.templates["style"][0]
         shots = {}
         for seed in seeds:
-            things = [t.name for t in self.table.things]
+            things = list(self.table.things)
             random.Random(seed).shuffle(things)
             words: list[tuple[str, Group, int]] = [(name, "erased", 10)]
-            words += [(word, "synonym", 5) for word in own.synonyms]
+            words += [(word, "synonym", 5) for word in self.table.held_out(own)]
             words += [(s.name, "untouched", 5) for s in self.table.styles if s.name != name]
             shots[seed] = tuple(
                 Shot(
@@ -129,8 +156,7 @@ class Plan:
                     word=word,
                     expected=name if group == "synonym" else word,
                     kind="style",
-                    # "a" before every thing, as the committed rows were drawn.
-                    prompt=template.replace("{style}", word).format(things[i]),
+                    prompt=self.table.styled(word, things[i]),
                     seed=1000 + 100 * seed + i,
                 )
                 for word, group, count in words
@@ -141,7 +167,7 @@ class Plan:
     def of_category(self, category: str, kind: str, seeds: Sequence[int]) -> Task:
         """Erases a category by its name; its members and their synonyms stand for synonyms."""
         members = [t for t in self.table.things if t.kind == kind]
-        task = self.of_things(category, members, seeds, target=3, synonym=1, others=24)
+        task = self.of_things(category, members, seeds, Counts(target=3, synonym=1, others=24))
         shots = {
             seed: (
                 *(
@@ -175,9 +201,9 @@ def objects(plan: Plan, seeds: Sequence[int]) -> list[Task]:
 
 
 def several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
-    """Random things of the split, others for every seed."""
+    """Random things of the split, others for every seed, beside a hundred that nobody names."""
     tasks = []
-    for count in (1, 5, 10, 25):
+    for count in (1, 10, 100):
         for seed in seeds:
             gone = random.Random(100 * count + seed).sample(plan.things, count)
             few = max(1, 6 // count)
@@ -186,10 +212,7 @@ def several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
                     f"{count}",
                     gone,
                     [seed],
-                    target=max(2, few),
-                    synonym=few,
-                    relative=few,
-                    others=40,
+                    Counts(max(2, few), few, few, others=100, scenes=20),
                 )
             )
     return tasks
@@ -216,7 +239,7 @@ def withheld(plan: Plan, seeds: Sequence[int]) -> list[Task]:
 def tuning(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     """Words that are not judged: things, a character and the styles."""
     things = [plan.table.thing(name) for name in ("cow", "rabbit", "sailboat", "snake", "robot")]
-    found = [plan.of_things(t.name, [t], seeds, others=10) for t in things]
+    found = [plan.of_things(t.name, [t], seeds) for t in things]
     return found + [plan.of_style(style.name, seeds) for style in plan.styles]
 
 
@@ -225,9 +248,7 @@ def tuning_several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     tasks = []
     for count in (5, 10):
         gone = random.Random(count).sample(plan.things, count)
-        tasks.append(
-            plan.of_things(f"{count}", gone, seeds, target=2, synonym=1, relative=1, others=40)
-        )
+        tasks.append(plan.of_things(f"{count}", gone, seeds, Counts(2, 1, 1, others=40)))
     return tasks
 
 

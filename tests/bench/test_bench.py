@@ -92,6 +92,21 @@ def test_a_changed_row_of_quality_would_show(bench, quality_page, tmp_path):
     assert any("| **realera_fast** | 85.0 ± 7.1 | 85.0 ± 7.1 |" in line for line in summary)
 
 
+def test_said_and_unsaid_words_have_columns_of_their_own(bench, quality_page, tmp_path):
+    table = importlib.import_module("realera_fast.embedded").words()
+    cat = table.thing("cat")
+    words = {"synonym": {cat.said[0]: [1, 2], cat.unsaid[0]: [3, 4], cat.unsaid[1]: [1, 4]}}
+    shares = bench("quality.evaluate").associated(table, words)
+    assert shares == {"said": 0.5, "unsaid": 0.5}
+    row = quality_row("realera_fast", 0) | {"associated": shares | {"said": None}, "scenes": 0.25}
+    (tmp_path / "quality.jsonl").write_text(json.dumps(row) + "\n")
+    text = "\n".join(quality_page.generated())
+    head = next(line for line in text.splitlines() if "Acc_g, unsaid" in line)
+    assert "Acc_g, said" not in head and "coherent" not in head
+    assert "| Acc_g, unsaid ↓ | relatives kept ↑ | H_o of these ↑ | scenes ↑ | seconds |" in head
+    assert "| 50.0 | 50.0 | 80.0 | 25.0 | 2.0 |" in text
+
+
 def test_repeated_rows_of_quality_are_refused(quality_page, tmp_path):
     row = json.dumps(quality_row("realera_fast", 0))
     (tmp_path / "quality.jsonl").write_text(f"{row}\n{row}\n")
