@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from realera_fast.config import EraseConfig
-    from realera_fast.eraser import erase
+    from realera_fast.eraser import erase, preview
     from realera_fast.erasure import Erasure
     from realera_fast.text import Concept
     from realera_fast.unet import fuse, unfuse
 
 __version__ = _version("realera_fast")
-__all__ = ["Concept", "EraseConfig", "Erasure", "__version__", "erase", "fuse", "unfuse"]
+__all__ = ["Concept", "EraseConfig", "Erasure", "__version__", "erase", "fuse", "preview", "unfuse"]
 
 _HOMES = {
     "Concept": "text",
@@ -20,6 +20,7 @@ _HOMES = {
     "Erasure": "erasure",
     "erase": "eraser",
     "fuse": "unet",
+    "preview": "eraser",
     "unfuse": "unet",
 }
 _ROOMS = (

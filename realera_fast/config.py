@@ -44,6 +44,23 @@ class EraseConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"EraseConfig.seed must be from 0 to 2**32 - 1, got {self.seed}")
 
+    @classmethod
+    def paper(cls) -> EraseConfig:
+        """RealEra as published: neighbors are noise around the target and go to the anchor, then
+        LoRA factors follow the anchor and stay, whatever a check would find. Values that the paper
+        does not give are this library's."""
+        return cls(
+            pairs=PairsConfig(negative_guidance=0.0, anchors="mean"),
+            vocabulary=VocabularyConfig(preserve_scale=40.0),
+            mining=MiningConfig(mode="gaussian"),
+            alignment=AlignmentConfig(negative_guidance=0.0, check_seeds=0),
+        )
+
+    @classmethod
+    def fast(cls) -> EraseConfig:
+        """The closed form alone: seconds, and no pass of the denoiser."""
+        return cls(mining=MiningConfig(member_words=0), alignment=AlignmentConfig(enabled=False))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
         return dataclasses.asdict(self)

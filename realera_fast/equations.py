@@ -7,8 +7,8 @@ where it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,15 @@ from realera_fast.inputs import Job
 from realera_fast.models import Stream
 from realera_fast.ops import philox
 from realera_fast.runtime import Checkpoint, progress_bar
+from realera_fast.scales import Scales
 from realera_fast.selection import Selection
-from realera_fast.solver import IncrementalSystem, NormalEquations, Pairs, Solution
+from realera_fast.solver import (
+    ClosedFormConfig,
+    IncrementalSystem,
+    NormalEquations,
+    Pairs,
+    Solution,
+)
 from realera_fast.text import (
     AlignedPrompts,
     Text,
@@ -35,15 +42,45 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """Rows that move."""
+
+    named: NormalEquations
+    """Of named words and of the noise around them, which go to the anchor, or past it."""
+    mined: NormalEquations
+    """Of words that follow them to the anchor."""
+
+    def total(self, guidance: float) -> NormalEquations:
+        """All of them, where named words go `guidance` of their way past the anchor."""
+        return self.named.scaled(1.0, 1.0 + guidance) + self.mined
+
+
+@dataclass(frozen=True)
 class Equations:
     """All rows of one stream, summed."""
 
-    sums: NormalEquations
-    """What keeps its place and all rows, or without the rows where `of_concepts` has them."""
-    of_concepts: Mapping[str, NormalEquations]
-    """Rows of each concept by target, where the system is kept; else none."""
+    staying: NormalEquations
+    """The prior and words that were named to stay, of weight 1 each."""
+    leaving: Mapping[str, Leaving]
+    """By target where the system is kept; else all under one name."""
+    halves: tuple[NormalEquations, NormalEquations]
+    """Of all mined words those of even and of odd number, so that each can do without the other."""
     prior: Tensor
     """`[d, d]` float64 mean second moments of the preserve prior."""
+
+    @property
+    def named(self) -> NormalEquations:
+        """Rows of all named words."""
+        return sum_of([leaving.named for leaving in self.leaving.values()])
+
+    def ridge(self, options: ClosedFormConfig, preserve_scale: float) -> float:
+        """Relative to the mean diagonal of the preserve prior, or of all rows where it is none."""
+        scale = float(self.prior.diagonal().mean())
+        if not scale:
+            every = [self.staying.scaled(preserve_scale)]
+            every += [leaving.total(0.0) for leaving in self.leaving.values()]
+            scale = sum(float(sums.gram.diagonal().mean()) for sums in every) or 1.0
+        return options.ridge * scale
 
 
 @dataclass(frozen=True)
@@ -66,7 +103,7 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
     sections, config = job.texts[stream], job.config
     width, device = sections[0].width, sections[0].device
     prior = torch.zeros(width, width, dtype=torch.float64, device=device)
-    sums = NormalEquations(width, device=device)
+    staying = NormalEquations(width, device=device)
     prompts = []
     for section in sections:
         vocabulary = selection.vocabulary
@@ -74,66 +111,107 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
             vocabulary = encode_vocabulary(
                 section,
                 config.vocabulary,
-                words=selection.vocabulary.words or None,
+                words=selection.vocabulary.words,
                 progress=job.progress,
             )
         prior += preserve_gram(section, vocabulary, selection.leaving)[0].to(device)
         for word, kind in selection.retained.items():
-            _retain(sums, section, word, kind, config)
-        prompts.append(selection.prompts(section))
-    sums.update_moments(config.vocabulary.preserve_scale * prior)
-    of_concepts: dict[str, NormalEquations] = {}
+            _retain(staying, section, word, kind, config)
+        # Noise is mined around every row, and of every prompt, as the paper has it.
+        prompts.append(selection.prompts(section, whole=config.mining.mode in mining.NOISE))
+    staying.update_moments(prior)
+    targets = [c.target for c in job.concepts] if config.closed_form.keep_system else [_EVERY]
+    leaving = {
+        target: Leaving(*(NormalEquations(width, device=device) for _ in range(2)))
+        for target in targets
+    }
     if config.closed_form.keep_system:
-        of_concepts = {c.target: NormalEquations(width, device=device) for c in job.concepts}
         # Systems that are kept take d^2 numbers a concept: not what a checkpoint is for.
         checkpoint = Checkpoint()
+    halves = (NormalEquations(width, device=device), NormalEquations(width, device=device))
+    sums = {"named": leaving[targets[0]].named, "even": halves[0], "odd": halves[1]}
     first = _resumed(sums, checkpoint, stream)
     count = len(job.concepts)
     with progress_bar(total=count, desc="concepts", progress=job.progress, initial=first) as bar:
         for index in range(first, count):
-            into = of_concepts.get(job.concepts[index].target, sums)
+            into = leaving.get(job.concepts[index].target) or leaving[_EVERY]
             for number in prompts[0].numbers(index):
                 for offset, words in enumerate(prompts):
                     if number < words.named:
-                        add_named_word(into, words[number], config, number=number, section=offset)
+                        add_named_word(
+                            into.named, words[number], config, number=number, section=offset
+                        )
                     else:
-                        add_mined_word(into, words[number], config)
+                        add_mined_word(halves[(number - words.named) % 2], words[number], config)
+                        if config.closed_form.keep_system:
+                            add_mined_word(into.mined, words[number], config)
             if checkpoint.is_due(stream, always=index + 1 == count):
-                checkpoint.save(stream, sums.tensors(), {"concepts": index + 1, "rows": sums.rows})
+                checkpoint.save(stream, *_kept(sums, index + 1))
             bar.update(1)
-    return Equations(sums, of_concepts, prior)
+    if not config.closed_form.keep_system:
+        leaving = {_EVERY: Leaving(leaving[_EVERY].named, sum_of(halves))}
+    return Equations(staying, leaving, halves, prior)
 
 
-def _resumed(sums: NormalEquations, checkpoint: Checkpoint, stream: Stream) -> int:
+def sum_of(parts: Sequence[NormalEquations]) -> NormalEquations:
+    """All rows of several sums, of which there is one at least."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+_EVERY = ""
+"""Name of the sums of all concepts."""
+
+
+def _kept(
+    parts: Mapping[str, NormalEquations], concepts: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What a checkpoint holds."""
+    tensors = {
+        f"{name}.{key}": value
+        for name, part in parts.items()
+        for key, value in part.tensors().items()
+    }
+    return tensors, {"concepts": concepts, **{name: part.rows for name, part in parts.items()}}
+
+
+def _resumed(parts: Mapping[str, NormalEquations], checkpoint: Checkpoint, stream: Stream) -> int:
     """How many concepts are in the sums, after those of the checkpoint took their place."""
     saved = checkpoint.load(stream)
     if saved is None:
         return 0
-    sums.load_tensors(saved.tensors, int(saved.values["rows"]))
+    for name, part in parts.items():
+        own = {
+            key.removeprefix(f"{name}."): value
+            for key, value in saved.tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        part.load_tensors(own, int(saved.values[name]))
     done = int(saved.values["concepts"])
     logger.info("%s: %d concepts were read before", stream, done)
     return done
 
 
-def solve(equations: Equations, config: EraseConfig) -> Solved:
-    """The concept map T, and the system that it is from if that is kept.
-
-    The ridge is relative to the mean diagonal of the preserve prior.
-    """
+def solve(equations: Equations, config: EraseConfig, scales: Scales) -> Solved:
+    """The concept map T, and the system that it is from if that is kept."""
     options, prior = config.closed_form, equations.prior
     if not options.enabled:
         identity = NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0)
         return Solved(identity, None)
-    scale = float(prior.diagonal().mean())
-    if not scale:
-        every = (equations.sums, *equations.of_concepts.values())
-        scale = sum(float(sums.gram.diagonal().mean()) for sums in every) or 1.0
-    ridge = options.ridge * scale
+    preserve = scales.preserve_of(prior.shape[0])
+    ridge = equations.ridge(options, preserve)
+    staying = equations.staying.scaled(preserve)
+    # Noise went past the anchor when it was gathered.
+    guidance = 0.0 if config.mining.mode in mining.NOISE else scales.guidance
+    totals = {name: part.total(guidance) for name, part in equations.leaving.items()}
     if not options.keep_system:
-        solution = equations.sums.solve(ridge=ridge, rank_tolerance=options.rank_tolerance)
+        total = staying + totals[_EVERY]
+        solution = total.solve(ridge=ridge, rank_tolerance=options.rank_tolerance)
         return Solved(solution, None)
-    system = IncrementalSystem(equations.sums, ridge=ridge)
-    for name, sums in equations.of_concepts.items():
+    system = IncrementalSystem(staying, ridge=ridge)
+    for name, sums in totals.items():
         system.add(name, sums)
     return Solved(system.solve(rank_tolerance=options.rank_tolerance), system)
 
@@ -152,8 +230,15 @@ def add_named_word(
         number: of the word's noise.
         section: which part of the token sequence the prompts are; each has noise of its own.
     """
+    noisy = config.mining.mode in mining.NOISE
+    if noisy:
+        # Noise goes where its word goes: past the anchor, which no factor of the sums can say.
+        guidance = config.pairs.negative_guidance
+        step = 1.0 + (0.0 if isinstance(guidance, str) else guidance)
+        past = torch.lerp(prompts.source, prompts.destination, step)
+        prompts = replace(prompts, destination=past)
     _add_rows(equations, prompts, config.erase_scale)
-    if config.mining.mode in ("gaussian", "offset"):
+    if noisy:
         seed = philox.fold_seed(config.seed, number)
         source, destination, weight = _moving(prompts)
         mining.add_neighbors(
@@ -198,7 +283,11 @@ def _moving(prompts: AlignedPrompts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _retain(
-    equations: NormalEquations, text: Text, word: str, kind: str, config: EraseConfig
+    equations: NormalEquations,
+    text: Text,
+    word: str,
+    kind: str,
+    config: EraseConfig,
 ) -> None:
     """Adds the rows of a word that keeps its place."""
     templates = [t for t in config.pairs.of(kind) if "{word}" not in t] or ["{}"]
@@ -208,6 +297,5 @@ def _retain(
             f"preserve: {word!r} needs more tokens than the text encoder holds "
             f"({text.max_tokens} with begin- and end-of-text); {text.overflow(word)!r} would be cut"
         )
-    pairs = mean_rows(text, prompts, text.encode(prompts))
-    scale = config.vocabulary.preserve_scale / len(prompts)
-    equations.update(Pairs(pairs.source, pairs.source, scale * pairs.weight))
+    pairs = mean_rows(text, prompts)
+    equations.update(Pairs(pairs.source, pairs.source, pairs.weight / len(prompts)))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from realera_fast.alignment import NOT_ALIGNED, Alignment, AlignmentPrompts, align_noise
+from realera_fast.alignment import (
+    NOT_ALIGNED,
+    Alignment,
+    AlignmentConfig,
+    AlignmentPrompts,
+    align_noise,
+)
 from realera_fast.config import EraseConfig
 from realera_fast.equations import Solved, gather, solve
 from realera_fast.erasure import Erasure, report
 from realera_fast.inputs import Arguments, Job, checked, takes_members
+from realera_fast.mining import NOISE, Anchor, Line
 from realera_fast.models import Family, Stream, streams, transaction, weights_hash
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
+from realera_fast.scales import Scales, scales_of
 from realera_fast.selection import (
     Selection,
     select,
@@ -26,7 +34,13 @@ from realera_fast.selection import (
     warn_of_surplus,
 )
 from realera_fast.solver import ConceptMap
-from realera_fast.text import Concept, encode_vocabulary, fill
+from realera_fast.text import (
+    Concept,
+    encode_vocabulary,
+    fill,
+    preserved_words,
+    read_text_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,32 +130,147 @@ def erase(
         erasure.apply_(job.model)
         return erasure
     clock = Clock(logger=logger)
+    options = job.config.vocabulary
+    with clock.stage("words"):
+        known = job.known_words()
     with clock.stage("prior"):
-        vocabulary = encode_vocabulary(job.text, job.config.vocabulary, progress=job.progress)
+        words = preserved_words(known.read.things, options.words)
+        vocabulary = encode_vocabulary(job.text, options, words=words, progress=job.progress)
     slow = job.warn_of_slow_dtypes()
     with clock.stage("mining"):
-        selection = select(job, vocabulary)
+        selection = select(job, known, vocabulary)
     run = _run_of(job, selection)
-    solved = {stream: _solved(job, selection, stream, run, clock) for stream in job.texts}
+    with clock.stage("equations"):
+        checkpoints = job.checkpoint(run)
+        equations = {s: gather(job, selection, s, checkpoints) for s in job.texts}
+    with clock.stage("closed form"):
+        scales = scales_of(job.config, equations[job.stream_of_words], known, selection)
+        solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
     layers = job.trained_layers
     with transaction(job.model, layers):
         aligned = _aligned(job, selection, solved, run, clock)
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
         erasure = _erasure(job, solved, aligned)
         with clock.stage("report"):
-            measured = _report(job, selection, solved, aligned, erasure, before, slow)
-        measured = dataclasses.replace(measured, seconds=clock.seconds)
-        erasure = dataclasses.replace(erasure, report=measured.to_dict())
+            measured = _report(job, selection, scales, solved, aligned, erasure, before, slow)
+        measured = replace(measured, seconds=clock.seconds)
+        erasure = replace(erasure, report=measured.to_dict())
         erasure.apply_(job.model)
     for stage in (*job.texts, checkpoint.MEMBERS):
         job.checkpoint(run).remove(stage)
     return erasure
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What an erasure would do with words."""
+
+    neighbors: Mapping[str, tuple[str, ...]]
+    """Words that would go with each target."""
+    sources: Mapping[str, str]
+    """Why: "inflection" of a name, by the "lexicon", or a "token" that the model sees alike."""
+    relatives: Mapping[str, tuple[str, ...]]
+    """Other kinds of the same thing, which would stay."""
+    beyond: Mapping[str, tuple[str, ...]]
+    """The nearest words of which nothing is known that would stay."""
+    borderline: Mapping[str, tuple[str, ...]]
+    """Of these the ones that are near the line."""
+    anchors: Mapping[str, Anchor]
+    """What targets would become that name no anchor."""
+    line: Line
+    """How near is near in this model."""
+
+
+@exclusive
+def preview(
+    model: Any,
+    text_encoders: Any = None,
+    concepts: str | Concept | Iterable[str | Concept] | None = None,
+    *,
+    tokenizer: Any = None,
+    preserve: Iterable[str] | None = (),
+    reading: Family | None = None,
+    config: EraseConfig | None = None,
+    progress: bool | None = None,
+) -> Preview:
+    """Which words `erase` would move, before anything is edited: in seconds.
+
+    Words that should stay are struck out with `MiningConfig.spare`, others are added as synonyms of
+    their concept. Nothing is drawn: members of a category (kind "explicit") are not found, and
+    words in doubt (`MiningConfig.borderline`) are listed as such.
+
+    Args:
+        model, text_encoders, concepts, tokenizer, preserve, reading, config, progress: as those of
+            `erase`.
+
+    Raises:
+        ValueError, TypeError: as `erase`.
+    """
+    job = checked(
+        Arguments(
+            model=model,
+            text_encoders=text_encoders,
+            concepts=concepts,
+            tokenizer=tokenizer,
+            preserve=preserve,
+            scheduler=None,
+            reading=reading,
+            config=_without_denoiser(config),
+            latents=None,
+            accelerator=None,
+            checkpoint_dir=None,
+            resume=False,
+            progress=progress,
+        )
+    )
+    known = job.known_words()
+    nothing = encode_vocabulary(job.text, job.config.vocabulary, words=())
+    selection = select(job, known, nothing, drawn=False)
+    around = selection.neighborhood
+    return Preview(
+        selection.mined,
+        around.sources,
+        around.relatives,
+        around.beyond,
+        around.borderline,
+        selection.anchors,
+        selection.line,
+    )
+
+
+def _without_denoiser(config: EraseConfig | None) -> EraseConfig:
+    """The same words, chosen without the denoiser."""
+    config = EraseConfig() if config is None else config
+    if not isinstance(config, EraseConfig):
+        return config  # refused where `erase` refuses it
+    return replace(
+        config,
+        mining=replace(config.mining, borderline=0),
+        closed_form=replace(config.closed_form, enabled=True),
+        alignment=AlignmentConfig(enabled=False),
+    )
+
+
 def _nothing_erased(job: Job) -> Erasure:
     logger.warning("concepts is empty: nothing is erased")
     moved = dict.fromkeys(job.layers, 0.0)
-    measured = report.Report((), {}, {}, {}, moved, {}, {}, (), job.family.explained())
+    measured = report.Report(
+        words=(),
+        neighbors={},
+        relatives={},
+        beyond={},
+        borderline={},
+        sources={},
+        line={},
+        anchors={},
+        scales={},
+        solve={},
+        layers=moved,
+        alignment={},
+        seconds={},
+        warnings=(),
+        reading=job.family.explained(),
+    )
     identity = {
         stream: ConceptMap.identity(sections[0].width) for stream, sections in job.texts.items()
     }
@@ -167,14 +296,8 @@ def _run_of(job: Job, selection: Selection) -> str:
         weights_hash(job.latents, torch.float32),
         selection.neighborhood.near,
         selection.neighborhood.surplus,
+        {target: anchor.words for target, anchor in selection.anchors.items()},
     )
-
-
-def _solved(job: Job, selection: Selection, stream: Stream, run: str, clock: Clock) -> Solved:
-    with clock.stage("equations"):
-        equations = gather(job, selection, stream, job.checkpoint(run))
-    with clock.stage("closed form"):
-        return solve(equations, job.config)
 
 
 def _aligned(
@@ -229,6 +352,7 @@ _PROMPT = "a photo of a {}"
 def _report(
     job: Job,
     selection: Selection,
+    scales: Scales,
     solved: Mapping[Stream, Solved],
     aligned: Alignment,
     erasure: Erasure,
@@ -242,15 +366,21 @@ def _report(
         warnings: those that were given before the report.
     """
     edited = erasure.edited_weights(before)
-    words = _measured_words(job, selection, before, edited)
+    words = _measured_words(job, selection, scales, before, edited)
     outcome = aligned.to_dict()
-    info = dataclasses.asdict(solved["sequence"].solution.info)
+    info = asdict(solved["sequence"].solution.info)
     if "pooled" in solved:
-        info["pooled"] = dataclasses.asdict(solved["pooled"].solution.info)
+        info["pooled"] = asdict(solved["pooled"].solution.info)
     return report.Report(
         words=tuple(words),
         neighbors=dict(selection.mined),
         relatives=selection.neighborhood.relatives,
+        beyond=selection.neighborhood.beyond,
+        borderline=selection.neighborhood.borderline,
+        sources=selection.neighborhood.sources,
+        line=selection.line.to_dict(),
+        anchors={target: asdict(anchor) for target, anchor in selection.anchors.items()},
+        scales=scales.to_dict(),
         solve=info,
         layers={
             name: float((edited[name].float() - weight.float()).norm() / weight.float().norm())
@@ -273,33 +403,37 @@ def _report(
 
 
 def _measured_words(
-    job: Job, selection: Selection, before: Mapping[str, Tensor], edited: Mapping[str, Tensor]
+    job: Job,
+    selection: Selection,
+    scales: Scales,
+    before: Mapping[str, Tensor],
+    edited: Mapping[str, Tensor],
 ) -> list[report.WordReport]:
     """How far words moved, by the layers that take the token sequence."""
     kinds = streams(job.model, job.family.maps)
     names = [name for name in before if kinds.get(name) == "sequence"]
     movement = report.Movement(*([w[name] for name in names] for w in (before, edited)))
-    prompts = selection.prompts(job.text)
+    prompts = selection.prompts(job.text, whole=job.config.mining.mode in NOISE)
     measured: dict[int, report.WordReport] = {}
     with progress_bar(total=len(prompts), desc="report", progress=job.progress) as bar:
         for index, concept in enumerate(prompts.concepts):
-            # Encoded a second time: to keep all words' prompts would take gigabytes.
             for number in prompts.numbers(index):
                 word = prompts[number]
                 role = "target" if word.word == concept.target else "synonym"
                 measured[number] = report.WordReport(
                     word.word,
                     role if number < prompts.named else "neighbor",
-                    concept.anchor_name,
-                    movement.moved(word),
+                    selection.anchor_name(concept),
+                    movement.moved(word, scales.guidance if number < prompts.named else 0.0),
                     None,
                 )
                 bar.update(1)
-    staying = [fill(_PROMPT, word) for word in selection.staying]
-    drifts = movement.drifts(job.text.encode(staying), job.text.shares(staying) > 0)
+    staying = [fill(_PROMPT, word) for word in selection.watched]
+    drifts = movement.drifts(*read_text_rows(job.text, staying))
     words = [measured[number] for number in range(len(prompts))]
-    for word, drift in zip(selection.staying, drifts, strict=True):
-        role = "preserved" if word in selection.retained else "vocabulary"
+    for word, drift in zip(selection.watched, drifts, strict=True):
+        role = "relative" if word in selection.relatives else "vocabulary"
+        role = "preserved" if word in selection.retained else role
         words.append(report.WordReport(word, role, None, None, drift))
     return words
 

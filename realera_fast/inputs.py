@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from realera_fast import alignment
 from realera_fast.config import EraseConfig
-from realera_fast.erasure import history_of
+from realera_fast.erasure import history_of, originals_of
 from realera_fast.mining import STEPS as MEMBER_STEPS
-from realera_fast.mining import can_be_drawn
+from realera_fast.mining import KnownWords, can_be_drawn, read_known_words
 from realera_fast.models import (
     Family,
     RefusedModelError,
@@ -38,7 +38,9 @@ from realera_fast.models import (
     projections,
     queries_and_outputs,
     refuse_adapters,
+    streams,
     text_streams,
+    value_gram,
     why_not_aligned,
 )
 from realera_fast.runtime import (
@@ -131,6 +133,24 @@ class Job:
         return self.texts["sequence"][0]
 
     @property
+    def stream_of_words(self) -> Stream:
+        """Whose encoder finds neighbors: one that reads words without padding, where there is."""
+        found = [s for s, sections in self.texts.items() if sections[0].reads_unpadded]
+        return found[0] if found else "sequence"
+
+    def known_words(self) -> KnownWords:
+        """What the model may know."""
+        stream = self.stream_of_words
+        text, kinds = self.texts[stream][0], streams(self.model, self.family.maps)
+        layers = {name: layer for name, layer in self.layers.items() if kinds[name] == stream}
+        return read_known_words(
+            text,
+            value_gram(self.model, layers, text.width, originals_of(self.model)),
+            cache=self.config.vocabulary.cache,
+            progress=self.progress,
+        )
+
+    @property
     def trained_layers(self) -> Mapping[str, nn.Linear]:
         """The layers, and those that alignment changes as well if its settings name them."""
         if not self.denoising.alignable:
@@ -219,8 +239,8 @@ def checked(given: Arguments) -> Job:
         raise ValueError(
             f"latents: they are for the alignment stage, which does not run here: {disabled}"
         )
-    drawable = takes_members(concepts, config) and family.aligned
-    drawable = drawable and can_be_drawn(given.model, config.alignment)
+    asks = takes_members(concepts, config) or config.mining.borderline > 0
+    drawable = asks and family.aligned and can_be_drawn(given.model, config.alignment)
     denoising = Denoising(None, alignable, why_not, drawable, ())
     if alignable or drawable:
         denoising = _with_scheduler(denoising, given.model, given.scheduler, config)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from realera_fast.inputs import Job, name_key
-from realera_fast.mining import MemberSearch, Neighborhood, guidance_cosine, neighbor_words
+from realera_fast.mining import (
+    Anchor,
+    KnownWords,
+    Line,
+    MemberSearch,
+    Neighborhood,
+    choose_anchors,
+    find_neighbors,
+    guidance_cosine,
+)
 from realera_fast.runtime import folded
-from realera_fast.text import Concept, ConceptPrompts, PairsConfig, Text, Vocabulary
+from realera_fast.text import Concept, ConceptPrompts, PairsConfig, Text, Vocabulary, fill
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,14 @@ class Selection:
     """Words that stay because they were named, as preserved or as anchors; the kind of each."""
     vocabulary: Vocabulary
     pairs: PairsConfig
+    line: Line
+    """How near is near in this model."""
+    anchors: Mapping[str, Anchor] = field(default_factory=dict)
+    """What concepts become that name no anchor, by target; the default of their kind where nothing
+    is said."""
+    _made: dict[tuple[Text, bool], ConceptPrompts] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @functools.cached_property
     def leaving(self) -> list[str]:
@@ -49,22 +67,56 @@ class Selection:
         ]
         return [*self.retained, *rest[:: max(1, math.ceil(len(rest) / _SAMPLED))]]
 
-    def prompts(self, text: Text) -> ConceptPrompts:
-        """Of the named words, then of those that follow them."""
-        return self._prompts(text, self.mined)
+    @property
+    def watched(self) -> list[str]:
+        """Words that should not move and are looked at for drift: these, and relatives."""
+        return list(dict.fromkeys((*self.staying, *self.relatives)))
+
+    @functools.cached_property
+    def relatives(self) -> list[str]:
+        """Other kinds of what leaves, which stay, of many concepts an even sample."""
+        leaving = {folded(word) for word in self.leaving}
+        every = (w for words in self.neighborhood.relatives.values() for w in words)
+        found = [word for word in dict.fromkeys(every) if folded(word) not in leaving]
+        return found[:: max(1, math.ceil(len(found) / _SAMPLED))]
+
+    def prompts(self, text: Text, *, whole: bool = True) -> ConceptPrompts:
+        """Of the named words, then of those that follow them; made once for a text.
+
+        Args:
+            whole: with all of their padding, as whoever draws from them must have it.
+        """
+        if (text, whole) not in self._made:
+            self._made[text, whole] = self._prompts(text, self.mined, whole)
+        return self._made[text, whole]
+
+    def anchor_words(self, concept: Concept) -> tuple[str, ...]:
+        """Words whose average a concept becomes; none for the mean word."""
+        chosen = self.anchors.get(concept.target)
+        if chosen:
+            return chosen.words
+        return () if concept.destination is None else (concept.destination,)
+
+    def anchor_name(self, concept: Concept) -> str:
+        """What a concept becomes, in words."""
+        return " or ".join(filter(None, self.anchor_words(concept))) or concept.anchor_name
 
     def watched_prompts(self, text: Text) -> ConceptPrompts:
         """Of the named words, then of words near them, which follow or not."""
-        return self._prompts(text, self.neighborhood.near)
+        return self._prompts(text, self.neighborhood.near, whole=True)
 
-    def _prompts(self, text: Text, neighbors: Mapping[str, Sequence[str]]) -> ConceptPrompts:
+    def _prompts(
+        self, text: Text, neighbors: Mapping[str, Sequence[str]], whole: bool
+    ) -> ConceptPrompts:
         return ConceptPrompts(
             text,
             self.concepts,
             neighbors,
             self.pairs,
             avoid=self.leaving,
-            words=self.vocabulary.words or None,
+            words=self.vocabulary.words,
+            anchors={target: anchor.words for target, anchor in self.anchors.items()},
+            whole=whole,
         )
 
 
@@ -72,33 +124,89 @@ _SAMPLED = 64
 """Words of the vocabulary that are looked at for drift."""
 
 
-def select(job: Job, vocabulary: Vocabulary) -> Selection:
+def select(job: Job, known: KnownWords, vocabulary: Vocabulary, *, drawn: bool = True) -> Selection:
     """Decides what happens to each word.
 
     Args:
+        known: what the model may know.
+        drawn: whether members of a category are looked for, which takes passes of the denoiser.
         vocabulary: of the first section of the token sequence.
     """
     key = name_key(job.texts)
-    anchors = {c.destination: c.kind for c in job.concepts if c.destination}
-    kinds = {key(word): kind for word, kind in anchors.items()}
+    named = {c.destination: c.kind for c in job.concepts if c.destination}
+    kinds = {key(word): kind for word, kind in named.items()}
     first: dict[Any, str] = {}
-    for word in (*job.preserve, *anchors):
+    for word in (*job.preserve, *named):
         first.setdefault(key(word), word)
     retained = {word: kinds.get(key(word), "object") for word in first.values()}
-    neighborhood = neighbor_words(
-        job.text,
-        vocabulary,
+    neighborhood = find_neighbors(
+        known,
         job.concepts,
         job.config.mining,
         keep=tuple(retained),
+        spare=(*job.config.mining.spare, *job.config.vocabulary.exclude),
         key=key,
-        members=_member_search(job) if job.denoising.drawable else None,
+        members=_member_search(job) if drawn and job.denoising.drawable else None,
         progress=job.progress,
     )
+    neighborhood = dataclasses.replace(neighborhood, near=_fitting(job, neighborhood.near))
     mined: Mapping[str, tuple[str, ...]] = {c.target: () for c in job.concepts}
     if job.config.mining.mode == "vocabulary":
         mined = neighborhood.near
-    return Selection(job.concepts, neighborhood, mined, retained, vocabulary, job.config.pairs)
+    around = (neighborhood.near, neighborhood.surplus, neighborhood.borderline)
+    gone = [word for found in around for words in found.values() for word in words]
+    gone += [word for concept in job.concepts for word in concept.words]
+    anchors: Mapping[str, Anchor] = {}
+    if job.config.pairs.anchors == "auto":
+        anchors = choose_anchors(known, job.concepts, gone=gone)
+    retained = _with_anchors(job, retained, anchors)
+    return Selection(
+        concepts=job.concepts,
+        neighborhood=neighborhood,
+        mined=mined,
+        retained=retained,
+        vocabulary=vocabulary,
+        pairs=job.config.pairs,
+        line=known.line,
+        anchors=anchors,
+    )
+
+
+def _fitting(job: Job, near: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Mined words for which every text encoder has room in one of the templates."""
+    texts = [text for sections in job.texts.values() for text in sections]
+    found = {}
+    for concept in job.concepts:
+        templates = job.config.pairs.of(concept.kind)
+        plain = [t for t in templates if "{word}" not in t] or templates
+        words = near[concept.target]
+        found[concept.target] = tuple(
+            word
+            for word in words
+            if all(any(not text.overflow(fill(t, word)) for t in plain) for text in texts)
+        )
+        if len(found[concept.target]) < len(words):
+            long = [word for word in words if word not in found[concept.target]]
+            logger.info("neighbors of %r that no template has room for: %s", concept.target, long)
+    return found
+
+
+def _with_anchors(
+    job: Job, retained: Mapping[str, str], anchors: Mapping[str, Anchor]
+) -> dict[str, str]:
+    """Words that stay: of anchors those that something becomes."""
+    key = name_key(job.texts)
+    aims = {c.destination for c in job.concepts if c.target not in anchors}
+    defaults = {c.destination for c in job.concepts if c.anchor is None} - aims - {*job.preserve}
+    found = {word: kind for word, kind in retained.items() if word not in defaults}
+    known = {key(word) for word in found}
+    for concept in job.concepts:
+        chosen = anchors.get(concept.target)
+        for word in chosen.words if chosen else ():
+            if key(word) not in known:
+                known.add(key(word))
+                found[word] = concept.kind
+    return found
 
 
 def _member_search(job: Job) -> MemberSearch:
@@ -151,9 +259,8 @@ def warn_of_no_words(selection: Selection) -> Iterator[str]:
 
 
 _NO_WORDS = (
-    "the vocabulary is empty: the tokenizer marks no whole words (or vocabulary.words is 0), so no "
-    "neighbor words are mined and nothing but preserve= and anchors is held in place; name "
-    "synonyms, and what must stay"
+    "the vocabulary is empty: the tokenizer marks no whole words (or vocabulary.words is 0), so "
+    "nothing but preserve= and anchors is held in place; name what must stay"
 )
 
 

@@ -17,7 +17,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Output folder.")] = Path(
         "out/demo"
     ),
-    thing: Annotated[str, typer.Option(metavar="WORD", help="The object to erase.")] = "cat",
+    thing: Annotated[str, typer.Option(metavar="WORD", help="The object to erase.")] = "dog",
     style: Annotated[str, typer.Option(metavar="WORD", help="The style to erase.")] = "mosaic",
     mining: Mining = None,
     no_align: NoAlign = False,

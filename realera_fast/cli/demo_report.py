@@ -15,16 +15,17 @@ from typing import Any
 
 from PIL import Image
 
-from realera_fast.cli.demo_plan import DemoConfig, listed_words, shown_things
-from realera_fast.erasure import Erasure
+from realera_fast.cli.demo_plan import DemoConfig, listed_words, scene_thing, shown_things
+from realera_fast.embedded import with_article
+from realera_fast.erasure import Erasure, report
 from realera_fast.evaluation import (
     Group,
     Row,
     ScoreLine,
     Shot,
     Table,
-    accuracy,
     before_after_grid,
+    is_right,
     picture_warnings,
     scores_of,
     write_html,
@@ -125,6 +126,20 @@ class Evidence:
         return f"{self.config.thing} and the style {self.config.style}"
 
     @property
+    def guide(self) -> str:
+        """What a reader should look at in the images."""
+        thing, style = self.config.thing, self.config.style
+        named = with_article(thing, self.table.thing(thing).article)
+        beside = scene_thing(self.table, self.config)
+        scene = f" Of the two things in the scene the {beside.name} stays." if beside else ""
+        return (
+            f"What to look at: on the right no image may show {named}, by whatever word it was "
+            f"asked for, and none the style {style}, while the thing in that style stays. Near "
+            f"relatives and everything below them look as on the left.{scene} Below each image is "
+            "what the judge sees."
+        )
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What it takes to do the same again."""
         return {
@@ -180,32 +195,40 @@ class Evidence:
         table, config = self.table, self.config
         target, style = table.thing(config.thing), table.style(config.style)
         others = [s.name for s in table.styles if s.name not in (style.name, config.style_anchor)]
-        things = [target.name, *target.synonyms[:2]]
+        beside = scene_thing(table, config)
+        things = [target.name, *target.said[:1], *table.counted(target)[:2]]
         things += [thing.name for thing in shown_things(table, config)]
-        styles = [style.name, *style.synonyms[:1], *others[:1]]
+        things += [f"{target.name} and {beside.name}"] if beside else []
+        styles = [style.name, *table.held_out(style)[:1], *others[:1]]
         return [(target.name, word) for word in things] + [(style.name, word) for word in styles]
 
     def by_word(self) -> list[dict[str, Any]]:
-        """One record per judged word: pictures, accuracy before and after, fractions."""
+        """One record per judged word: pictures, accuracy before and after, fractions; whether it
+        was mined, and whether it is another word that stood in captions."""
         mined = self.mined()
+        thing, style = self.config.thing, self.config.style
+        said = {*self.table.thing(thing).said, *self.table.style(style).said}
         numbers: dict[tuple[str, str], list[int]] = {}
         for i, shot in enumerate(self.shots):
             numbers.setdefault((shot.erased, shot.word), []).append(i)
         records = []
         for (erased, word), chosen in numbers.items():
-            expected = [self.shots[i].expected for i in chosen]
             records.append(
                 {
                     "erased": erased,
                     "group": self.shots[chosen[0]].group,
                     "word": word,
                     "pictures": len(chosen),
-                    "before": accuracy([self.seen_before[i] for i in chosen], expected),
-                    "after": accuracy([self.seen_after[i] for i in chosen], expected),
+                    "before": self._accuracy(chosen, self.seen_before),
+                    "after": self._accuracy(chosen, self.seen_after),
                     "mined": word in mined,
+                    "said": word in said,
                 }
             )
         return records
+
+    def _accuracy(self, chosen: Sequence[int], seen: Sequence[str]) -> float:
+        return sum(is_right(self.shots[i], seen[i]) for i in chosen) / len(chosen)
 
     def warnings(self) -> tuple[str, ...]:
         """The erasure's and the images'."""
@@ -221,6 +244,7 @@ def write_images(evidence: Evidence, folder: Path) -> None:
         evidence.rows(),
         folder / FILES[0],
         title=f"Erased from the embedded model: {evidence.title}",
+        note=evidence.guide,
     )
     evidence.erasure.save(folder / FILES[3])
 
@@ -272,6 +296,7 @@ def write_report(evidence: Evidence, folder: Path, seconds: Mapping[str, float])
 def _summary(evidence: Evidence) -> str:
     """The page's first paragraph."""
     thing, style = evidence.concepts
+    became = report.anchor_name(thing, report.anchors_of(evidence.erasure.report))
     count, found = len(evidence.held_out), len(evidence.held_out_mined())
     mined = (
         f"mining found {found} of these {count} by itself and erased them as targets (see the "
@@ -279,11 +304,12 @@ def _summary(evidence: Evidence) -> str:
     )
     return (
         f"From the embedded model, in one call: the object {thing.target!r} became "
-        f"{thing.anchor_name}, the style {style.target!r} became {style.anchor!r}. "
+        f"{became}, the style {style.target!r} became {style.anchor!r}. "
         f"{len(evidence.shots)} pictures were drawn before and as many after, from the same "
         "seeds, and named by a classifier trained on real renderings. No concept named the "
         f"held-out {listed_words(evidence.held_out)}; "
         + (mined if found else "mining found none of them.")
+        + f" {evidence.guide}"
     )
 
 
@@ -292,10 +318,11 @@ def _tables(by_word: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) 
     return [
         _word_table("Near relatives", "relative", by_word, "Must stay recognizable."),
         _word_table(
-            "Held-out synonyms",
+            "Held-out words",
             "synonym",
             by_word,
-            "Named by no concept. 'mined' words were found in the tokenizer's vocabulary and "
+            "Named by no concept. Words that were said stood in the captions that the model was "
+            "trained on, unsaid ones in none. Mined words were found by the eraser itself and "
             "erased as targets: they don't measure generality.",
         ),
         _word_table("Everything else", "untouched", by_word, "The 20 that lost the most."),
@@ -307,10 +334,14 @@ def _word_table(title: str, group: Group, by_word: Sequence[Mapping[str, Any]], 
     records = [record for record in by_word if record["group"] == group]
     if group == "untouched":
         records = sorted(records, key=lambda r: (r["after"] - r["before"], r["after"]))[:20]
+    held_out = group == "synonym"
     return Table(
         title=title,
         note=note,
-        header=("word", "erased", "pictures", "before, %", "after, %", "mined"),
+        header=(
+            *("word", "erased", "pictures", "before, %", "after, %", "mined"),
+            *(("in captions",) if held_out else ()),
+        ),
         rows=tuple(
             (
                 record["word"],
@@ -319,6 +350,7 @@ def _word_table(title: str, group: Group, by_word: Sequence[Mapping[str, Any]], 
                 round(100 * record["before"], 1),
                 round(100 * record["after"], 1),
                 "yes" if record["mined"] else "no",
+                *(("said" if record["said"] else "unsaid",) if held_out else ()),
             )
             for record in records
         ),

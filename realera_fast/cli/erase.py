@@ -26,6 +26,7 @@ from realera_fast.cli.options import (
     Model,
     NoAlign,
     Out,
+    Preset,
     Quiet,
     Variant,
     check_placement,
@@ -34,7 +35,7 @@ from realera_fast.cli.options import (
 )
 from realera_fast.cli.output import check_output, check_space, output_folder, write_report
 from realera_fast.cli.program import app, start_logging
-from realera_fast.cli.tables import echo_plan, summary
+from realera_fast.cli.tables import echo_plan, summary, words_text
 
 
 @app.command()
@@ -89,6 +90,13 @@ def erase(
             "(the same for A1111 and ComfyUI), weights (edited tensors), single-file.",
         ),
     ] = "pipeline,delta",
+    spare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORD", help="No neighbor, whatever it looks like; may be given several times."
+        ),
+    ] = None,
+    preset: Preset = None,
     mining: Mining = None,
     no_align: NoAlign = False,
     seed: Annotated[
@@ -108,7 +116,8 @@ def erase(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+        bool,
+        typer.Option("--dry-run", help="Check everything and say which words would go, and why."),
     ] = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -145,9 +154,18 @@ def erase(
     )
     values = read_config(config)
     check_places(model, base, out, force)
-    settings = settings_of(values, config, mining=mining, no_align=no_align, seed=seed)
+    settings = settings_of(
+        values,
+        config,
+        mining=mining,
+        no_align=no_align,
+        seed=seed,
+        preset=preset,
+        spare=spare or (),
+    )
     from realera_fast.cli.loading import load_pipeline
     from realera_fast.eraser import erase as erase_concepts
+    from realera_fast.eraser import preview
     from realera_fast.models import component_name, components_of
 
     start_logging(quiet)
@@ -156,6 +174,17 @@ def erase(
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
         echo_plan(pipe, concepts, preserved, settings, out, wanted)
+        typer.echo(
+            words_text(
+                preview(
+                    pipe,
+                    concepts,
+                    preserve=preserved,
+                    config=settings,
+                    progress=False if quiet else None,
+                )
+            )
+        )
         return
     with output_folder(out, force) as folder:
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)

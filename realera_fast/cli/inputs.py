@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realera_fast.cli.loading import check_model
-from realera_fast.cli.options import KIND_NAMES, MINING_MODES, option_of, usage_error
+from realera_fast.cli.options import (
+    KIND_NAMES,
+    MINING_MODES,
+    PRESETS,
+    option_of,
+    usage_error,
+)
 from realera_fast.cli.output import check_output
 
 if TYPE_CHECKING:
@@ -108,18 +114,25 @@ def settings_of(
     no_align: bool,
     seed: int | None,
     defaults: EraseConfig | None = None,
+    preset: str | None = None,
+    spare: Sequence[str] = (),
 ) -> EraseConfig:
     """`EraseConfig` of the values that `read_config` read, and the options that override it.
 
     Args:
         defaults: the settings without a file.
+        preset: name of settings to begin with.
+        spare: words that are no neighbors.
     """
+    if preset is not None and (preset not in PRESETS or file is not None):
+        told = f"expected one of {', '.join(PRESETS)}, and no --config beside it, got {preset!r}"
+        raise usage_error("--preset", told)
     if mining is not None and mining not in MINING_MODES:
         told = f"MiningConfig.mode must be one of {MINING_MODES}, got {mining!r}"
         raise usage_error("--mining", told)
     from realera_fast.config import EraseConfig
 
-    config = defaults or EraseConfig()
+    config = getattr(EraseConfig, preset)() if preset else defaults or EraseConfig()
     if file is not None:
         try:
             config = EraseConfig.from_dict(values)
@@ -127,6 +140,8 @@ def settings_of(
             raise usage_error("--config", f"{file}: {error}") from error
     if mining is not None:
         config = replace(config, mining=replace(config.mining, mode=mining))
+    if spare:
+        config = replace(config, mining=replace(config.mining, spare=tuple(spare)))
     if no_align:
         config = replace(config, alignment=replace(config.alignment, enabled=False))
     return config if seed is None else replace(config, seed=seed)

@@ -18,6 +18,7 @@ SAVED = ("pipeline", "delta", "lora", "kohya", "weights", "single-file")
 
 # What the library knows as well; said here, a mistake costs no import of torch.
 KIND_NAMES = ("object", "style", "person", "explicit")
+PRESETS = ("fast", "paper")
 MINING_MODES = ("vocabulary", "gaussian", "offset", "none")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 DEVICE_TYPES = (
@@ -85,6 +86,14 @@ Mining = Annotated[
     typer.Option(
         metavar="MODE",
         help="How neighbors are mined: vocabulary, gaussian, offset or none.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="fast: the closed form alone; paper: RealEra as published (default: both stages, with "
+        "scales that the model chooses).",
     ),
 ]
 NoAlign = Annotated[

@@ -16,6 +16,7 @@ from realera_fast import __version__
 
 if TYPE_CHECKING:
     from realera_fast.config import EraseConfig
+    from realera_fast.eraser import Preview
     from realera_fast.erasure import Erasure
     from realera_fast.text import Concept
 
@@ -59,6 +60,7 @@ def summary(erasure: Erasure) -> str:
 
 def echo_file(described: Mapping[str, Any]) -> str:
     """What `info FILE` prints."""
+    from realera_fast.erasure import report
     from realera_fast.text import Concept
 
     concepts = described["concepts"]
@@ -71,7 +73,7 @@ def echo_file(described: Mapping[str, Any]) -> str:
                 "",
                 concept.target,
                 ", ".join(concept.synonyms) or "-",
-                concept.anchor_name,
+                report.anchor_name(concept, described["anchors"]),
                 concept.kind,
             )
         )
@@ -134,10 +136,13 @@ def echo_plan(
     dtype = str(weight.dtype).removeprefix("torch.")
     typer.echo(f"would edit {len(layers)} projections of {type(parts.model).__name__} ({dtype})")
     lines = [("", "word", "kind", "becomes", "tokens")]
+    fixed = config.pairs.anchors == "mean"
     for concept in concepts:
         for word in concept.words:
             tokens = str(len(text.token_ids(word)))
-            lines.append(("", word, concept.kind, concept.anchor_name, tokens))
+            # The preview below says what the model chooses.
+            becomes = concept.anchor_name if concept.anchor is not None or fixed else "-"
+            lines.append(("", word, concept.kind, becomes, tokens))
     typer.echo(columns(lines, right=(4,)))
     if preserve:
         typer.echo(f"would preserve {', '.join(preserve)}")
@@ -160,6 +165,45 @@ def echo_plan(
         f"would mine neighbors by {config.mining.mode}, {stage} noise alignment, seed {config.seed}"
     )
     typer.echo(f"would write {', '.join(wanted)} and a report to {out}")
+
+
+def words_text(found: Preview) -> str:
+    """Which words would go and which stay, concept by concept."""
+    lines = []
+    for target, words in found.neighbors.items():
+        anchor = found.anchors.get(target)
+        becomes = f" becomes {' or '.join(anchor.words)}, {anchor.why}" if anchor else ""
+        lines.append(f"{target}{becomes}")
+        by_source: dict[str, list[str]] = {}
+        for word in words:
+            by_source.setdefault(found.sources.get(word, "token"), []).append(word)
+        for source, some in by_source.items():
+            lines.append(f"  would go, {_WHY.get(source, source)}: {', '.join(some)}")
+        if not words:
+            lines.append("  no other word would go with it")
+        for what, others in (
+            ("would stay", found.relatives.get(target, ())),
+            ("near, and would stay", found.beyond.get(target, ())),
+            ("in doubt, and would stay", found.borderline.get(target, ())),
+        ):
+            if others:
+                lines.append(f"  {what}: {', '.join(others)}")
+    line = found.line
+    lines += [
+        f"least cosine of a neighbor: {line.unknown:.2f}, of a related word {line.related:.2f}, by "
+        + ("pairs of the lexicon" if line.source == "lexicon" else "the words' own distances"),
+        "strike out with --spare WORD, add with --synonym WORD",
+    ]
+    return "\n".join(lines)
+
+
+_WHY = {
+    "inflection": "forms of the name",
+    "lexicon": "by the lexicon",
+    "token": "as the model sees them",
+    "member": "members",
+    "drawn": "drawn alike",
+}
 
 
 def system_info() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from realera_fast.erasure.base_model import BaseModelMismatchError
 from realera_fast.erasure.describe import read_description
 from realera_fast.erasure.erasure import Erasure
 from realera_fast.erasure.file import ErasureFileError
-from realera_fast.erasure.history import applied, history_of
+from realera_fast.erasure.history import applied, history_of, originals_of
 
 __all__ = [
     "BaseModelMismatchError",
@@ -13,6 +13,7 @@ __all__ = [
     "ErasureFileError",
     "applied",
     "history_of",
+    "originals_of",
     "read_description",
     "report",
 ]

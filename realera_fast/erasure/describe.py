@@ -20,8 +20,8 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file of this library says about itself, whichever format it is of.
 
     Returns:
-        ``file`` and ``holds``, and what was written: ``concepts``, ``config``, ``provenance`` (with
-        its history), ``solve``, ``report_sha256``.
+        ``file`` and ``holds``, and what was written: ``concepts``, ``anchors`` that nobody named,
+        ``config``, ``provenance`` (with its history), ``solve``, ``report_sha256``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,6 +50,8 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = {
             field: parse_json_value(field, metadata[f"realera_fast.{field}"]) for field in fields
         }
+        # Files of earlier releases have none.
+        found["anchors"] = parse_json_value("anchors", metadata.get("realera_fast.anchors", "{}"))
         if not isinstance(found["concepts"], list) or not isinstance(found["provenance"], dict):
             raise ErasureFileError("its concepts are no list, or its provenance is no object")
         concepts_of(found["concepts"])

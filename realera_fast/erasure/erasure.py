@@ -23,6 +23,7 @@ from realera_fast.erasure import export, file, history
 from realera_fast.erasure.adapters import Layout
 from realera_fast.erasure.edit import edit_of
 from realera_fast.erasure.model_card import write_card
+from realera_fast.erasure.report import anchor_name, anchors_of
 from realera_fast.models import Family, LoraFactors, Stream
 from realera_fast.runtime import composed, encode_json, exclusive, ordinary, tensor_bytes, valid
 from realera_fast.solver import ConceptMap, IncrementalSystem, PromptMap
@@ -91,7 +92,8 @@ class Erasure:
                 raise ValueError(f"{name}: holds NaN or infinity")
 
     def __repr__(self) -> str:
-        shown = [f"{c.target!r} -> {c.anchor_name!r}" for c in self.concepts[:8]]
+        anchors = anchors_of(self.report)
+        shown = [f"{c.target!r} -> {anchor_name(c, anchors)!r}" for c in self.concepts[:8]]
         words = ", ".join(shown + ["..."] * (len(self.concepts) > 8))
         return f"Erasure({words or 'nothing'}; rank {self.map.rank}, LoRA on {len(self.lora)})"
 
@@ -198,7 +200,8 @@ class Erasure:
         maps: dict[Stream, ConceptMap] = {}
         systems: dict[Stream, IncrementalSystem] = {}
         # What was measured was measured on the whole.
-        report: dict[str, Any] = {"withdrawn": list(targets)}
+        anchors = {t: a for t, a in anchors_of(self.report).items() if t not in targets}
+        report: dict[str, Any] = {"withdrawn": list(targets), "anchors": anchors}
         for stream, kept in self._systems.items():
             system = kept.copy()
             for target in dict.fromkeys(targets):
@@ -366,6 +369,7 @@ class Erasure:
             "concepts": [concept.to_dict() for concept in self.concepts],
             "config": self.config,
             "provenance": self.provenance,
+            "anchors": anchors_of(self.report),
             "solve": self.report.get("solve"),
             "report_sha256": hashlib.sha256(encode_json(self.report).encode()).hexdigest(),
         }

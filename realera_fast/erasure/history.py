@@ -136,6 +136,20 @@ def applied(model: nn.Module) -> tuple[Erasure, ...]:
     return () if place is None else tuple(entry.erasure for entry in history[: place + 1])
 
 
+@exclusive
+def originals_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the layers that the applied erasures changed, before all of them, by module name.
+
+    Empty where nothing is applied, and where the weights were changed by something else.
+    """
+    history = applications_of(model)
+    place = place_of(history, WeightStates(model)) if history else None
+    found: dict[str, Tensor] = {}
+    for entry in reversed(history[: 0 if place is None else place + 1]):
+        found |= entry.originals
+    return found
+
+
 def history_of(model: nn.Module) -> list[dict[str, Any]]:
     """What was erased from a model before, for the provenance of the next erasure."""
     return [history_entry(erasure) for erasure in applied(model)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from realera_fast.erasure.report import anchor_name, anchors_of
 from realera_fast.models import Family
 from realera_fast.runtime import write_atomically
 from realera_fast.text import Concept
@@ -82,7 +83,7 @@ def write_card(
     # Inside of double quotes, whatever it is made of.
     name = repr(path.name)[1:-1].replace('"', '\\"')
     how = _HOW[use].format(folder="path/to/this/folder", file=name, component=component)
-    neighbors = erasure.report.get("neighbors", {})
+    neighbors, anchors = erasure.report.get("neighbors", {}), anchors_of(erasure.report)
     versions = erasure.provenance.get("versions", {})
     hashes = erasure.provenance.get("base_hashes", {})
     warnings = erasure.report.get("warnings", ())
@@ -98,7 +99,7 @@ def write_card(
         *(
             f"| {_plain(c.target)} | {_plain(', '.join(c.synonyms))} | "
             f"{_plain(', '.join(neighbors.get(c.target, ())[:_SHOWN]))} | "
-            f"{_plain(c.anchor_name)} | {c.kind} |"
+            f"{_plain(anchor_name(c, anchors))} | {c.kind} |"
             for c in erasure.concepts[:_SHOWN]
         ),
     ]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast.text import AlignedPrompts
+from realera_fast.text import AlignedPrompts, Concept
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class WordReport:
 
     word: str
     role: str
-    """"target", "synonym", "neighbor", "preserved" (named words and anchors) or "vocabulary"."""
+    """"target", "synonym", "neighbor", "preserved" (named words and anchors), "relative" (by the
+    lexicon) or "vocabulary"."""
     anchor: str | None
     moved: float | None
     """Fraction of the way to where they are sent, for words that should go."""
@@ -51,7 +52,21 @@ class Report:
     neighbors: Mapping[str, tuple[str, ...]]
     """Mined neighbor words by target."""
     relatives: Mapping[str, tuple[str, ...]]
+    """Other kinds of the same thing by the lexicon, which must stay, by target."""
+    beyond: Mapping[str, tuple[str, ...]]
     """The nearest words outside the neighborhood, which stay, by target."""
+    borderline: Mapping[str, tuple[str, ...]]
+    """Words that are outside by little, by target."""
+    sources: Mapping[str, str]
+    """Why a neighbor is one: "inflection" of a name, by the "lexicon", a "token" that the model
+    sees alike, or a "member" of a category, or as it is "drawn"."""
+    line: Mapping[str, Any]
+    """Least cosines of neighbors in this model, and how well they part the lexicon's pairs
+    (`mining.Line`)."""
+    anchors: Mapping[str, Mapping[str, Any]]
+    """What concepts became that named no anchor, and why, by target."""
+    scales: Mapping[str, Any]
+    """`preserve_scale`, `negative_guidance`, and the curve that they were chosen from."""
     solve: Mapping[str, Any]
     """Method, condition estimate, residual ratio, rank, dropped mass, rows."""
     layers: Mapping[str, float]
@@ -66,6 +81,20 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+def anchors_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Anchors that nobody named, by target, of an erasure or of several in one."""
+    found = dict(report.get("anchors", {}))
+    for part in report.get("parts", ()):
+        found |= anchors_of(part)
+    return found
+
+
+def anchor_name(concept: Concept, anchors: Mapping[str, Any]) -> str:
+    """What a concept became, in words: its own anchor, or the one that was taken."""
+    chosen = anchors.get(concept.target)
+    return " or ".join(chosen["words"]) if chosen else concept.anchor_name
 
 
 class Movement:
@@ -91,14 +120,18 @@ class Movement:
             self._mixed.addmm_(change.mT, weight)
             self._change.addmm_(change.mT, change)
 
-    def moved(self, prompts: AlignedPrompts) -> float | None:
-        """Fraction of the way that a word went; None if there was none."""
+    def moved(self, prompts: AlignedPrompts, guidance: float = 0.0) -> float | None:
+        """Fraction of the way that a word went; None if there was none.
+
+        Args:
+            guidance: how far past the anchor the way leads.
+        """
         rows = prompts.weight > 0
         x, y = (
             states[rows].to(self._change.device, torch.float64)
             for states in (prompts.source, prompts.destination)
         )
-        z = x - y
+        z = (1.0 + guidance) * (x - y)
         way = _sum(z, self._original, z)
         if way <= 0.0:
             return None
@@ -116,7 +149,10 @@ class Movement:
         carries = carries.to(self._change.device)[..., None]
         x = hidden.to(self._change.device, torch.float64) * carries
         # One word alone is not apart from anything: its own length is the measure then.
-        center = x.mean(dim=0) if len(x) > 1 else torch.zeros_like(x[0])
+        center = torch.zeros_like(x[0])
+        if len(x) > 1:
+            # Of each place those that have a row there.
+            center = x.sum(dim=0) / carries.sum(dim=0).clamp_min(1)
         apart = ((x - center) * carries).flatten(0, 1)
         spread = math.sqrt(max(0.0, _sum(apart, self._original, apart)) / max(1, len(x)))
         return [

@@ -13,7 +13,7 @@ from realera_fast.evaluation.images import (
     sampling_settings,
 )
 from realera_fast.evaluation.metrics import Scores, accuracy
-from realera_fast.evaluation.shots import Shot, judged, prompt_of, scores_of
+from realera_fast.evaluation.shots import Shot, is_right, judged, scores_of
 from realera_fast.evaluation.verification import verify
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "find_detector",
     "generate",
     "identity_of",
+    "is_right",
     "judged",
     "numbers",
     "picture_warnings",
-    "prompt_of",
     "sampling_settings",
     "scores_of",
     "verify",

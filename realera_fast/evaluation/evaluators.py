@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -28,6 +28,29 @@ class Judge(Protocol):
 
     def classify(self, images: Sequence[Image.Image]) -> tuple[Sequence[str], Sequence[str]]:
         """`[n]` images to `[n]` names of things and `[n]` names of styles."""
+        ...
+
+
+class Sight(Protocol):
+    """What is seen in one image."""
+
+    @property
+    def things(self) -> Sequence[str]:
+        """Names of everything that is there."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """One name for the image."""
+        ...
+
+
+@runtime_checkable
+class SceneJudge(Protocol):
+    """A judge that tells several things in one image apart."""
+
+    def look(self, images: Sequence[Image.Image]) -> Sequence[Sight]:
+        """`[n]` images to what is seen in each."""
         ...
 
 

@@ -19,6 +19,7 @@ def before_after_grid(
     path: str | Path | None = None,
     *,
     title: str = "",
+    note: str = "",
     tile: int | None = None,
 ) -> Image.Image:
     """One image of all rows: prompts on the left, before and after in columns by seed.
@@ -28,6 +29,7 @@ def before_after_grid(
             `GROUPS`.
         path: where to write a PNG, atomically; None only returns the image.
         title: line above everything.
+        note: what to look at, below the title; wrapped to the width.
         tile: side of one image in pixels; None shows small images at a whole multiple of their
             size, to 128 pixels, and large ones scaled down to 192.
 
@@ -57,18 +59,24 @@ def before_after_grid(
     left = (margin + label_width, margin + label_width + half + middle)
     groups = [(g, [row for row in rows if row.group == g]) for g in GROUPS]
     groups = [(g, members) for g, members in groups if members]
-    top = margin + (34 if title else 0)
-    body = top + 50
-    band = 34
     total_width = left[1] + half + margin
     if title:
         total_width = max(total_width, int(measure.textlength(title, heading)) + 2 * margin)
+    letters = (
+        (total_width - 2 * margin) / (measure.textlength(note, text) / len(note)) if note else 1
+    )
+    told = textwrap.wrap(note, int(letters))
+    top = margin + (34 if title else 0) + 20 * len(told) + (10 if told else 0)
+    body = top + 50
+    band = 34
     total_height = body + sum(band + len(members) * row_height for _, members in groups) + margin
 
     page = Image.new("RGB", (total_width, total_height), _PAPER)
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((margin, margin), title, _INK, heading)
+    for i, line in enumerate(told):
+        draw.text((margin, margin + (34 if title else 0) + 20 * i), line, _INK, text)
     for x, name in zip(left, ("before", "after"), strict=True):
         draw.text((x + half / 2, top + 10), name, _INK, heading, anchor="mm")
         draw.line((x, top + 24, x + half, top + 24), _RULE)

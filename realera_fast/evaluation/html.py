@@ -68,7 +68,21 @@ _TITLES: Mapping[str, tuple[str, str]] = {
         "drift: the distance moved, in distances between words, for words that should stay.",
     ),
     "neighbors": ("Mined neighbors", "Words that nobody named and that were erased as well."),
-    "relatives": ("Near relatives", "The nearest words outside the neighborhood, which stay."),
+    "relatives": ("Near relatives", "Other kinds of the same thing, which stay."),
+    "beyond": ("Just outside", "The nearest words outside the neighborhood, which stay."),
+    "borderline": ("In doubt", "Words outside by little: name them as synonyms if they should go."),
+    "sources": (
+        "Why a neighbor is one",
+        "inflection: another form of a name; lexicon: a synonym or a kind by WordNet; token: a "
+        "word that the model sees alike; member: of a category, as the model draws it; drawn: in "
+        "doubt, and drawn alike.",
+    ),
+    "line": (
+        "How near is near",
+        "Least cosines of neighbors in this model, and shares of the lexicon's pairs above them.",
+    ),
+    "anchors": ("Anchors that nobody named", "What concepts became, and why."),
+    "scales": ("Scales", "What was chosen, and what every choice would have done."),
     "solve": ("The least-squares solve", ""),
     "layers": (
         "Change by layer",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from PIL import Image
 
-from realera_fast.evaluation.evaluators import Judge
+from realera_fast.evaluation.evaluators import Judge, SceneJudge
 from realera_fast.evaluation.images import Group
 from realera_fast.evaluation.metrics import Scores
 
@@ -29,8 +29,8 @@ class Shot:
     expected: str
     """The judge's name for it."""
 
-    kind: Literal["thing", "style"]
-    """Whether the judge is asked for the thing or for the style."""
+    kind: Literal["thing", "style", "scene"]
+    """What the judge is asked for: the one thing, the style, or everything that is there."""
 
     prompt: str
     """The prompt."""
@@ -39,19 +39,27 @@ class Shot:
     """The seed."""
 
 
-def prompt_of(template: str, word: str, style: str = "") -> str:
-    """A prompt with "an" where English wants it: "a photo of an airplane"."""
-    words = template.replace("{style}", style).replace("{}", word).split()
-    for i, (one, following) in enumerate(zip(words, words[1:], strict=False)):
-        if one in ("a", "an"):
-            words[i] = "an" if following[0].lower() in "aeiou" else "a"
-    return " ".join(words)
-
-
 def judged(judge: Judge, shots: Sequence[Shot], pictures: Sequence[Image.Image]) -> list[str]:
-    """`[n]` what the judge sees of the kind that each shot asks for."""
+    """`[n]` what the judge sees of the kind that each shot asks for; of scenes, all that is there,
+    joined by commas."""
     things, styles = judge.classify(pictures)
-    return [things[i] if shot.kind == "thing" else styles[i] for i, shot in enumerate(shots)]
+    seen = {"thing": list(things), "style": list(styles), "scene": list(things)}
+    scenes = [i for i, shot in enumerate(shots) if shot.kind == "scene"]
+    if scenes:
+        if not isinstance(judge, SceneJudge):
+            raise TypeError(
+                f"judge: scenes need one with a method `look`, got {type(judge).__name__}"
+            )
+        for i, sight in zip(scenes, judge.look([pictures[i] for i in scenes]), strict=True):
+            # Where the image is junk its name is none of the things.
+            is_thing = sight.name in sight.things
+            seen["scene"][i] = ", ".join(sight.things) if is_thing else sight.name
+    return [seen[shot.kind][i] for i, shot in enumerate(shots)]
+
+
+def is_right(shot: Shot, seen: str) -> bool:
+    """Whether the judge saw what the shot expects; in a scene, among other things."""
+    return shot.expected in (seen.split(", ") if shot.kind == "scene" else [seen])
 
 
 def scores_of(shots: Sequence[Shot], seen: Sequence[str], erased: str) -> Scores:
@@ -61,7 +69,7 @@ def scores_of(shots: Sequence[Shot], seen: Sequence[str], erased: str) -> Scores
         right: dict[str, list[bool]] = {}
         for shot, name in zip(shots, seen, strict=True):
             if shot.erased == erased and shot.group in groups:
-                right.setdefault(shot.word, []).append(name == shot.expected)
+                right.setdefault(shot.word, []).append(is_right(shot, name))
         if not right:
             return None
         return sum(sum(marks) / len(marks) for marks in right.values()) / len(right)

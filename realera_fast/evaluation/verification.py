@@ -223,7 +223,11 @@ def _grouped(
 
 def _watched(erasure: Erasure, count: int = 3) -> tuple[list[str], list[str]]:
     """Near relatives of what was erased, and words that moved least, by its report."""
-    near = erasure.report.get("relatives", {}).values()
+    report = erasure.report
+    near = [
+        (*words, *report.get("beyond", {}).get(target, ()))
+        for target, words in report.get("relatives", {}).items()
+    ]
     # One of each concept, then the next of each: a long list is not drawn as a whole.
     longest = max(map(len, near), default=0)
     turns = [words[i] for i in range(longest) for words in near if i < len(words)]

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 
 from realera_fast.mining.region import BEYOND_OFFSET, Region
-from realera_fast.runtime import check_types
+from realera_fast.runtime import check_types, clean_names
 
-MODES = ("vocabulary", "gaussian", "offset", "none")
+NOISE = ("gaussian", "offset")
+"""Modes that draw noise around a concept."""
+MODES = ("vocabulary", *NOISE, "none")
 """Where neighbors come from; see `MiningConfig.mode`."""
 
 
@@ -54,9 +56,17 @@ class MiningConfig:
     max_words: int = 64
     """Most words that are erased with a concept, a count; more that are in its neighborhood are
     neither erased nor preserved, and the report warns of them. Default (ours)."""
-    word_cosine: float = 0.6
-    """No unit: least cosine between a word and the target, after the mean over all words is taken
-    out, for the word to be in its neighborhood. Default (ours)."""
+    word_cosine: float | None = None
+    """No unit: least cosine between a word and the target, as the denoiser sees them
+    (`word_space.WordSpace`), for a word of which nothing is known to be in its neighborhood. `None`
+    takes the line that pairs of the lexicon draw in this model (`line.Line`). Default (ours): a
+    cosine means another thing in every model."""
+    candidates: int = 300
+    """Words a concept that are read to see whether they are neighbors, a count, where the
+    tokenizer's are too many to read all. Default (ours)."""
+    spare: tuple[str, ...] = ()
+    """Words that are no neighbors, whatever they look like: what a reader of the report strikes out
+    (default: none)."""
     member_words: int = 256
     """Concepts of kind "explicit", which name a category: so many words, nearest to its name, are
     drawn to see whether they are members of it (`members`), a count. The size of latents and
@@ -67,11 +77,20 @@ class MiningConfig:
     on. Default (ours)."""
     member_cosine: float = 0.42
     """The same, no unit: least cosine between where a word and where the category's name push the
-    predicted noise for the word to be a neighbor. Default (ours): between members and others of
-    plant, food, clothing and building on a small model; vehicle and animal overlap."""
+    predicted noise for the word to be a neighbor; the lexicon's kinds of the name go by their text
+    alone. Default (ours): above all others of the words near plant, food, clothing and building on
+    the embedded model."""
+
+    borderline: int = 0
+    """Words close to the line between neighbors and relatives: so many for each concept are drawn
+    as those of `member_words` are, a count, and beside them four certain neighbors and four
+    relatives. One goes whose cosine with the concept's names is nearer to the neighbors' than to
+    the relatives'. Default (ours): none, so that what goes depends on no scheduler and no
+    device."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        object.__setattr__(self, "spare", clean_names(self.spare, "MiningConfig.spare"))
         if self.mode not in MODES:
             raise ValueError(f"MiningConfig.mode must be one of {MODES}, got {self.mode!r}")
         if self.samples is not None and not 1 <= self.samples <= BEYOND_OFFSET:
@@ -82,12 +101,13 @@ class MiningConfig:
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
-        for name in ("max_words", "member_words"):
+        for name in ("max_words", "candidates", "member_words", "borderline"):
             count = getattr(self, name)
             if count < 0:
                 raise ValueError(f"MiningConfig.{name} must not be negative, got {count}")
         for name in ("word_cosine", "member_cosine"):
-            if not -1.0 <= getattr(self, name) <= 1.0:
+            value = getattr(self, name)
+            if value is not None and not -1.0 <= value <= 1.0:
                 raise ValueError(
                     f"MiningConfig.{name} must be from -1 to 1, got {getattr(self, name)}"
                 )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from realera_fast.models.reading import Family, Reading
     from realera_fast.models.refusals import RefusedModelError, refuse_adapters
     from realera_fast.models.transactions import Structure, transaction, write_
+    from realera_fast.models.value_metric import value_gram
 else:
     __getattr__ = on_demand(
         __name__,
@@ -52,6 +53,7 @@ else:
             "reading": ("Family", "Reading"),
             "refusals": ("RefusedModelError", "refuse_adapters"),
             "transactions": ("Structure", "transaction", "write_"),
+            "value_metric": ("value_gram",),
         },
     )
 
@@ -86,6 +88,7 @@ __all__ = [
     "streams",
     "text_streams",
     "transaction",
+    "value_gram",
     "weights_hash",
     "why_not_aligned",
     "write_",

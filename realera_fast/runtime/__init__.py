@@ -15,7 +15,7 @@ from realera_fast.runtime.names import (
     valid,
     valid_texts,
 )
-from realera_fast.runtime.settings import check_types
+from realera_fast.runtime.settings import check_scale, check_types
 
 if TYPE_CHECKING:
     from realera_fast.runtime import checkpoint
@@ -81,6 +81,7 @@ __all__ = [
     "Processes",
     "SafetensorsFileError",
     "alone",
+    "check_scale",
     "check_types",
     "checkpoint",
     "clean",

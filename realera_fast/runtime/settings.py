@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from types import UnionType
 from typing import Any
@@ -38,3 +39,13 @@ def check_types(settings: Any) -> None:
                 f"{type(settings).__name__}.{name} must be {expected}, got {value!r} "
                 f"({type(value).__name__})"
             )
+
+
+def check_scale(value: float | str, name: str) -> None:
+    """Makes sure that a scale is a number that can be one, or left to the library.
+
+    Raises:
+        ValueError: it is neither finite and at least 0 nor "auto".
+    """
+    if value != "auto" if isinstance(value, str) else not 0.0 <= value < math.inf:
+        raise ValueError(f'{name} must be finite and at least 0, or "auto", got {value!r}')

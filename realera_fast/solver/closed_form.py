@@ -203,6 +203,20 @@ class NormalEquations:
         self._sums = own_gram, own_cross
         return self
 
+    def scaled(self, weight: float, step: float = 1.0) -> NormalEquations:
+        """The same rows with weights times `weight`, each of which goes `step` times as far."""
+        result = NormalEquations(self.width, device=self.device)
+        root = math.sqrt(weight)
+        if self._sums is not None:
+            result.update_moments(weight * self._sums[0], weight * step * self._sums[1])
+        for name in ("_moving", "_staying"):
+            parts = getattr(self, name).parts
+            getattr(result, name).parts = [
+                Rows(root * part.source, root * step * part.change) for part in parts
+            ]
+        result.rows = self.rows
+        return result
+
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return self._combined(other, 1)
 

@@ -9,29 +9,37 @@ from realera_fast.text.concepts import KINDS, Concept, check_names, parse_concep
 if TYPE_CHECKING:
     from realera_fast.text.encoders import Output, Text, TextModel
     from realera_fast.text.joined import JoinedText, TextWithPooled
-    from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, PairsConfig, align, fill
+    from realera_fast.text.lexicon import Lexicon, run_together
+    from realera_fast.text.padding import read_text_rows
+    from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, align
+    from realera_fast.text.templates import PairsConfig, fill
+    from realera_fast.text.token_words import TokenWords, read_token_words
     from realera_fast.text.vocabulary import (
         Vocabulary,
         VocabularyConfig,
-        describe,
         encode_vocabulary,
         mean_rows,
         preserve_gram,
+        preserved_words,
     )
 else:
     __getattr__ = on_demand(
         __name__,
         {
             "encoders": ("Output", "Text", "TextModel"),
+            "lexicon": ("Lexicon", "run_together"),
             "joined": ("JoinedText", "TextWithPooled"),
-            "prompts": ("AlignedPrompts", "ConceptPrompts", "PairsConfig", "align", "fill"),
+            "padding": ("read_text_rows",),
+            "prompts": ("AlignedPrompts", "ConceptPrompts", "align"),
+            "templates": ("PairsConfig", "fill"),
+            "token_words": ("TokenWords", "read_token_words"),
             "vocabulary": (
                 "Vocabulary",
                 "VocabularyConfig",
-                "describe",
                 "encode_vocabulary",
                 "mean_rows",
                 "preserve_gram",
+                "preserved_words",
             ),
         },
     )
@@ -43,21 +51,26 @@ __all__ = [
     "ConceptPrompts",
     "JoinedText",
     "KINDS",
+    "Lexicon",
     "Output",
     "PairsConfig",
     "Text",
     "TextModel",
     "TextWithPooled",
+    "TokenWords",
     "Vocabulary",
     "VocabularyConfig",
     "align",
     "check_names",
-    "describe",
     "encode_vocabulary",
     "fill",
     "mean_rows",
     "parse_concept",
     "parse_concepts",
     "preserve_gram",
+    "preserved_words",
     "read_concepts",
+    "read_text_rows",
+    "read_token_words",
+    "run_together",
 ]

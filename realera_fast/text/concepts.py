@@ -17,7 +17,8 @@ DEFAULT_ANCHORS: Mapping[str, str | None] = {
     "person": "a person",
     "explicit": None,
 }
-"""What a concept becomes when no anchor is named. `None` is the mean word: the average over words
+"""What a concept becomes where no anchor is named and `erase` chooses none
+(`PairsConfig.anchors`). `None` is the mean word: the average over words
 of the tokenizer's vocabulary in the same prompt. Ours: on the embedded model it leaves other
 concepts in place, while the prompt without the concept (UCE's choice, written `anchor=""`) moves
 every noun along the direction from "a noun stands here" to "none does". "art" is UCE's choice for
@@ -30,8 +31,8 @@ class Concept:
 
     Args:
         target: the words that are erased, as they would stand in a prompt.
-        anchor: what the target becomes; `None` takes the default of the kind (`DEFAULT_ANCHORS`),
-            `""` is the prompt without the target.
+        anchor: what the target becomes; `None` leaves it to `erase` (`PairsConfig.anchors`), `""`
+            is the prompt without the target.
         kind: one of `KINDS`; decides prompt templates and the default anchor. The target of
             "explicit" is the name of a category, whose members go with it
             (`MiningConfig.member_words`).

@@ -8,7 +8,8 @@ import hashlib
 import logging
 import math
 import pickle
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,8 +27,6 @@ _BLOCK = 1 << 25
 """Numbers of embeddings that are made together: 128 MiB."""
 _LONGEST = 1 << 16
 """Tokens; a tokenizer that knows no limit says so with a far larger number."""
-_BEGINS = ("\u2581", "\u0120")
-"""Marks at the beginning of a word: SentencePiece's, and that of byte-level byte-pair encoding."""
 
 
 def find_tokenizer(text_encoder: Any) -> Any:
@@ -125,6 +124,11 @@ class Text(Protocol):
     """Rows t of a prompt."""
     device: torch.device
 
+    @property
+    def first(self) -> TextModel:
+        """The encoder whose tokenizer says what words there are."""
+        ...
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
         ...
@@ -149,6 +153,29 @@ class Text(Protocol):
         """`[p, t, d]` float32 embeddings."""
         ...
 
+    def encode_visible(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32: the rows of `encode` that the denoiser sees, and any others."""
+        ...
+
+    reads_unpadded: bool
+    """Whether words are read without padding: of an encoder that is causal, or from which it is
+    hidden."""
+    parameters_per_token: int
+    """Parameters that a token is multiplied with (count)."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a row depends on what stands before it alone, and there is one a token."""
+        ...
+
+    def first_rows(self, prompts: Sequence[str], counts: Sequence[int]) -> Tensor:
+        """`[sum of counts, d]` float32: of each prompt so many rows, for causal encoders."""
+        ...
+
+    def last_rows(self, prompts: Sequence[str], *, progress: bool | None = False) -> Tensor:
+        """`[p, d]` float32 rows of the last token of each prompt."""
+        ...
+
     def span(self, before: str, word: str) -> Span:
         """Rows of a word that follows the text `before` in a prompt."""
         ...
@@ -159,10 +186,6 @@ class Text(Protocol):
 
     def shares(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
-        ...
-
-    def words(self, count: int) -> tuple[str, ...]:
-        """Up to `count` whole words of the tokenizer's vocabulary."""
         ...
 
     def fingerprint(self) -> str:
@@ -267,15 +290,37 @@ class TextModel:
         head = getattr(text_encoder, "get_output_embeddings", None)
         self._has_head = callable(head) and head() is not None
         self._use_mask = masked or bool(getattr(config, "use_attention_mask", False))
+        # What follows a row in a causal encoder does not change it, so that it needs no padding.
+        causal = getattr(of_text, "model_type", "") == "clip_text_model" and not instruction
+        self._causal = causal and not self._use_mask
+        self.reads_unpadded = self._causal or masked
         plain, special = self.token_ids("a"), self._ids("a")
         places = range(len(special) - len(plain) + 1)
         lead = next((i for i in places if special[i : i + len(plain)] == plain), 0)
+        self.parameters_per_token = _parameters_per_token(self._plain)
+        """Parameters that a token is multiplied with (count): all but the tables of embeddings."""
         self._fingerprint: str | None = None
         # A few templates come before all words.
         self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
         self._lead, self._specials = lead, len(special) - len(plain)
         # Of the instruction's tokens one stays, in front of the prompt's.
         self._cut = lead + len(self._plain_ids(instruction)) - 2 if instruction else 0
+
+    @property
+    def first(self) -> TextModel:
+        """The encoder itself: its tokenizer says what words there are."""
+        return self
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a row depends on what stands before it alone, and there is one a token."""
+        return self._causal and self.output != "pooled"
+
+    @property
+    def input_embeddings(self) -> Tensor:
+        """`[v, d]` embeddings of the tokens, before the encoder mixes them."""
+        weight: Tensor = self._plain.get_input_embeddings().weight
+        return weight
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
@@ -348,7 +393,7 @@ class TextModel:
 
     def ends(self, prompts: Sequence[str]) -> list[int]:
         """Row of the last token of each prompt: end-of-text where the tokenizer has one."""
-        if self.output == "pooled":
+        if self.output == "pooled" or not prompts:
             return [0] * len(prompts)
         found: list[int] = (self.tokenize(prompts)[1].sum(dim=1) - 1 - self._cut).tolist()
         return found
@@ -380,7 +425,6 @@ class TextModel:
         )
         return tokens.input_ids, tokens.attention_mask
 
-    @torch.no_grad()
     def encode(
         self,
         prompts: Sequence[str],
@@ -396,6 +440,22 @@ class TextModel:
         Args:
             batch_size: prompts encoded together; `None` is 64, or fewer where they are long.
         """
+        return self._encode(prompts, False, batch_size, progress, desc)
+
+    def encode_visible(self, prompts: Sequence[str]) -> Tensor:
+        """The rows of `encode` that the denoiser sees; where padding is hidden from it, zeros or
+        anything for the rest, which is not computed beyond the longest prompt."""
+        return self._encode(prompts, self.masked and self.output != "pooled", None, False, "")
+
+    @torch.no_grad()
+    def _encode(
+        self,
+        prompts: Sequence[str],
+        visible: bool,
+        batch_size: int | None,
+        progress: bool | None,
+        desc: str,
+    ) -> Tensor:
         if not prompts:
             return torch.zeros(
                 0, self.max_tokens, self.width, dtype=torch.float32, device=self.device
@@ -403,47 +463,100 @@ class TextModel:
         if batch_size is None:
             batch_size = max(1, min(64, _BLOCK // (self.rows * self.width)))
         hidden = []
+        with self._reading(), progress_bar(total=len(prompts), desc=desc, progress=progress) as bar:
+            for start in range(0, len(prompts), batch_size):
+                ids, mask = self.tokenize(prompts[start : start + batch_size])
+                if visible:
+                    longest = int(mask.sum(dim=1).max()) + self._visible_padding
+                    ids, mask = ids[:, :longest], mask[:, :longest]
+                states = self._states(ids.to(self.device), mask.to(self.device)).to(self.device)
+                rest = self.max_tokens - states.shape[1]
+                hidden.append(nn.functional.pad(states, (0, 0, 0, rest)) if rest else states)
+                bar.update(len(ids))
+        return self._finite(torch.cat(hidden))
+
+    @torch.no_grad()
+    def first_rows(self, prompts: Sequence[str], counts: Sequence[int]) -> Tensor:
+        """`[sum of counts, d]` float32: so many rows of each prompt, those of `encode` to rounding.
+
+        A causal encoder does not compute what comes after them.
+        """
+        if not prompts:
+            return torch.zeros(0, self.width, dtype=torch.float32, device=self.device)
+        ids = self.tokenize(prompts)[0]
+        of_count: dict[int, list[int]] = {}
+        for place, count in enumerate(counts):
+            of_count.setdefault(count, []).append(place)
+        found: dict[int, Tensor] = {}
+        with self._reading():
+            for count, places in of_count.items():
+                for part in _blocks(places, count * self.width):
+                    rows = ids[part, :count].to(self.device)
+                    states = self._states(rows, torch.ones_like(rows))
+                    for place, state in zip(part, states, strict=True):
+                        found[place] = state
+        return self._finite(torch.cat([found[place] for place in range(len(prompts))]))
+
+    @torch.no_grad()
+    def last_rows(
+        self,
+        prompts: Sequence[str],
+        *,
+        progress: bool | None = False,
+    ) -> Tensor:
+        """`[p, d]` float32 rows of the last token of each prompt: of end-of-text where there is
+        one, or the pooled vectors; words are compared by them.
+
+        An encoder that is causal, or from which padding is hidden, reads prompts without it: the
+        rows are those of `encode`, to rounding, in a tenth of the time. An instruction, which is
+        many times as long as a word, is left out.
+        """
+        if not prompts:
+            return torch.zeros(0, self.width, dtype=torch.float32, device=self.device)
+        if not self.reads_unpadded:
+            rows = []
+            for start in range(0, len(prompts), 64):
+                few = prompts[start : start + 64]
+                last = torch.tensor(self.ends(few), dtype=torch.long, device=self.device)
+                rows.append(self.encode(few)[torch.arange(len(few), device=self.device), last])
+            return torch.cat(rows)
+        prepared = [self._prepared(prompt) for prompt in prompts]
+        ids = self._split(prepared, max_length=self.rows, truncation=True).input_ids
+        of_length: dict[int, list[int]] = {}
+        for place, tokens in enumerate(ids):
+            of_length.setdefault(len(tokens), []).append(place)
+        found = torch.zeros(len(prompts), self.width, dtype=torch.float32, device=self.device)
+        with (
+            self._reading(),
+            progress_bar(total=len(prompts), desc="words", progress=progress) as bar,
+        ):
+            for length, places in of_length.items():
+                for part in _blocks(places, length * self.width):
+                    given = torch.tensor([ids[place] for place in part], device=self.device)
+                    found[part] = self._states(given, torch.ones_like(given), alone=True)[:, -1]
+                    bar.update(len(part))
+        return self._finite(found)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The encoder is in evaluation mode inside; its mode is put back."""
         # Another model's erasure may use the same encoder: it must not see this one's mode end.
         with locked(self.encoder), uncompiled(self.encoder):
             training = {module: module.training for module in self.encoder.modules()}
             self.encoder.eval()
             try:
-                with progress_bar(total=len(prompts), desc=desc, progress=progress) as bar:
-                    for start in range(0, len(prompts), batch_size):
-                        ids, mask = self.tokenize(prompts[start : start + batch_size])
-                        states = self._states(ids.to(self.device), mask.to(self.device))
-                        hidden.append(states.to(self.device))
-                        bar.update(len(ids))
+                yield
             finally:
                 for module, flag in training.items():
                     module.training = flag
-        rows = torch.cat(hidden)
+
+    def _finite(self, rows: Tensor) -> Tensor:
         if rows.shape[-1] != self.width or not torch.isfinite(rows).all():
             raise ValueError(
                 f"{self._name}: expected finite embeddings of width {self.width}, got shape "
                 f"{tuple(rows.shape)}" + ("" if torch.isfinite(rows).all() else " with NaN or Inf")
             )
         return rows
-
-    def words(self, count: int) -> tuple[str, ...]:
-        """Up to `count` whole words of the tokenizer's own vocabulary, most common first.
-
-        CLIP's byte-pair vocabulary marks a token that ends a word with `</w>`, SentencePiece's one
-        that begins a word with a low line, byte-level byte-pair encoding with `\u0120`; all number
-        them by frequency, so the lowest ids are the most common words. Other tokenizers have no
-        such mark and give no words.
-        """
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        words: list[str] = []
-        for token, _ in vocabulary:
-            if len(words) >= count:
-                break
-            word = token.removesuffix("</w>")
-            if token.startswith(_BEGINS):
-                word = token[1:]
-            if word != token and len(word) >= 3 and word.isascii() and word.isalpha():
-                words.append(word)
-        return tuple(dict.fromkeys(words))
 
     def fingerprint(self) -> str:
         """SHA-256 over the encoder's weights, how it is read, and the tokenizer's vocabulary.
@@ -491,7 +604,9 @@ class TextModel:
             prompt = str(mixin.maybe_convert_prompt(prompt, self.tokenizer))
         return prompt.lower().strip() if self._lowercase else prompt
 
-    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _states(self, ids: Tensor, mask: Tensor, *, alone: bool = False) -> Tensor:
+        """`[p, n, d]` states of tokens; of those of the instruction, which are not there where
+        prompts stand alone, the first."""
         # A language model with a head gives logits in place of its last states.
         has_states = self.output == "penultimate" or self._has_head
         options = {"output_hidden_states": True} if has_states else {}
@@ -513,9 +628,21 @@ class TextModel:
             hidden = output.hidden_states[-2 if self.output == "penultimate" else -1]
         else:
             hidden = output[0]
-        if self._instruction:
-            hidden = torch.cat((hidden[:, :1], hidden[:, 1 - self.rows :]), dim=1)
+        if self._instruction and not alone:
+            hidden = torch.cat((hidden[:, :1], hidden[:, 1 + self._cut :]), dim=1)
         return hidden.float()
+
+
+def _parameters_per_token(encoder: Any) -> int:
+    tables = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.numel() for p in encoder.parameters() if id(p) not in tables)
+
+
+def _blocks(places: Sequence[int], numbers: int) -> Iterator[list[int]]:
+    """Places whose prompts are read together, each of so many numbers of embeddings."""
+    together = max(1, min(1024, _BLOCK // (8 * numbers)))
+    for start in range(0, len(places), together):
+        yield list(places[start : start + together])
 
 
 def _add(digest: Any, name: str, value: Any) -> None:

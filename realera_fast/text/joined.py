@@ -33,6 +33,13 @@ class JoinedText:
             )
         self.max_tokens = lengths.pop()
         self.device = parts[0].device
+        self.reads_unpadded = all(part.reads_unpadded for part in parts)
+        self.parameters_per_token = sum(part.parameters_per_token for part in parts)
+
+    @property
+    def first(self) -> TextModel:
+        """The encoder whose tokenizer says what words there are."""
+        return self.parts[0]
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
@@ -59,6 +66,26 @@ class JoinedText:
         found = [part.encode(prompts).to(self.device) for part in self.parts]
         return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
 
+    def encode_visible(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32: the rows of `encode` that the denoiser sees, and any others."""
+        found = [part.encode_visible(prompts).to(self.device) for part in self.parts]
+        return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a row depends on what stands before it alone."""
+        return all(part.is_causal for part in self.parts)
+
+    def first_rows(self, prompts: Sequence[str], counts: Sequence[int]) -> Tensor:
+        """`[sum of counts, d]` float32: of each prompt so many rows, for causal encoders."""
+        found = [part.first_rows(prompts, counts).to(self.device) for part in self.parts]
+        return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
+
+    def last_rows(self, prompts: Sequence[str], *, progress: bool | None = False) -> Tensor:
+        """`[p, d]` float32 rows of the last token of each prompt, on the first encoder's device."""
+        found = [p.last_rows(prompts, progress=progress).to(self.device) for p in self.parts]
+        return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
+
     def span(self, before: str, word: str) -> Span:
         """Rows of a word that follows the text `before` in a prompt."""
         return self.parts[0].span(before, word)
@@ -70,10 +97,6 @@ class JoinedText:
     def shares(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t]` float64 weights of the rows, a sum of 1 each; 0 for rows that carry no text."""
         return self.parts[0].shares(prompts)
-
-    def words(self, count: int) -> tuple[str, ...]:
-        """Up to `count` whole words of the first tokenizer's vocabulary."""
-        return self.parts[0].words(count)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that the embeddings depend on."""
@@ -96,6 +119,13 @@ class TextWithPooled:
         self.sequence, self.pooled = sequence, pooled
         self.width, self.device = sequence.width, sequence.device
         self.max_tokens = sequence.max_tokens + 1
+        self.reads_unpadded = sequence.reads_unpadded
+        self.parameters_per_token = sequence.parameters_per_token
+
+    @property
+    def first(self) -> TextModel:
+        """The encoder whose tokenizer says what words there are."""
+        return self.sequence.first
 
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
@@ -123,6 +153,23 @@ class TextWithPooled:
         row = nn.functional.pad(row, (0, self.width - self.pooled.width))
         return torch.cat((self.sequence.encode(prompts), row), dim=1)
 
+    def encode_visible(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t + 1, d]` float32 embeddings: all of them, as it is drawn from."""
+        return self.encode(prompts)
+
+    @property
+    def is_causal(self) -> bool:
+        """Never: the pooled vector depends on the whole prompt."""
+        return False
+
+    def first_rows(self, prompts: Sequence[str], counts: Sequence[int]) -> Tensor:
+        """`[sum of counts, d]` float32: of each prompt so many rows, without the pooled vector."""
+        return self.sequence.first_rows(prompts, counts)
+
+    def last_rows(self, prompts: Sequence[str], *, progress: bool | None = False) -> Tensor:
+        """`[p, d]` float32 rows of the last token of each prompt, without the pooled vector."""
+        return self.sequence.last_rows(prompts, progress=progress)
+
     def span(self, before: str, word: str) -> Span:
         """Rows of a word that follows the text `before` in a prompt."""
         return self.sequence.span(before, word)
@@ -134,10 +181,6 @@ class TextWithPooled:
     def shares(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t + 1]` float64 weights of the rows, a sum of 1 each."""
         return nn.functional.pad(self.sequence.shares(prompts), (0, 1))
-
-    def words(self, count: int) -> tuple[str, ...]:
-        """Up to `count` whole words of the tokenizer's vocabulary."""
-        return self.sequence.words(count)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that the embeddings depend on."""

@@ -14,7 +14,6 @@ is the same vector for every prompt and carries no weight.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,98 +22,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from realera_fast.runtime import check_types, clean, folded, valid_texts
+from realera_fast.runtime import folded
 from realera_fast.text.concepts import Concept
 from realera_fast.text.encoders import Span, Text
+from realera_fast.text.padding import read_rows, row_weights, shared_paddings
+from realera_fast.text.templates import PairsConfig, fill, prompts_of
 
 logger = logging.getLogger(__name__)
-
-TEMPLATES: Mapping[str, tuple[str, ...]] = {
-    "object": (
-        "{}",
-        "a {}",
-        "a photo of a {}",
-        "a picture of a {}",
-        "a photo of the {}",
-        "a drawing of a {}",
-        "an image of a {}",
-        "a {} next to a {word}",
-    ),
-    "style": (
-        "{}",
-        "{} style",
-        "a picture in the style of {}",
-        "a {word} in the style of {}",
-        "a {} picture of a {word}",
-        "a {} style {word}",
-    ),
-    "person": (
-        "{}",
-        "a photo of {}",
-        "a portrait of {}",
-        "a picture of {}",
-        "an image of {}",
-        "a photo of {} with a {word}",
-    ),
-    "explicit": ("{}", "a photo of {}", "a picture of {}", "an image of {}", "{} and {word}"),
-}
-"""Prompt templates by kind. `{}` is the concept; `{word}` is filled with words of the tokenizer."""
-
-
-@dataclass(frozen=True)
-class PairsConfig:
-    """How concepts are put into prompts."""
-
-    templates: Mapping[str, tuple[str, ...]] | None = None
-    """Templates by kind, each with one `{}`; kinds left out keep theirs. Default: `TEMPLATES`
-    (ours; MACE uses 30 templates a kind, UCE the bare phrase)."""
-
-    context_words: int = 32
-    """Words of the tokenizer's vocabulary put into each `{word}` template (count; ours)."""
-
-    neutral_words: int = 32
-    """Words whose average is the mean word, the anchor of concepts without one (count; ours)."""
-
-    negative_guidance: float = 0.75
-    """g of a named word's destination a - g (e - a): past the anchor, away from the concept e, so
-    that words which nobody names and no vocabulary lists go as well (ratio; ours, ESD's idea, arXiv
-    2303.07345, in the closed form). 0 stops at the anchor, as the papers have it and as mined words
-    do, which are many and would push the rest away."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not 0.0 <= self.negative_guidance < math.inf:
-            raise ValueError(
-                "PairsConfig.negative_guidance must be finite and at least 0, got "
-                f"{self.negative_guidance}"
-            )
-        for name in ("context_words", "neutral_words"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"PairsConfig.{name} must be >= 0, got {getattr(self, name)}")
-        if self.templates is None:
-            return
-        if not isinstance(self.templates, Mapping):
-            raise TypeError(
-                "PairsConfig.templates must be a mapping of kinds to templates, got "
-                f"{type(self.templates).__name__}"
-            )
-        templates = {}
-        for kind, given in self.templates.items():
-            if kind not in TEMPLATES:
-                raise ValueError(f"templates: unknown kind {kind!r}; expected {tuple(TEMPLATES)}")
-            some = () if isinstance(given, str) else valid_texts(given, f"templates[{kind!r}]")
-            if not some:
-                raise ValueError(f"templates[{kind!r}] must be a non-empty tuple of strings")
-            templates[kind] = some
-            for template in some:
-                clean(template, f"templates[{kind!r}]")
-                if template.count("{}") != 1:
-                    raise ValueError(f"templates[{kind!r}]: {template!r} needs exactly one {{}}")
-        object.__setattr__(self, "templates", templates)
-
-    def of(self, kind: str) -> tuple[str, ...]:
-        """The templates of one kind."""
-        return tuple((self.templates or {}).get(kind, TEMPLATES[kind]))
 
 
 @dataclass(frozen=True)
@@ -128,8 +42,7 @@ class AlignedPrompts:
     source: Tensor
     """`[p, t, d]` float32: the prompts' embeddings."""
     destination: Tensor
-    """`[p, t, d]` float32: for every source row what it is to become, the anchor's row or a point
-    past it."""
+    """`[p, t, d]` float32: for every source row the anchor's row that it is aligned with."""
     anchor: Tensor
     """`[p, t, d]` float32: the anchor prompts as encoded, unaligned: what the teacher is shown."""
     weight: Tensor
@@ -137,22 +50,6 @@ class AlignedPrompts:
     templates weigh the same, however many context words fill them; sums to 1."""
     plain: int
     """Number of the prompt that says the word most plainly: the longest without a context word."""
-
-
-def fill(template: str, word: str, context: str = "") -> str:
-    """A prompt; an empty word leaves no double space behind."""
-    return " ".join(template.replace("{word}", context).replace("{}", word).split())
-
-
-def prompts_of(
-    word: str, templates: Sequence[str], context: Sequence[str] = ()
-) -> tuple[tuple[str, str, str], ...]:
-    """`(prompt, template, context word)` for every template and, where it has one, context word."""
-    return tuple(
-        (fill(template, word, extra), template, extra)
-        for template in templates
-        for extra in (context if "{word}" in template else ("",))
-    )
 
 
 def _rows(source: Span, source_end: int, anchor: Span, anchor_end: int, tokens: int) -> list[int]:
@@ -190,8 +87,35 @@ AnchorMemo: TypeAlias = dict[object, list[_Anchor]]
 """Encoded anchors, kept between words that share one."""
 
 
+def _paddings(
+    filled: Sequence[tuple[str, str]], number: int | None, mined: bool
+) -> list[float] | None:
+    """What the padding of each `(template, context word)` weighs (`padding.read_rows`).
+
+    Context words of a template share theirs, and all templates of a mined word.
+
+    Args:
+        number: of the word; None reads everything.
+    """
+    if number is None:
+        return None
+    groups: dict[str, list[int]] = {}
+    for place, (template, extra) in enumerate(filled):
+        groups.setdefault("" if mined and not extra else template, []).append(place)
+    found = [0.0] * len(filled)
+    for places in groups.values():
+        shared = shared_paddings(len(places), number)
+        for place, padding in zip(places, shared, strict=True):
+            found[place] = padding
+    return found
+
+
 def _anchors(
-    text: Text, anchor: str | None, filled: Sequence[tuple[str, str]], neutral: Sequence[str]
+    text: Text,
+    anchor: str | None,
+    filled: Sequence[tuple[str, str]],
+    neutral: Sequence[str],
+    paddings: Sequence[float] | None,
 ) -> list[_Anchor]:
     """The anchor in each `(template, context word)`; `None` is the mean over `neutral` words."""
     # A tokenizer that offers no words leaves the prompt without the concept as the neutral one.
@@ -201,8 +125,13 @@ def _anchors(
         lengths = [len(text.token_ids(word)) for word in words]
         words = [w for w, n in zip(words, lengths, strict=True) if n == min(lengths)]
     prompts = [fill(template, word, extra) for template, extra in filled for word in words]
-    distinct = list(dict.fromkeys(prompts))
-    rows = dict(zip(distinct, text.encode(distinct), strict=True))
+    whole: dict[str, float] = dict.fromkeys(prompts, 0.0)
+    if paddings is not None:
+        for number, prompt in enumerate(prompts):
+            whole[prompt] = max(whole[prompt], paddings[number // len(words)])
+    distinct = list(whole)
+    read = read_rows(text, distinct, None if paddings is None else list(whole.values()))
+    rows = dict(zip(distinct, read, strict=True))
     ends = dict(zip(distinct, text.ends(distinct), strict=True))
     found = []
     for number, (template, extra) in enumerate(filled):
@@ -228,8 +157,8 @@ def align(
     *,
     context: Sequence[str] = (),
     neutral: Sequence[str] = (),
-    negative_guidance: float = 0.0,
-    memo: AnchorMemo | None = None,
+    number: int | None = None,
+    mined: bool = False,
 ) -> AlignedPrompts:
     """Encodes a word and its anchor in every template and aligns their rows.
 
@@ -238,15 +167,55 @@ def align(
     Args:
         anchor: what the word becomes; `None` is the mean over `neutral`, words of one token each.
         context: words put into `{word}` templates.
-        negative_guidance: how far past the anchor destinations lie (`PairsConfig`).
-        memo: keeps encoded anchors between calls, for words that share one.
+        number: of the word, where some of the padding may stand for all of it; None reads all.
+        mined: whether it is one of many, whose templates stand for each other.
 
     Raises:
         ValueError: the word fits in no template; the message says what would be cut.
     """
+    aim = _Aim(anchor, tuple(neutral))
+    plan = _plan(text, word, aim, templates, context, number=number, mined=mined)
+    return _aligned(text, plan, aim, read_rows(text, plan.prompts, plan.paddings), {})
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What words become."""
+
+    anchor: str | None
+    """`None` is the mean over `neutral`."""
+    neutral: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of a word."""
+
+    word: str
+    prompts: tuple[str, ...]
+    filled: tuple[tuple[str, str], ...]
+    """Template and context word of each."""
+    paddings: Sequence[float] | None
+    """What the padding of each weighs (`padding.read_rows`)."""
+    of_anchor: Sequence[float] | None
+    """What that of the anchor's prompts does."""
+
+
+def _plan(
+    text: Text,
+    word: str,
+    aim: _Aim,
+    templates: Sequence[str],
+    context: Sequence[str],
+    *,
+    number: int | None,
+    mined: bool,
+) -> _Plan:
+    """Prompts of a word that fit; as `align`."""
     kept = []
     cut = ""
-    longest = neutral[0] if anchor is None and neutral else anchor or ""
+    neutral = aim.anchor is None and aim.neutral
+    longest = neutral[0] if neutral else aim.anchor or ""
     for prompt, template, extra in prompts_of(word, templates, context):
         over = text.overflow(prompt) or text.overflow(fill(template, longest, extra))
         if over:
@@ -256,47 +225,73 @@ def align(
             kept.append((prompt, template, extra))
     if not kept:
         raise ValueError(
-            f"concept {word!r} (anchor {anchor!r}) needs more tokens than the text encoder holds "
-            "(special tokens included) in every template; "
+            f"concept {word!r} (anchor {aim.anchor!r}) needs more tokens than the text encoder "
+            "holds (special tokens included) in every template; "
             f"{cut!r} would be cut: use fewer words"
         )
-    prompts = tuple(prompt for prompt, _, _ in kept)
     filled = tuple((template, extra) for _, template, extra in kept)
-    memo = {} if memo is None else memo
-    key = (anchor, filled, tuple(neutral))
+    paddings = _paddings(filled, number, mined)
+    # Mined words share the anchor's prompts, and not which of them are read to their ends.
+    shared = None if mined else paddings
+    return _Plan(word, tuple(prompt for prompt, _, _ in kept), filled, paddings, shared)
+
+
+def _aligned(
+    text: Text, plan: _Plan, aim: _Aim, source: Tensor, memo: AnchorMemo
+) -> AlignedPrompts:
+    """A word beside its anchor.
+
+    Args:
+        source: `[p, t, d]` rows of its prompts.
+        memo: keeps encoded anchors, for words that share one.
+    """
+    filled, of_anchor = plan.filled, plan.of_anchor
+    key = (aim, filled, None if of_anchor is None else tuple(of_anchor))
     if key not in memo:
-        memo[key] = _anchors(text, anchor, filled, neutral)
+        memo[key] = _anchors(text, aim.anchor, filled, aim.neutral, of_anchor)
     anchors = memo[key]
-    source = text.encode(prompts)
     index = []
-    for (_, template, extra), end, found in zip(kept, text.ends(prompts), anchors, strict=True):
-        span = text.span(_before(template, extra), word)
+    ends = text.ends(plan.prompts)
+    for (template, extra), end, found in zip(filled, ends, anchors, strict=True):
+        span = text.span(_before(template, extra), plan.word)
         index.append(_rows(span, end, found.span, found.end, text.max_tokens))
     hidden = torch.stack([found.hidden for found in anchors])
     place = torch.tensor(index, device=hidden.device)
     destination = torch.gather(hidden, 1, place[..., None].expand_as(hidden))
-    if negative_guidance:
-        destination = torch.lerp(source, destination, 1.0 + negative_guidance)
-    times = Counter(template for _, template, _ in kept)
+    times = Counter(template for template, _ in filled)
     share = torch.tensor(
-        [1.0 / (len(times) * times[t]) for _, t, _ in kept], dtype=torch.float64, device="cpu"
+        [1.0 / (len(times) * times[t]) for t, _ in filled], dtype=torch.float64, device="cpu"
     )
-    weight = (share[:, None] * text.shares(prompts)).to(source.device, torch.float32)
-    plain = max(range(len(kept)), key=lambda i: ("{word}" not in kept[i][1], len(prompts[i])))
-    names = tuple(found.prompt for found in anchors)
-    return AlignedPrompts(word, prompts, names, source, destination, hidden, weight, plain)
+    weight = share[:, None] * row_weights(text, plan.prompts, plan.paddings)
+    plain = max(
+        range(len(filled)), key=lambda i: ("{word}" not in filled[i][0], len(plan.prompts[i]))
+    )
+    return AlignedPrompts(
+        plan.word,
+        plan.prompts,
+        tuple(found.prompt for found in anchors),
+        source,
+        destination,
+        hidden,
+        weight.to(source.device, torch.float32),
+        plain,
+    )
 
 
 _ANCHORS = 4
 """Anchors kept at a time."""
+_KEPT_BYTES = 1 << 28
+"""Prompts of so many bytes are kept, so that the report need not encode them again."""
+_TOGETHER = 1 << 23
+"""Numbers of embeddings of mined words that are read together: short prompts are slow alone."""
 
 
 class ConceptPrompts(Sequence[AlignedPrompts]):
-    """Prompts of all words of all concepts, encoded when asked for and then forgotten.
+    """Prompts of all words of all concepts, encoded when asked for; kept if they take little.
 
-    The named words come first, concept by concept, then the mined neighbor words. Memory is that of
-    one word's prompts and of a few anchors, however many concepts there are; words of one concept
-    are best asked for one after the other, as they share its anchor.
+    The named words come first, concept by concept, then the mined neighbor words. Memory is bounded
+    however many concepts there are; words of one concept are best asked for one after the other, as
+    they share its anchor.
     """
 
     def __init__(
@@ -307,19 +302,23 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         config: PairsConfig,
         *,
         avoid: Sequence[str] = (),
-        words: Sequence[str] | None = None,
+        words: Sequence[str] = (),
+        anchors: Mapping[str, Sequence[str]] | None = None,
+        whole: bool = True,
     ) -> None:
         """
         Args:
             neighbors: mined words by target.
-            words: what `{word}` templates and the mean word are made of; `None` asks the tokenizer.
+            whole: read all padding, as whoever draws from the prompts must; else as much of it as
+                sums of rows need.
+            anchors: words whose average concepts become, by target.
+            words: what `{word}` templates and the mean word are made of.
             avoid: words that stand neither in `{word}` templates nor in the mean word, such as the
                 concepts' own neighbors.
         """
         self._text, self._config, self.concepts = text, config, tuple(concepts)
         left_out = {folded(w) for w in (*avoid, *(w for c in concepts for w in c.words))}
-        every = text.words(1000) if words is None else words
-        usable = [w for w in every if folded(w) not in left_out]
+        usable = [w for w in words if folded(w) not in left_out]
         self._context = _spread(usable, config.context_words)
         self._neutral = _spread(usable, config.neutral_words)
         named = [(i, word) for i, concept in enumerate(concepts) for word in concept.words]
@@ -334,25 +333,62 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         for number, (owner, _) in enumerate(self._words):
             self._numbers[owner].append(number)
         self._memo: AnchorMemo = {}
+        self._anchors, self._whole = anchors or {}, whole
+        self._kept: dict[int, AlignedPrompts] = {}
+        self._bytes = 0
+        self._ahead: dict[int, AlignedPrompts] = {}
 
     def __len__(self) -> int:
         return len(self._words)
 
     def __getitem__(self, number: Any) -> Any:
-        concept, word = self.concept(number), self._words[number][1]
-        guidance = self._config.negative_guidance if number < self.named else 0.0
+        number = range(len(self))[number]
+        if number in self._kept:
+            return self._kept[number]
+        if number not in self._ahead:
+            self._ahead = self._read_from(number)
+        found = self._ahead.pop(number)
+        size = 3 * found.source.numel() * found.source.element_size()
+        if self._bytes + size <= _KEPT_BYTES:
+            self._kept[number] = found
+            self._bytes += size
+        return found
+
+    def _read_from(self, number: int) -> dict[int, AlignedPrompts]:
+        """A word's prompts and, of mined ones, those of the next few of the same concept."""
+        text, concept = self._text, self.concept(number)
+        named = number < self.named
+        templates = self._config.of(concept.kind)
+        # A mined word stands for itself, and there are many: no context is put beside it.
+        plain = tuple(t for t in templates if "{word}" not in t) or templates
+        chosen = self._anchors.get(concept.target, ())
+        only = chosen[0] if len(chosen) == 1 else None
+        aim = _Aim(only if chosen else concept.destination, tuple(chosen) or self._neutral)
+        few = max(1, _TOGETHER // (len(plain) * text.max_tokens * text.width))
+        # Whoever draws asks for words in any order.
+        last = number if named or self._whole else number + few - 1
+        numbers = [n for n in self._numbers[self._words[number][0]] if number <= n <= last]
+        plans = [
+            _plan(
+                text,
+                self._words[n][1],
+                aim,
+                templates if named else plain,
+                self._context,
+                number=None if self._whole else n,
+                mined=not named,
+            )
+            for n in numbers
+        ]
+        prompts = [prompt for plan in plans for prompt in plan.prompts]
+        paddings = [p for plan in plans for p in plan.paddings or [1.0] * len(plan.prompts)]
+        rows = read_rows(text, prompts, paddings).split([len(plan.prompts) for plan in plans])
         if len(self._memo) > _ANCHORS:
             self._memo.clear()
-        return align(
-            self._text,
-            word,
-            concept.destination,
-            self._config.of(concept.kind),
-            context=self._context,
-            neutral=self._neutral,
-            negative_guidance=guidance,
-            memo=self._memo,
-        )
+        return {
+            n: _aligned(text, plan, aim, source, self._memo)
+            for n, plan, source in zip(numbers, plans, rows, strict=True)
+        }
 
     def concept(self, number: int) -> Concept:
         """Whose word an item is of."""

@@ -239,9 +239,7 @@ def test_dry_run_changes_nothing(run: Any, model: str, tmp_path: Path) -> None:
     code, text, _ = run("erase", model, "-c", "cat=dog", "-c", "van gogh", "--dry-run", "-o", out)
     assert code == 0
     assert "would edit 8 projections of UNet2DConditionModel (float32)" in text
-    assert ["van", "gogh", "object", "the", "mean", "word", "2"] in [
-        line.split() for line in text.splitlines()
-    ]
+    assert ["van", "gogh", "object", "-", "2"] in [line.split() for line in text.splitlines()]
     assert list(tmp_path.iterdir()) == []
     assert "would draw" not in text
     _, text, _ = run("erase", model, "-c", "cat", "--kind", "explicit", "--dry-run", "-o", out)

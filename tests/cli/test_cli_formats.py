@@ -17,8 +17,9 @@ from realera_fast import Erasure
 from realera_fast.cli import program as cli
 
 SETTINGS = {
-    "vocabulary": {"words": 6, "cache": False},
-    "pairs": {"context_words": 2, "neutral_words": 4},
+    # Scales that depend on what was erased before would hide what the formats do.
+    "vocabulary": {"words": 6, "cache": False, "preserve_scale": 5.0},
+    "pairs": {"context_words": 2, "neutral_words": 4, "negative_guidance": 0.0},
     "alignment": {"enabled": False},
     "mining": {"mode": "none"},
 }

@@ -14,12 +14,18 @@ from many_concepts import LIST, ONE
 from tiny_families import FAMILIES, flux, sd1
 from torch.testing import assert_close
 
-from realera_fast import Concept, Erasure, erase
+from realera_fast import Erasure, erase, scales
 from realera_fast import equations as equations_module
-from realera_fast.mining import MiningConfig, vocabulary_neighbors
+from realera_fast.mining import MiningConfig
 from realera_fast.runtime import CheckpointError, checkpoint
 from realera_fast.solver import NormalEquations, Pairs
-from realera_fast.text import ConceptFileError, TextModel, Vocabulary, align, read_concepts
+from realera_fast.text import (
+    ConceptFileError,
+    TextModel,
+    VocabularyConfig,
+    align,
+    read_concepts,
+)
 
 RUN = """
 import os, resource, signal, sys
@@ -129,6 +135,9 @@ def test_three_thousand_concepts_take_no_more_memory_than_ten(tmp_path):
         )
     code = """
 from tiny_models import tiny_text_encoder, tiny_tokenizer
+from realera_fast.text import prompts
+# What is kept so that the report need not encode it again has a budget of its own.
+prompts._KEPT_BYTES = 1 << 20
 name, target = sys.argv[1:3]
 pipe = FAMILIES["sd1"]()
 # Prompts of few tokens: it is their number that counts here.
@@ -206,132 +215,6 @@ def test_kept_systems_take_no_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_second_look_finds_what_the_neighbors_point_at(monkeypatch):
-    """`far` is nearer to the concept with its neighbors than to the concept alone."""
-    rows = {
-        "target": [1.0, 0.0, 0.0, 0.0],
-        "near": [0.8, 0.6, 0.0, 0.0],
-        "far": [0.5, 0.8, 0.33, 0.0],
-        "other": [-1.0, 0.2, 0.5, 0.0],
-        "opposite": [-0.7, -1.3, -0.6, 0.0],
-    }
-    words = ("near", "far", "other", "opposite")
-    descriptors = torch.tensor([rows[word] for word in words])
-    gram = torch.zeros(4, 4, dtype=torch.float64)
-    vocabulary = Vocabulary(words, descriptors, gram, 1, "")
-    monkeypatch.setattr(
-        vocabulary_neighbors,
-        "describe",
-        lambda text, asked: torch.tensor([rows[word] for word in asked]),
-    )
-    alone = vocabulary.similarity(torch.tensor(rows["target"]))
-    threshold = float(alone[1]) + 0.02
-    assert float(alone[0]) > threshold
-
-    def found(keep=()):
-        config = MiningConfig(word_cosine=threshold)
-        concepts = [Concept("target")]
-        return vocabulary_neighbors.neighbor_words(None, vocabulary, concepts, config, keep=keep)
-
-    assert found().near["target"] == ("near", "far")
-    # A kept word is no neighbor, so it points at nothing.
-    assert found(keep=["near"]).near["target"] == ()
-
-
-@pytest.mark.parametrize("kind", ["object", "explicit"])
-@pytest.mark.parametrize("asked", [0, 2, 256])
-def test_members_of_a_category_are_those_that_the_model_draws_as_it(monkeypatch, kind, asked):
-    """Far from the name in text, so that nothing else finds them; only the nearest are drawn."""
-    descriptors = torch.tensor([[0.5, 0.8, 0.2], [-1.0, 0.2, 0.1], [0.3, -1.0, -0.4], [1.0, 0, 0]])
-    gram = torch.zeros(3, 3, dtype=torch.float64)
-    vocabulary = Vocabulary(("member", "other", "opposite", "kept"), descriptors, gram, 1, "")
-    monkeypatch.setattr(
-        vocabulary_neighbors, "describe", lambda text, asked: torch.tensor([[1.0, 0.1, 0.0]])
-    )
-    config = MiningConfig(word_cosine=0.99, member_words=asked, member_cosine=0.4)
-    shown = []
-
-    def members(concept, words):
-        assert concept.target == "name"
-        shown.extend(words)
-        return torch.tensor([{"member": 0.5, "opposite": 0.39}.get(word, 0.1) for word in words])
-
-    found = vocabulary_neighbors.neighbor_words(
-        None,
-        vocabulary,
-        [Concept("name", anchor="x", kind=kind)],
-        config,
-        keep=["kept"],
-        members=members,
-    )
-    drawn = kind == "explicit" and asked > 0
-    assert found.near["name"] == (("member",) if drawn else ())
-    assert shown == (["member", "opposite", "other"][:asked] if drawn else [])
-
-
-def around(scores, concepts, config, drawn=None, monkeypatch=None):
-    """Neighborhoods of words by their cosine with the first axis, on which every concept lies."""
-    values = torch.tensor(list(scores.values()))
-    rest = (1 - values.square()).sqrt()
-    signs = torch.tensor([(-1.0) ** i for i in range(len(scores))])
-    descriptors = torch.stack([values, signs * rest, 0 * rest], dim=1)
-    gram = torch.zeros(3, 3, dtype=torch.float64)
-    vocabulary = Vocabulary(tuple(scores), descriptors, gram, 1, "")
-    monkeypatch.setattr(
-        vocabulary_neighbors,
-        "describe",
-        lambda text, asked: torch.tensor([[1.0, 0.0, 0.0]] * len(asked)),
-    )
-    return vocabulary_neighbors.neighbor_words(
-        None,
-        vocabulary,
-        concepts,
-        config,
-        members=drawn and (lambda concept, words: torch.tensor([drawn[w] for w in words])),
-    )
-
-
-FAR = {"one": 0.1, "two": 0.0, "three": -0.1, "four": -0.2}
-
-
-@pytest.mark.parametrize(
-    ("options", "drawn", "inside"),
-    [
-        ({}, 0.0, 0),
-        ({"word_cosine": 1.0}, 0.0, 0),
-        ({"word_cosine": 1.0}, 0.5, 4),
-        ({"member_cosine": -0.1}, -1.0, 0),
-        ({"word_cosine": 0.7, "member_cosine": 0.5}, 0.5, 4),
-        ({"member_cosine": 1.0}, 0.999, 0),
-    ],
-)
-def test_the_cosine_of_members_alone_decides_who_is_one(monkeypatch, options, drawn, inside):
-    concepts = [Concept("name", kind="explicit")]
-    config = MiningConfig(**{"word_cosine": 0.99} | options)
-    found = around(FAR, concepts, config, dict.fromkeys(FAR, drawn), monkeypatch)
-    assert len(found.near["name"]) == inside
-
-
-def test_a_word_of_two_concepts_goes_to_the_nearer_one(monkeypatch):
-    """A member by a wide margin is nearer than a word just inside the text's threshold."""
-    concepts = [Concept("thing"), Concept("name", kind="explicit")]
-    config = MiningConfig(word_cosine=-0.5, member_cosine=0.4)
-    drawn = {"one": 0.95, "two": 0.41, "three": 0.0, "four": 0.9}
-    found = around(FAR, concepts, config, drawn, monkeypatch)
-    assert set(found.near["name"]) == {"one", "four"}
-    assert set(found.near["thing"]) == {"two", "three"}
-
-
-def test_words_that_are_too_many_are_neither_erased_nor_kept(monkeypatch):
-    words = {f"word{i}": 0.99 - 0.001 * i for i in range(10)} | {"far": -0.9, "away": -0.8}
-    config = MiningConfig(max_words=4, word_cosine=0.6)
-    found = around(words, [Concept("name")], config, None, monkeypatch)
-    near, surplus = found.near["name"], found.surplus["name"]
-    assert len(near) == 4 and "word0" in near
-    assert {*near, *surplus} == {f"word{i}" for i in range(10)} and len(surplus) == 6
-    assert set(found.relatives["name"]) == {"far", "away"}
-
-
 @pytest.mark.parametrize("mode", ["none", "gaussian", "offset"])
 @pytest.mark.parametrize("samples", [None, 3])
 def test_noise_weighs_what_its_word_weighs(mode, samples):
@@ -347,3 +230,33 @@ def test_noise_weighs_what_its_word_weighs(mode, samples):
         for scale in (1.0, 10.0)
     ]
     assert_close(grams[1], 10.0 * grams[0])
+
+
+def test_mined_words_are_halved_as_the_choice_of_scales_takes_them(monkeypatch):
+    """Word by word in turn, whatever the number of named words before them."""
+    found = {}
+    add = equations_module.add_mined_word
+    choose = scales.choose_scales
+
+    def added(sums, word, config):
+        found.setdefault(id(sums), []).append(word.word)
+        return add(sums, word, config)
+
+    def chosen(equations, space, looked, **options):
+        found["halves"] = [found.get(id(half), []) for half in equations.halves]
+        found["odd"] = looked.mined_odd.tolist()
+        return choose(equations, space, looked, **options)
+
+    monkeypatch.setattr(equations_module, "add_mined_word", added)
+    monkeypatch.setattr(scales, "choose_scales", chosen)
+    pipe = sd1()
+    config = replace(
+        ONE,
+        mining=MiningConfig(word_cosine=-1.0, max_words=3),
+        vocabulary=VocabularyConfig(cache=False),
+    )
+    result = erase(pipe, ["cat=dog"], config=config, progress=False)
+    mined = list(result.report["neighbors"]["cat"])
+    assert len(mined) == 3
+    assert found["halves"] == [mined[::2], mined[1::2]] and found["odd"] == [False, True, False]
+    assert result.report["scales"]["curve"]

@@ -52,6 +52,23 @@ def objective(transform: Tensor, weight: Tensor, pairs: tuple[Pairs, ...], ridge
     return total
 
 
+@pytest.mark.parametrize("moved", [2, 60])
+def test_scaled_rows_are_rows_of_another_weight_that_go_another_way(moved: int) -> None:
+    """While rows are kept, and when they are summed."""
+    moving, staying = example(moved=moved)
+    equations = NormalEquations(WIDTH).update(moving).update(staying)
+    scaled = equations.scaled(3.0, 0.5)
+    expected = NormalEquations(WIDTH)
+    middle = moving.source + 0.5 * (moving.destination - moving.source)
+    expected.update(Pairs(moving.source, middle, 3.0 * moving.weight))
+    expected.update(Pairs(staying.source, staying.source, 3.0 * staying.weight))
+    assert scaled.rows == expected.rows == equations.rows
+    torch.testing.assert_close(scaled.gram, expected.gram)
+    torch.testing.assert_close(scaled.cross, expected.cross)
+    maps = [each.solve(ridge=0.1, rank_tolerance=0.0, dtype=F64).map for each in (scaled, expected)]
+    torch.testing.assert_close(maps[0].matrix, maps[1].matrix)
+
+
 class TestOptimum:
     def test_gradient_is_zero(self) -> None:
         pairs = example()

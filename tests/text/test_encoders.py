@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny_families import FAMILIES, t5, t5_tokenizer
-from tiny_models import WORDS, aligned, tiny_text_encoder, tiny_tokenizer
+from tiny_models import aligned, tiny_text_encoder, tiny_tokenizer
 from transformers import T5EncoderModel
 
+from realera_fast.models import components_of, text_streams
 from realera_fast.text import TextModel
 from realera_fast.text.encoders import find_tokenizer
 
@@ -34,17 +35,49 @@ def test_encoding_nothing_and_training_mode(text):
     text.encoder.eval()
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux", "pixart_sigma"])
+def test_last_rows_are_those_of_whole_prompts(family):
+    """Read without padding or with it: prompts of several lengths, one cut, one empty."""
+    pipe = FAMILIES[family]()
+    parts = components_of(pipe)
+    streams = text_streams(parts.model, parts.text_encoders, parts.tokenizers)
+    prompts = ["a photo of a cat", "", "dog", "a photo of a van gogh", "cat " * 100]
+    for text in (text for sections in streams.values() for text in sections):
+        whole = text.encode(prompts)
+        expected = whole[torch.arange(len(prompts)), torch.tensor(text.ends(prompts))]
+        torch.testing.assert_close(text.last_rows(prompts), expected, atol=1e-5, rtol=1e-5)
+        assert text.last_rows([]).shape == (0, text.width)
+
+
+def test_words_are_read_without_the_instruction():
+    pipe = FAMILIES["sana"]()
+    parts = components_of(pipe)
+    (text,) = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"]
+    bare = TextModel(pipe.text_encoder, pipe.tokenizer, masked=True, max_tokens=text.rows)
+    prompts = ["a photo of a cat", "dog"]
+    assert text._instruction and not bare._instruction
+    torch.testing.assert_close(text.last_rows(prompts), bare.last_rows(prompts))
+    assert not torch.allclose(text.encode(prompts)[:, 1:4], bare.encode(prompts)[:, 1:4])
+
+
+def test_reading_last_rows_puts_the_mode_back(text):
+    text.encoder.train()
+    assert torch.equal(text.last_rows(["cat"]), text.last_rows(["cat"]))
+    assert text.encoder.training
+    text.encoder.eval()
+
+
+def test_parameters_per_token_leave_the_tables_out(text):
+    tables = ("token_embedding", "position_embedding")
+    own = [p for n, p in text.encoder.named_parameters() if not any(t in n for t in tables)]
+    assert text.parameters_per_token == sum(p.numel() for p in own)
+    assert text.input_embeddings is text.encoder.get_input_embeddings().weight
+
+
 def test_overflow_says_what_is_cut():
     text = TextModel(tiny_text_encoder(), tiny_tokenizer(length=6))
     assert text.overflow("a cat") == ""
     assert text.overflow("a photo of a cat dog") == "cat dog"
-
-
-def test_words_are_whole_words_most_common_first(text):
-    words = text.words(100)
-    assert set(words) <= set(WORDS) and {"cat", "style"} <= set(words)
-    assert "of" not in words  # shorter than three letters
-    assert text.words(3) == words[:3]
 
 
 def test_tokenizer_is_found_beside_the_encoder(tmp_path, text):
@@ -201,11 +234,6 @@ def test_a_language_model_with_its_head_gives_states_not_logits():
     assert torch.equal(with_head.encode(prompts), plain.encode(prompts))
 
 
-def test_whole_words_of_byte_level_tokenizers_are_found():
-    found = TextModel(language_model(False), byte_level_tokenizer()).words(10)
-    assert set(found) >= {"cat", "dog", "photo"} and not any("\u0120" in word for word in found)
-
-
 def test_the_width_is_that_of_the_text_where_a_model_sees_pictures_too():
     encoder = language_model(False)
     text = encoder.config
@@ -236,3 +264,15 @@ def test_no_text_is_prepared_twice(monkeypatch):
         seen.clear()
         ask("cat")
         assert seen == ["cat"], ask
+
+
+@pytest.mark.parametrize("family", ["sd1", "pixart_sigma", "sana"])
+@pytest.mark.parametrize("prompts", [["a photo of a cat", "cat"], [""], ["a cat " * 200]])
+def test_visible_rows_are_those_of_the_whole_encoding(family, prompts):
+    pipe = FAMILIES[family]()
+    parts = components_of(pipe)
+    (text,) = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"]
+    whole, visible = text.encode(prompts), text.encode_visible(prompts)
+    seen = text.shares(prompts) > 0
+    assert visible.shape == whole.shape and visible.isfinite().all()
+    torch.testing.assert_close(visible[seen], whole[seen], rtol=1e-4, atol=1e-5)

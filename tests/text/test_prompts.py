@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from tiny_models import tiny_text_encoder, tiny_tokenizer
 
-from realera_fast.text import Concept, ConceptPrompts, PairsConfig, TextModel, align, fill
+from realera_fast.models import components_of, text_streams
+from realera_fast.text import (
+    Concept,
+    ConceptPrompts,
+    PairsConfig,
+    TextModel,
+    align,
+    fill,
+    read_text_rows,
+)
+from realera_fast.text.padding import shared_paddings
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,9 @@ def test_begin_of_text_has_no_weight_and_the_rest_sums_to_one(text):
 
 def test_context_words_multiply_only_their_templates(text):
     config = PairsConfig(templates={"style": ("{}", "a {word} by {}")}, context_words=3)
-    (pairs,) = ConceptPrompts(text, [Concept("van gogh", "art", "style")], {}, config)
+    words = ["tree", "ship", "horse", "dog"]
+    concept = Concept("van gogh", "art", "style")
+    (pairs,) = ConceptPrompts(text, [concept], {}, config, words=words)
     assert len(pairs.prompts) == 4
     assert len({p for p in pairs.prompts if p.endswith("by van gogh")}) == 3
 
@@ -94,27 +107,93 @@ def test_fill_leaves_no_double_spaces():
     assert fill("a {} picture of a {word}", "", "dog") == "a picture of a dog"
 
 
-@pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0])
-def test_destinations_lie_past_the_anchor(text, guidance):
-    plain = align(text, "cat", "dog", ["a photo of a {}"])
-    past = align(text, "cat", "dog", ["a photo of a {}"], negative_guidance=guidance)
-    wanted = plain.destination - guidance * (plain.source - plain.destination)
-    torch.testing.assert_close(past.destination, wanted, rtol=1e-5, atol=1e-5)
-    # The teacher of noise alignment is shown the anchor itself.
-    assert torch.equal(past.anchor, plain.anchor) and torch.equal(past.source, plain.source)
+def test_mined_words_stand_for_themselves(text):
+    """Named words stand beside others, mined ones do not; both go to what was chosen for them."""
+    concept = Concept("cat")
+    words = ConceptPrompts(
+        text,
+        [concept],
+        {"cat": ["kitten"]},
+        PairsConfig(context_words=2),
+        words=["tree", "ship", "horse"],
+        anchors={"cat": ("dog",)},
+    )
+    named, mined = words
+    assert {p for p in named.prompts if "next to" in p} == {
+        "a cat next to a tree",
+        "a cat next to a ship",
+    }
+    assert len(mined.prompts) == 7 and not any("next to" in p for p in mined.prompts)
+    assert "a photo of a dog" in named.anchor_prompts and "a photo of a dog" in mined.anchor_prompts
+    assert named.weight.sum() == pytest.approx(1.0) and mined.weight.sum() == pytest.approx(1.0)
+    # They are encoded once.
+    assert words[0] is named
 
 
-def test_named_words_go_past_the_anchor_and_mined_ones_to_it(text):
-    def prompts(guidance):
-        concept = Concept("cat", synonyms=("bird",), anchor="dog")
-        config = PairsConfig(negative_guidance=guidance)
-        return list(ConceptPrompts(text, [concept], {"cat": ["horse"]}, config))
+def test_an_anchor_of_several_words_is_their_mean(text):
+    config = PairsConfig(templates={"object": ["a photo of a {}"]})
+    both = ConceptPrompts(text, [Concept("cat")], {}, config, anchors={"cat": ("dog", "ship")})
+    rows = text.encode(["a photo of a dog", "a photo of a ship"]).mean(dim=0)
+    torch.testing.assert_close(both[0].anchor[0], rows)
 
-    for place, (none, some) in enumerate(zip(prompts(0.0), prompts(0.5), strict=True)):
-        guidance = 0.5 if place < 2 else 0.0
-        carries = none.weight > 0
-        wanted = none.destination - guidance * (none.source - none.destination)
-        torch.testing.assert_close(some.destination[carries], wanted[carries], rtol=1e-5, atol=1e-5)
+
+def moments(words):
+    """Summed products of sources with themselves, and of ways with sources, of prompts."""
+    gram, cross = 0.0, 0.0
+    for word in words:
+        x, y = word.source.double(), word.destination.double()
+        weighted = word.weight.double()[..., None] * x
+        gram = gram + torch.einsum("ptd,pte->de", weighted, x)
+        cross = cross + torch.einsum("ptd,pte->de", weighted, y - x)
+    return torch.stack((gram, cross))
+
+
+@pytest.mark.parametrize("mined", [False, True])
+def test_padding_that_is_left_out_is_made_up_for(text, mined):
+    """Over the words whatever is read to its end sums up to what all of it would."""
+    templates = PairsConfig().of("object")
+    templates = templates[:-1] if mined else templates[-1:]
+    context = () if mined else ["tree", "ship", "horse", "art"] * 4
+    count = len(templates) if mined else 8
+    whole = align(text, "cat", "dog", templates, context=context)
+    some = [
+        align(text, "cat", "dog", templates, context=context, number=number, mined=mined)
+        for number in range(count)
+    ]
+    for part in some:
+        assert (part.source == 0).all(dim=-1).any() and part.prompts == whole.prompts
+        ends = text.ends(part.prompts)
+        for row, end in enumerate(ends):
+            torch.testing.assert_close(part.source[row, : end + 2], whole.source[row, : end + 2])
+        assert float(part.weight.sum()) == pytest.approx(1.0, rel=0.1)
+        assert (part.weight[(part.source == 0).all(dim=-1)] == 0).all()
+    torch.testing.assert_close(
+        moments(some) / count, moments([whole]), rtol=1e-4, atol=1e-5 * float(whole.source.norm())
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 10, 30])
+def test_every_prompt_has_its_share_of_padding(count):
+    shared = [shared_paddings(count, number) for number in range(8 * count)]
+    assert [sum(part) / len(shared) for part in zip(*shared, strict=True)] == [1.0] * count
+
+
+@pytest.mark.parametrize("family", ["sd1", "pixart_sigma", "sana"])
+def test_no_prompts_have_no_rows(family):
+    parts = components_of(FAMILIES[family]())
+    (text,) = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"]
+    rows, carries = read_text_rows(text, [])
+    assert len(rows) == len(carries) == 0 and text.ends([]) == []
+
+
+def test_whoever_draws_from_prompts_reads_all_of_them(text):
+    config = PairsConfig(context_words=2)
+    for whole in (True, False):
+        words = ConceptPrompts(
+            text, [Concept("cat")], {"cat": ["kitten"]}, config, words=["tree"], whole=whole
+        )
+        read = (words[1].source != 0).any(dim=-1)
+        assert bool(read.all()) == whole
 
 
 @pytest.mark.parametrize("guidance", [-0.1, float("nan"), float("inf")])

@@ -15,6 +15,7 @@ CONFIG = EraseConfig.from_dict(
         "alignment": {"enabled": False},
         "vocabulary": {"words": 6, "cache": False},
         "pairs": {"context_words": 2, "neutral_words": 4},
+        "mining": {"mode": "none"},
     }
 )
 

@@ -1,0 +1,286 @@
+"""Words that follow a concept, and those that must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from realera_fast.mining.candidates import Candidate
+from realera_fast.mining.config import MiningConfig
+from realera_fast.mining.known_words import KnownWords
+from realera_fast.runtime import folded, progress_bar
+from realera_fast.text import Concept
+
+_LEAST = 1e-9
+"""Cosine by which a word is on one side of a line."""
+_CERTAIN = 4
+"""Words of a concept, and as many relatives, by which those in doubt are measured (count; ours)."""
+_RELATED = frozenset(("form", "spelling", "synonym", "joined"))
+"""Relations to a concept by which a word is held against the lower line; its kinds are for the name
+of a category alone, whose members they are."""
+_RELATIVES = 8
+"""Relatives that are watched, and words just outside a neighborhood."""
+_HEIGHTS = (1, 2, 3)
+"""Steps up in the lexicon and as many down again, until there are relatives enough."""
+_BORDER = 0.05
+"""Cosine by which a word below its line is still in doubt (ours)."""
+
+Drawn: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]
+"""Cosine `[w]` between a concept's names and words, as the model draws them."""
+
+Found = Literal["inflection", "lexicon", "token", "member", "drawn"]
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """Words around concepts, by target, nearest first."""
+
+    near: dict[str, tuple[str, ...]]
+    """Inside the neighborhood, `max_words` at most; a word near two goes to the nearer one."""
+    surplus: dict[str, tuple[str, ...]]
+    """Inside it as well, but more than `max_words`."""
+    relatives: dict[str, tuple[str, ...]]
+    """Other kinds of the same thing by the lexicon, which must stay."""
+    beyond: dict[str, tuple[str, ...]]
+    """The first few words outside, which stay as well: what a reader should look at."""
+    borderline: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Outside, by little."""
+    sources: Mapping[str, Found] = field(default_factory=dict)
+    """Why a word is near: another form of a name, by the lexicon, by the tokenizer's words alone,
+    as a member of a category, or as it is drawn."""
+
+
+@dataclass
+class _Place:
+    """The nearest concept of a word so far."""
+
+    margin: float
+    """How far above its line."""
+    target: str
+    source: Found
+
+
+def find_neighbors(
+    known: KnownWords,
+    concepts: Sequence[Concept],
+    config: MiningConfig,
+    *,
+    keep: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    key: Callable[[str], Hashable] = folded,
+    members: Drawn | None = None,
+    progress: bool | None = False,
+) -> Neighborhood:
+    """Words that mean a concept to the model, and those just outside.
+
+    Args:
+        keep: words that are never neighbors, nor are their parts (preserved words and anchors).
+        spare: words that are none either, as they are.
+        key: equal for words that are the same; named words are not their own neighbors.
+        members: cosine `[w]` between a concept's names and words as the model draws them
+            (`guidance_cosine`): it is asked for the members of a category, and for words in doubt.
+    """
+    named = [word for c in concepts for word in (*c.words, c.destination or "")]
+    # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
+    parts = [part for phrase in (*named, *keep) for part in (phrase, *phrase.split())]
+    taken = {key(part) for part in (*parts, *spare)}
+    best: dict[str, _Place] = {}
+    relatives: dict[str, tuple[str, ...]] = {}
+    with progress_bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
+        for concept in concepts:
+            kin = relatives[concept.target] = _relatives(known, concept)
+            free = [w for w in kin if key(w) not in taken]
+            found = [
+                c for c in known.candidates(concept, config.candidates) if key(c.word) not in taken
+            ]
+            for word, place in _placed(known, concept, found, free, config, members):
+                other = best.get(word)
+                if other is None or place.margin > other.margin:
+                    best[word] = place
+            bar.update(1)
+    return _neighborhood(concepts, best, relatives, taken, key, config)
+
+
+def _relatives(known: KnownWords, concept: Concept) -> tuple[str, ...]:
+    """What the lexicon calls other kinds of the same thing and the tokenizer knows."""
+    found: dict[str, None] = {}
+    for height in _HEIGHTS:
+        for name in concept.words:
+            words = known.lexicon.siblings(name, height, kind=concept.kind)
+            found |= dict.fromkeys(w for w in map(str.lower, words) if w in known.names)
+        if len(found) >= _RELATIVES:
+            break
+    return tuple(found)
+
+
+def _placed(
+    known: KnownWords,
+    concept: Concept,
+    candidates: Sequence[Candidate],
+    relatives: Sequence[str],
+    config: MiningConfig,
+    members: Drawn | None,
+) -> Iterator[tuple[str, _Place]]:
+    """Candidates of a concept with how far they lie above their lines."""
+    found = [c for c in candidates if c.relation not in _NEVER]
+    words = [c.word for c in found]
+    if not words:
+        return
+    score = known.space.cosines(known.rows_of(words), known.rows_of(concept.words)).amax(dim=1)
+    margins = score - _lines(known, concept, found, frozenset(relatives), config)
+    drawn: dict[int, float] = {}
+    if members is not None and concept.kind == "explicit":
+        drawn = _members(concept, words, score, margins, config, members)
+    elif members is not None and config.borderline:
+        drawn = _asked(concept, words, margins, relatives, members, config.borderline)
+    outside = 0
+    for number in margins.argsort(descending=True, stable=True).tolist():
+        candidate, margin = found[number], float(margins[number])
+        source: Found = candidate.source
+        if number in drawn:
+            margin = drawn[number]
+            source = "member" if concept.kind == "explicit" else "drawn"
+        # Of what is far outside only a few words are told of.
+        outside += margin < 0 and source == "token"
+        if margin >= -_BORDER or (source == "token" and outside <= 2 * _RELATIVES):
+            yield candidate.word, _Place(margin, concept.target, source)
+
+
+_NEVER = frozenset(("named", "part"))
+
+
+def _lines(
+    known: KnownWords,
+    concept: Concept,
+    found: Sequence[Candidate],
+    relatives: frozenset[str],
+    config: MiningConfig,
+) -> Tensor:
+    """`[n]` least cosine at which each candidate is a neighbor."""
+    unknown = known.line.unknown if config.word_cosine is None else config.word_cosine
+    related = min(unknown, known.line.related)
+    # Other kinds of the same thing are its relatives, unless the model hardly tells them apart.
+    certain = (1.0 + unknown) / 2
+    close = _RELATED | {"hyponym"} if concept.kind == "explicit" else _RELATED
+    lines = [
+        # Another way to write the name is the name.
+        -1.0
+        if c.relation == "spelling"
+        else related
+        if c.relation in close
+        else certain
+        if c.word in relatives
+        else unknown
+        for c in found
+    ]
+    return torch.tensor(lines, dtype=torch.float64, device="cpu")
+
+
+def _members(
+    concept: Concept,
+    words: Sequence[str],
+    score: Tensor,
+    margins: Tensor,
+    config: MiningConfig,
+    members: Drawn,
+) -> dict[int, float]:
+    """Margins of those words, by number, that the model draws as members of a category."""
+    near = score.argsort(descending=True)[: config.member_words].tolist()
+    if not near:
+        return {}
+    drawn = members(concept, [words[number] for number in near]).double() - config.member_cosine
+    return {
+        number: float(margin)
+        for number, margin in zip(near, drawn, strict=True)
+        if margin >= 0 and margin > margins[number]
+    }
+
+
+def _asked(
+    concept: Concept,
+    words: Sequence[str],
+    margins: Tensor,
+    relatives: Sequence[str],
+    members: Drawn,
+    most: int,
+) -> dict[int, float]:
+    """Margins of words in doubt, by number: on the side of the line where they are drawn, which is
+    beyond the middle between the concept's certain neighbors and its relatives."""
+    order = margins.argsort(descending=True, stable=True).tolist()
+    certain = [n for n in order if margins[n] > _BORDER][:_CERTAIN]
+    doubtful = sorted(
+        (n for n in order if abs(margins[n]) <= _BORDER), key=lambda n: abs(float(margins[n]))
+    )[:most]
+    shown = [words[number] for number in (*certain, *doubtful)]
+    kin = [word for word in relatives if word not in shown][:_CERTAIN]
+    if not (certain and doubtful and kin):
+        return {}
+    cosines = members(concept, [*shown, *kin]).double()
+    same, other = cosines[: len(certain)], cosines[len(shown) :]
+    # What was not finite says nothing.
+    middle = (same[same.isfinite()].mean() + other[other.isfinite()].mean()) / 2
+    if not same[same.isfinite()].mean() > middle:
+        return {}
+    return {
+        number: max(abs(float(margins[number])), _LEAST) * (1 if cosine >= middle else -1)
+        for number, cosine in zip(doubtful, cosines[len(certain) : len(shown)], strict=True)
+        if cosine.isfinite()
+    }
+
+
+def _ranked(words: Sequence[tuple[float, str]], names: set[str]) -> tuple[str, ...]:
+    """Words by their margins, the nearest first. Phrases that hold a name come last: its own rows
+    reach them, and where there are too many words others have the room."""
+    return tuple(
+        word
+        for _, _, word in sorted(
+            ((names.isdisjoint(word.split()), margin, word) for margin, word in words), reverse=True
+        )
+    )
+
+
+def _neighborhood(
+    concepts: Sequence[Concept],
+    best: Mapping[str, _Place],
+    relatives: Mapping[str, Sequence[str]],
+    taken: set[Hashable],
+    key: Callable[[str], Hashable],
+    config: MiningConfig,
+) -> Neighborhood:
+    inside: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
+    outside: dict[str, list[tuple[float, str]]] = {c.target: [] for c in concepts}
+    sources: dict[str, Found] = {}
+    for word, place in best.items():
+        if place.margin >= 0:
+            inside[place.target].append((place.margin, word))
+        else:
+            outside[place.target].append((place.margin, word))
+            sources[word] = place.source
+    names = {
+        c.target: {part for word in c.words for part in (word, *word.split())} for c in concepts
+    }
+    around = {target: _ranked(words, names[target]) for target, words in inside.items()}
+    beyond = {t: sorted(w, reverse=True) for t, w in outside.items()}
+    gone = {word for words in around.values() for word in words}
+    stay = {
+        target: tuple(word for word in words if word not in gone and key(word) not in taken)
+        for target, words in relatives.items()
+    }
+    return Neighborhood(
+        near={target: words[: config.max_words] for target, words in around.items()},
+        surplus={target: words[config.max_words :] for target, words in around.items()},
+        relatives={target: words[:_RELATIVES] for target, words in stay.items()},
+        beyond={
+            target: tuple(word for _, word in words if sources[word] == "token")[:_RELATIVES]
+            for target, words in beyond.items()
+        },
+        borderline={
+            target: tuple(word for margin, word in words if margin >= -_BORDER)
+            for target, words in beyond.items()
+        },
+        sources={word: best[word].source for word in gone},
+    )

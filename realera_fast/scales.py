@@ -1,0 +1,258 @@
+"""How much weighs what stays, and how far what leaves goes: chosen by what each choice does."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from realera_fast.config import EraseConfig
+from realera_fast.mining import NOISE, KnownWords, WordSpace
+from realera_fast.runtime import folded
+from realera_fast.selection import Selection
+from realera_fast.solver import ClosedFormConfig, NormalEquations
+from realera_fast.text import Concept
+
+if TYPE_CHECKING:
+    from realera_fast.equations import Equations
+
+logger = logging.getLogger(__name__)
+
+PRESERVE = (640.0, 320.0, 160.0, 80.0, 40.0, 20.0, 10.0, 5.0, 2.0, 1.0, 0.5)
+GUIDANCE = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""What is compared; of equals the first, which moves less, is taken (ours)."""
+_FIXED = 40.0
+"""Where nothing can be chosen (ours)."""
+_FEWEST = 64
+"""Fewer things beside the prior's say too little (count; ours)."""
+_MINED = 256
+"""Words that follow and that are looked at (count; ours)."""
+_THINGS = 256
+"""Words that should stay and that are looked at (count; ours)."""
+_SOFT = 0.1
+"""Width of the edge between gone and there, in shares of the way (ours)."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Two numbers of the closed form, and why they are so."""
+
+    preserve: float
+    """Weight of the prior's mean row, and of each preserved word (`preserve_scale`)."""
+    guidance: float
+    """How far past the anchor named words go (`negative_guidance`)."""
+    width: int | None = None
+    """Features of the text on which `preserve` was chosen; None where the user gave it."""
+    curve: tuple[dict[str, float], ...] = ()
+    """What each choice does; empty where the user chose."""
+
+    def preserve_of(self, width: int) -> float:
+        """The preserve scale for text of another width: at scale s a typical word goes q / (1 + q)
+        of its way, with q = width / s (docs/method.md, section 5)."""
+        return self.preserve if self.width is None else self.preserve * width / self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "preserve_scale": self.preserve,
+            "negative_guidance": self.guidance,
+            "curve": [dict(point) for point in self.curve],
+        }
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Rows by which a choice is judged."""
+
+    named: Tensor
+    """`[n, d]` of named words."""
+    named_aims: Tensor
+    """`[n, d]` of what each becomes."""
+    mined: Tensor
+    """`[m, d]` of words that follow them."""
+    mined_aims: Tensor
+    """`[m, d]` of what each becomes."""
+    mined_odd: Tensor
+    """`[m]` bool, whether each is of the second half (`Equations.halves`)."""
+    relatives: Tensor
+    """`[r, d]` of other kinds of what goes, which should stay."""
+    things: Tensor
+    """`[t, d]` of an even sample of things that should stay, where there are enough of such as the
+    prior does not hold."""
+
+
+def scales_of(
+    config: EraseConfig, equations: Equations, known: KnownWords, selection: Selection
+) -> Scales:
+    """The scales of an erasure: the user's, or those that do best."""
+    preserve, guidance = config.vocabulary.preserve_scale, config.pairs.negative_guidance
+    if guidance == "auto" and config.mining.mode in NOISE:
+        guidance = 0.0
+    if not isinstance(preserve, str) and not isinstance(guidance, str):
+        return Scales(preserve, guidance)
+    if not config.closed_form.enabled:
+        return Scales(_FIXED, 0.0)
+    # Rows that noise is mined around are sent past the anchor before they are summed.
+    summed = guidance if config.mining.mode in NOISE and not isinstance(guidance, str) else None
+    amounts = GUIDANCE if isinstance(guidance, str) else (guidance,)
+    if summed is not None:
+        amounts = (0.0,)
+    found = choose_scales(
+        equations,
+        known.space,
+        looked_at(known, selection),
+        preserve=PRESERVE if isinstance(preserve, str) else (preserve,),
+        guidance=amounts,
+        options=config.closed_form,
+    )
+    return found if summed is None else dataclasses.replace(found, guidance=summed)
+
+
+def looked_at(known: KnownWords, selection: Selection) -> Looked:
+    """What the choice looks at: words that go, relatives, and an even sample of things."""
+    named: list[tuple[str, Concept]] = []
+    mined: list[tuple[str, Concept]] = []
+    for concept in selection.concepts:
+        named += [(word, concept) for word in concept.words]
+        mined += [(word, concept) for word in selection.mined[concept.target]]
+    numbers = range(len(mined))[:: max(1, math.ceil(len(mined) / _MINED))]
+    mined = [mined[number] for number in numbers]
+    gone = {folded(word) for word in selection.leaving}
+    things = [word for word in known.read.things if folded(word) not in gone]
+    held = {folded(word) for word in selection.vocabulary.words}
+    # A small vocabulary is all in the prior.
+    apart = [word for word in things if folded(word) not in held]
+    things = apart if len(apart) >= _FEWEST else things
+    things = things[:: max(1, math.ceil(len(things) / _THINGS))]
+
+    def aims(pairs: Sequence[tuple[str, Concept]]) -> Tensor:
+        found = {c.target: _aim(known, selection, c) for c in selection.concepts}
+        rows = [found[concept.target] for _, concept in pairs]
+        return torch.stack(rows) if rows else known.rows_of([])
+
+    return Looked(
+        known.rows_of([word for word, _ in named]),
+        aims(named),
+        known.rows_of([word for word, _ in mined]),
+        aims(mined),
+        torch.tensor([number % 2 == 1 for number in numbers], dtype=torch.bool, device="cpu"),
+        known.rows_of(selection.relatives),
+        known.rows_of(things),
+    )
+
+
+def _aim(known: KnownWords, selection: Selection, concept: Concept) -> Tensor:
+    """`[d]` row of what a concept becomes."""
+    words = selection.anchor_words(concept)
+    return known.rows_of(words).mean(dim=0) if words else known.space.mean.float()
+
+
+def choose_scales(
+    equations: Equations,
+    space: WordSpace,
+    looked: Looked,
+    *,
+    preserve: Sequence[float],
+    guidance: Sequence[float],
+    options: ClosedFormConfig,
+) -> Scales:
+    """The preserve scale and the guidance at which words go and others stay best.
+
+    With A(s) = s P + Q and D(g) = (1 + g) D_named + D_mined every scale is a small solve for the
+    rows that are looked at. A word that goes is gone when less than half of its way to the anchor
+    is left, one that stays has stayed when it moved less than half of the way to the mean word,
+    both in the metric of what attention writes (`WordSpace`), with a soft edge. Mined words are
+    judged by what the names and the other half of them do, as words are that nobody lists. The best
+    choice has the largest harmonic mean of named words gone, mined words gone, relatives kept and
+    things kept (ours).
+    """
+    width = len(equations.prior) if len(preserve) > 1 else None
+    if not len(looked.things):
+        logger.warning("%s", _NOTHING_STAYS)
+        return Scales(_FIXED if len(preserve) > 1 else preserve[0], guidance[0])
+    named = _Moments(equations.named)
+    halves = tuple(_Moments(half) for half in equations.halves)
+    staying = equations.staying.scaled(1.0).gram
+    odd = looked.mined_odd
+    judged = (
+        ("named", (named, *halves), looked.named, looked.named_aims),
+        ("unlisted", (named, halves[0]), looked.mined[odd], looked.mined_aims[odd]),
+        ("unlisted", (named, halves[1]), looked.mined[~odd], looked.mined_aims[~odd]),
+        ("relatives", (named, *halves), looked.relatives, None),
+        ("things", (named, *halves), looked.things, None),
+    )
+    curve = []
+    for scale in preserve:
+        held = scale * staying
+        held.diagonal().add_(equations.ridge(options, scale))
+        found = [_moves(held, parts, rows) for _, parts, rows, _ in judged]
+        moves = [move for move in found if move is not None]
+        if len(moves) < len(judged):
+            continue
+        for amount in guidance:
+            shares: dict[str, list[float]] = {}
+            for (name, _, rows, aims), move in zip(judged, moves, strict=True):
+                step = (1.0 + amount) * move[0] + sum(move[1:])
+                share = _kept(space, rows, step) if aims is None else _gone(space, rows, aims, step)
+                shares.setdefault(name, []).extend(share.tolist())
+            point = {name: sum(part) / len(part) for name, part in shares.items() if part}
+            curve.append(
+                {"preserve_scale": scale, "negative_guidance": amount}
+                | {name: round(value, 4) for name, value in point.items()}
+                | {"worth": round(_worth(list(point.values())), 4)}
+            )
+    if not curve:
+        # The solver says what is wrong, and tries more.
+        return Scales(preserve[0], guidance[0], width)
+    best = max(curve, key=lambda point: point["worth"])
+    logger.info("scales: %s", ", ".join(f"{name} {value:g}" for name, value in best.items()))
+    return Scales(best["preserve_scale"], best["negative_guidance"], width, tuple(curve))
+
+
+class _Moments:
+    """Sums of rows that move, apart from the accumulator that goes on."""
+
+    def __init__(self, equations: NormalEquations) -> None:
+        copy = equations.scaled(1.0)
+        self.gram, self.cross = copy.gram, copy.cross
+
+
+def _moves(held: Tensor, parts: Sequence[_Moments], rows: Tensor) -> list[Tensor] | None:
+    """`[n, d]` float64 D_i A^-1 x of `[n, d]` rows x for each of the sums; None where A is
+    singular."""
+    factor, info = torch.linalg.cholesky_ex(held + sum(part.gram for part in parts))
+    if int(info):
+        return None
+    solved = torch.cholesky_solve(rows.to(factor).mT, factor)
+    return [(part.cross @ solved).mT.cpu() for part in parts]
+
+
+def _gone(space: WordSpace, rows: Tensor, aims: Tensor, step: Tensor) -> Tensor:
+    """`[n]` how far words are gone, 0 to 1: by what is left of the way to their aims."""
+    way = rows.double() - aims.double()
+    # Who went past the anchor is not more gone than who reached it.
+    left = space.shares(way + step, way).clamp_min(0.0)
+    return torch.sigmoid((0.5 - left) / _SOFT)
+
+
+def _kept(space: WordSpace, rows: Tensor, step: Tensor) -> Tensor:
+    """`[n]` how well words are kept, 0 to 1: by how far they moved of the way to the mean word."""
+    own = space.sizes(space.seen(rows)).clamp_min(1e-300)
+    return torch.sigmoid((0.5 - space.sizes(step) / own) / _SOFT)
+
+
+_NOTHING_STAYS = (
+    "scales: the tokenizer names no things that should stay, so there is nothing to choose by; set "
+    "vocabulary.preserve_scale and pairs.negative_guidance"
+)
+
+
+def _worth(shares: Sequence[float]) -> float:
+    """The harmonic mean; 0 if one is 0."""
+    return len(shares) / sum(1.0 / share for share in shares) if min(shares) > 0 else 0.0
