@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ _FEW = 1000
 """Words that tell distances where the lexicon knows none."""
 _REMEMBERED = 20_000
 """Words of several tokens, and others, whose rows are kept."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def read_known_words(
         gram: `[d, d]` metric of what the model writes of its rows (`models.value_gram`).
         cache: keep the rows on disk, under a hash of the encoder's weights.
     """
-    path = _path(text.fingerprint()) if cache else None
+    path = _path(text) if cache else None
     found = _cached(path)
     # Another machine may have had less time.
     if found is None or (len(found.words) < len(found.tokens.words) and _can_scan(text, found)):
@@ -188,10 +189,18 @@ def _can_scan(text: Text, found: Read) -> bool:
     return cost <= (_SCAN_CUDA if text.device.type == "cuda" else _SCAN)
 
 
-def _path(fingerprint: str) -> Path | None:
+@functools.lru_cache(maxsize=1)
+def _lexicon_hash() -> str:
+    """Of the lexicon that is part of the package."""
+    data = resources.files("realera_fast.text").joinpath("lexicon.bin").read_bytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _path(text: Text) -> Path | None:
     from huggingface_hub import cached_assets_path
 
-    key = hashlib.sha256(json.dumps([fingerprint, _FORMAT]).encode()).hexdigest()
+    known = [text.fingerprint(), _lexicon_hash(), _FORMAT, text.device.type]
+    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     try:
         return Path(cached_assets_path("realera_fast", "known_words")) / f"{key}.safetensors"
     except OSError as error:

@@ -47,7 +47,8 @@ class AlignedPrompts:
     """`[p, t, d]` float32: the anchor prompts as encoded, unaligned: what the teacher is shown."""
     weight: Tensor
     """`[p, t]` float32: 0 for rows that carry no text (begin-of-text, hidden padding); all
-    templates weigh the same, however many context words fill them; sums to 1."""
+    templates weigh the same, however many context words fill them; sums to 1 where all padding
+    is read, and else over many words on average."""
     plain: int
     """Number of the prompt that says the word most plainly: the longest without a context word."""
 

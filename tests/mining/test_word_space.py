@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny_text_encoder, tiny_tokenizer
 from torch.nn.functional import cosine_similarity
 
+from realera_fast.mining import read_known_words
 from realera_fast.mining.line import calibrate, labelled_pairs, words_of
 from realera_fast.mining.word_space import WordSpace
-from realera_fast.text import Lexicon, TokenWords
+from realera_fast.text import Lexicon, TextModel, TokenWords
 
 F64 = torch.float64
 
@@ -105,3 +107,17 @@ def test_hardly_any_words_have_no_neighbors(count):
     space = WordSpace(torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64))
     line = calibrate(space, torch.ones(count, 3), ["a", "b"][:count], {"siblings": []})
     assert line.unknown == line.related == 1.0
+
+
+def test_what_was_read_is_kept_for_one_lexicon(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_: tmp_path)
+    text = TextModel(tiny_text_encoder(), tiny_tokenizer())
+    gram = torch.eye(text.width).double()
+    first = read_known_words(text, gram)
+    assert len(list(tmp_path.iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "last_rows", None)
+        assert torch.equal(read_known_words(text, gram).read.rows, first.read.rows)
+    monkeypatch.setattr("realera_fast.mining.known_words._lexicon_hash", lambda: "another")
+    read_known_words(text, gram)
+    assert len(list(tmp_path.iterdir())) == 2
