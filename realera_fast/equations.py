@@ -117,6 +117,7 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
         prior += preserve_gram(section, vocabulary, selection.leaving)[0].to(device)
         for word, kind in selection.retained.items():
             _retain(staying, section, word, kind, config)
+        _hold(staying, section, selection.held, config)
         # Noise is mined around every row, and of every prompt, as the paper has it.
         prompts.append(selection.prompts(section, whole=config.mining.mode in mining.NOISE))
     staying.update_moments(prior)
@@ -280,6 +281,24 @@ def _moving(prompts: AlignedPrompts) -> tuple[Tensor, Tensor, Tensor]:
         source, destination = (functional.pad(x, pad) for x in (source, destination))
         weight = functional.pad(weight, (1, 0))
     return source, destination, weight
+
+
+_HELD = ("{}", "a photo of a {}")
+"""Templates of words that are held; each has one."""
+_TOGETHER = 256
+"""Words that are held and read at a time."""
+
+
+def _hold(
+    equations: NormalEquations, text: Text, words: Sequence[str], config: EraseConfig
+) -> None:
+    """Adds rows of words at risk, each in one template, as those of the prior are."""
+    for start in range(0, len(words), _TOGETHER):
+        numbered = enumerate(words[start : start + _TOGETHER], start)
+        prompts = [fill(_HELD[n % len(_HELD)], word) for n, word in numbered]
+        pairs = mean_rows(text, [prompt for prompt in prompts if not text.overflow(prompt)])
+        scale = config.mining.relative_scale
+        equations.update(Pairs(pairs.source, pairs.source, scale * pairs.weight))
 
 
 def _retain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,14 @@ _MINED = 256
 """Words that follow and that are looked at (count; ours)."""
 _THINGS = 256
 """Words that should stay and that are looked at (count; ours)."""
-_SOFT = 0.1
-"""Width of the edge between gone and there, in shares of the way (ours)."""
+_WEIGHTS = {"named": 1.0, "unlisted": 1.0, "relatives": 2.0, "things": 2.0}
+"""What each share weighs (ours): words that nobody listed are judged by half of the others, and
+are gone more often than that."""
+_EDGE = 0.6
+"""A word that stays is there while it moved less of its length, one that goes is gone when less of
+its way is left (ours: where pictures of 16 tuning things of the embedded model change)."""
+_SOFT = 0.05
+"""Width of that edge (ours)."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +171,12 @@ def choose_scales(
     """The preserve scale and the guidance at which words go and others stay best.
 
     With A(s) = s P + Q and D(g) = (1 + g) D_named + D_mined every scale is a small solve for the
-    rows that are looked at. A word that goes is gone when less than half of its way to the anchor
-    is left, one that stays has stayed when it moved less than half of the way to the mean word,
-    both in the metric of what attention writes (`WordSpace`), with a soft edge. Mined words are
-    judged by what the names and the other half of them do, as words are that nobody lists. The best
-    choice has the largest harmonic mean of named words gone, mined words gone, relatives kept and
-    things kept (ours).
+    rows that are looked at. A word that goes is gone when less than `_EDGE` of its way to the
+    anchor is left, one that stays has stayed when it moved less than that of the way to the mean
+    word, both in the metric of what attention writes (`WordSpace`), with a soft edge. Mined words
+    are judged by what the names and the other half of them do, as words are that nobody lists. The
+    best choice has the largest harmonic mean of named words gone, mined words gone, relatives kept
+    and things kept, in which the latter two weigh twice (ours).
     """
     width = len(equations.prior) if len(preserve) > 1 else None
     if not len(looked.things):
@@ -205,7 +211,7 @@ def choose_scales(
             curve.append(
                 {"preserve_scale": scale, "negative_guidance": amount}
                 | {name: round(value, 4) for name, value in point.items()}
-                | {"worth": round(_worth(list(point.values())), 4)}
+                | {"worth": round(_worth(point), 4)}
             )
     if not curve:
         # The solver says what is wrong, and tries more.
@@ -238,13 +244,13 @@ def _gone(space: WordSpace, rows: Tensor, aims: Tensor, step: Tensor) -> Tensor:
     way = rows.double() - aims.double()
     # Who went past the anchor is not more gone than who reached it.
     left = space.shares(way + step, way).clamp_min(0.0)
-    return torch.sigmoid((0.5 - left) / _SOFT)
+    return torch.sigmoid((_EDGE - left) / _SOFT)
 
 
 def _kept(space: WordSpace, rows: Tensor, step: Tensor) -> Tensor:
     """`[n]` how well words are kept, 0 to 1: by how far they moved of the way to the mean word."""
     own = space.sizes(space.seen(rows)).clamp_min(1e-300)
-    return torch.sigmoid((0.5 - space.sizes(step) / own) / _SOFT)
+    return torch.sigmoid((_EDGE - space.sizes(step) / own) / _SOFT)
 
 
 _NOTHING_STAYS = (
@@ -253,6 +259,9 @@ _NOTHING_STAYS = (
 )
 
 
-def _worth(shares: Sequence[float]) -> float:
-    """The harmonic mean; 0 if one is 0."""
-    return len(shares) / sum(1.0 / share for share in shares) if min(shares) > 0 else 0.0
+def _worth(point: Mapping[str, float]) -> float:
+    """The weighted harmonic mean; 0 if one is 0."""
+    if min(point.values()) <= 0:
+        return 0.0
+    total = sum(_WEIGHTS[name] for name in point)
+    return total / sum(_WEIGHTS[name] / share for name, share in point.items())

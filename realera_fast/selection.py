@@ -73,6 +73,13 @@ class Selection:
         return list(dict.fromkeys((*self.staying, *self.relatives)))
 
     @functools.cached_property
+    def held(self) -> list[str]:
+        """Words at risk, which are held in place beside the prior."""
+        leaving = {folded(word) for word in self.leaving}
+        every = dict.fromkeys(w for words in self.neighborhood.held.values() for w in words)
+        return [w for w in every if folded(w) not in leaving and w not in self.retained]
+
+    @functools.cached_property
     def relatives(self) -> list[str]:
         """Other kinds of what leaves, which stay, of many concepts an even sample."""
         leaving = {folded(word) for word in self.leaving}

@@ -19,7 +19,16 @@ from realera_fast.text import Concept, Lexicon, TokenWords, run_together
 
 Source = Literal["user", "inflection", "lexicon", "token"]
 Relation = Literal[
-    "named", "part", "form", "spelling", "synonym", "hyponym", "compound", "joined", "word"
+    "named",
+    "part",
+    "form",
+    "spelling",
+    "synonym",
+    "hyponym",
+    "compound",
+    "joined",
+    "sibling",
+    "word",
 ]
 
 _KEPT = frozenset(("named", "form", "spelling", "synonym", "joined"))
@@ -56,7 +65,8 @@ class Candidate:
     """What it is to the concept: "named" itself, a "part" of a name of several words; its plural,
     singular or possessive ("form"), another "spelling", a "synonym"; a kind of it ("hyponym"), or
     of what it is a kind of but named after it ("compound": a sailing ship); a handle in which it is
-    "joined"; a "word" of the tokenizer of which nothing is known."""
+    "joined"; another kind of the same thing ("sibling"); a "word" of the tokenizer of which nothing
+    is known."""
 
 
 def related_words(concept: Concept, tokens: TokenWords, lexicon: Lexicon) -> tuple[Candidate, ...]:
@@ -89,6 +99,8 @@ def related_words(concept: Concept, tokens: TokenWords, lexicon: Lexicon) -> tup
     for name in defined:
         add(lexicon.hyponyms(name, _DEPTH, kind=kind), "lexicon", "hyponym")
         add(lexicon.compounds(name, _DEPTH, kind=kind), "lexicon", "compound")
+        # Some kinds of one thing the model hardly tells apart; that alone makes them neighbors.
+        add(lexicon.siblings(name, kind=kind), "token", "sibling")
     for name in named:
         parts = name.split() if " " in name else []
         add((part for part in parts if len(part) >= _SHORTEST_PART), "user", "part")

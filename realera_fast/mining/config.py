@@ -61,6 +61,12 @@ class MiningConfig:
     (`word_space.WordSpace`), for a word of which nothing is known to be in its neighborhood. `None`
     takes the line that pairs of the lexicon draw in this model (`line.Line`). Default (ours): a
     cosine means another thing in every model."""
+    relative_words: int = 96
+    """Most words a concept that are held in place for its sake, a count: relatives by the lexicon,
+    and things near it that mean something else. Default (ours)."""
+    relative_scale: float = 0.03
+    """Weight of each of these, in units of the prior's mean row (`VocabularyConfig.preserve_scale`
+    weighs both). Default (ours)."""
     candidates: int = 300
     """Words a concept that are read to see whether they are neighbors, a count, where the
     tokenizer's are too many to read all. Default (ours)."""
@@ -97,11 +103,11 @@ class MiningConfig:
             raise ValueError(
                 f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
             )
-        for name in ("neighbor_scale", "beyond_scale"):
+        for name in ("neighbor_scale", "beyond_scale", "relative_scale"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
-        for name in ("max_words", "candidates", "member_words", "borderline"):
+        for name in ("max_words", "relative_words", "candidates", "member_words", "borderline"):
             count = getattr(self, name)
             if count < 0:
                 raise ValueError(f"MiningConfig.{name} must not be negative, got {count}")

@@ -124,6 +124,11 @@ class KnownWords:
         return frozenset(self.tokens.words)
 
     @functools.cached_property
+    def things(self) -> frozenset[str]:
+        """Those that name things by the lexicon; all of them where it knows too few."""
+        return frozenset(self.read.things)
+
+    @functools.cached_property
     def _units(self) -> Tensor:
         """`[w, d]` float32: products with what `WordSpace.seen` gives are cosines, up to the length
         of the latter."""

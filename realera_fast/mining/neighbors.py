@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -12,6 +13,7 @@ from torch import Tensor
 from realera_fast.mining.candidates import Candidate
 from realera_fast.mining.config import MiningConfig
 from realera_fast.mining.known_words import KnownWords
+from realera_fast.mining.relatives import BORDER, held_words, hypernyms_of, siblings_of
 from realera_fast.runtime import folded, progress_bar
 from realera_fast.text import Concept
 
@@ -24,10 +26,6 @@ _RELATED = frozenset(("form", "spelling", "synonym", "joined"))
 of a category alone, whose members they are."""
 _RELATIVES = 8
 """Relatives that are watched, and words just outside a neighborhood."""
-_HEIGHTS = (1, 2, 3)
-"""Steps up in the lexicon and as many down again, until there are relatives enough."""
-_BORDER = 0.05
-"""Cosine by which a word below its line is still in doubt (ours)."""
 
 Drawn: TypeAlias = Callable[[Concept, Sequence[str]], Tensor]
 """Cosine `[w]` between a concept's names and words, as the model draws them."""
@@ -47,6 +45,8 @@ class Neighborhood:
     """Other kinds of the same thing by the lexicon, which must stay."""
     beyond: dict[str, tuple[str, ...]]
     """The first few words outside, which stay as well: what a reader should look at."""
+    held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words that mean something else and are at risk (`relatives.held_words`), nearest first."""
     borderline: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Outside, by little."""
     sources: Mapping[str, Found] = field(default_factory=dict)
@@ -90,11 +90,12 @@ def find_neighbors(
     taken = {key(part) for part in (*parts, *spare)}
     best: dict[str, _Place] = {}
     relatives: dict[str, tuple[str, ...]] = {}
+    around: dict[str, list[Candidate]] = {}
     with progress_bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for concept in concepts:
-            kin = relatives[concept.target] = _relatives(known, concept)
+            kin = relatives[concept.target] = siblings_of(known, concept)
             free = [w for w in kin if key(w) not in taken]
-            found = [
+            found = around[concept.target] = [
                 c for c in known.candidates(concept, config.candidates) if key(c.word) not in taken
             ]
             for word, place in _placed(known, concept, found, free, config, members):
@@ -102,19 +103,13 @@ def find_neighbors(
                 if other is None or place.margin > other.margin:
                     best[word] = place
             bar.update(1)
-    return _neighborhood(concepts, best, relatives, taken, key, config)
-
-
-def _relatives(known: KnownWords, concept: Concept) -> tuple[str, ...]:
-    """What the lexicon calls other kinds of the same thing and the tokenizer knows."""
-    found: dict[str, None] = {}
-    for height in _HEIGHTS:
-        for name in concept.words:
-            words = known.lexicon.siblings(name, height, kind=concept.kind)
-            found |= dict.fromkeys(w for w in map(str.lower, words) if w in known.names)
-        if len(found) >= _RELATIVES:
-            break
-    return tuple(found)
+    sorted_out = _neighborhood(concepts, best, relatives, taken, key, config)
+    inside = (*sorted_out.near.values(), *sorted_out.surplus.values())
+    gone = [*named, *(word for words in inside for word in words)]
+    held = {
+        c.target: held_words(known, c, around[c.target], gone=gone, config=config) for c in concepts
+    }
+    return dataclasses.replace(sorted_out, held=held)
 
 
 def _placed(
@@ -146,7 +141,7 @@ def _placed(
             source = "member" if concept.kind == "explicit" else "drawn"
         # Of what is far outside only a few words are told of.
         outside += margin < 0 and source == "token"
-        if margin >= -_BORDER or (source == "token" and outside <= 2 * _RELATIVES):
+        if margin >= -BORDER or (source == "token" and outside <= 2 * _RELATIVES):
             yield candidate.word, _Place(margin, concept.target, source)
 
 
@@ -163,20 +158,27 @@ def _lines(
     """`[n]` least cosine at which each candidate is a neighbor."""
     unknown = known.line.unknown if config.word_cosine is None else config.word_cosine
     related = min(unknown, known.line.related)
-    # Other kinds of the same thing are its relatives, unless the model hardly tells them apart.
-    certain = (1.0 + unknown) / 2
+    # What a thing is a kind of has other kinds, and a person is nobody else, unless the model
+    # hardly tells them apart.
+    above, certain = hypernyms_of(known, concept), (1.0 + unknown) / 2
     close = _RELATED | {"hyponym"} if concept.kind == "explicit" else _RELATED
-    lines = [
-        # Another way to write the name is the name.
-        -1.0
-        if c.relation == "spelling"
-        else related
-        if c.relation in close
-        else certain
-        if c.word in relatives
-        else unknown
-        for c in found
-    ]
+    kinds = (unknown + related) / 2
+
+    def line_of(candidate: Candidate) -> float:
+        if candidate.relation == "spelling":
+            # Another way to write the name is the name.
+            return -1.0
+        if candidate.relation in close:
+            return related
+        if candidate.word.lower() in above:
+            return certain
+        if concept.kind == "person" and candidate.word in relatives:
+            return certain
+        if candidate.relation == "hyponym" and candidate.word not in relatives:
+            return kinds
+        return unknown
+
+    lines = [line_of(candidate) for candidate in found]
     return torch.tensor(lines, dtype=torch.float64, device="cpu")
 
 
@@ -211,9 +213,9 @@ def _asked(
     """Margins of words in doubt, by number: on the side of the line where they are drawn, which is
     beyond the middle between the concept's certain neighbors and its relatives."""
     order = margins.argsort(descending=True, stable=True).tolist()
-    certain = [n for n in order if margins[n] > _BORDER][:_CERTAIN]
+    certain = [n for n in order if margins[n] > BORDER][:_CERTAIN]
     doubtful = sorted(
-        (n for n in order if abs(margins[n]) <= _BORDER), key=lambda n: abs(float(margins[n]))
+        (n for n in order if abs(margins[n]) <= BORDER), key=lambda n: abs(float(margins[n]))
     )[:most]
     shown = [words[number] for number in (*certain, *doubtful)]
     kin = [word for word in relatives if word not in shown][:_CERTAIN]
@@ -279,7 +281,7 @@ def _neighborhood(
             for target, words in beyond.items()
         },
         borderline={
-            target: tuple(word for margin, word in words if margin >= -_BORDER)
+            target: tuple(word for margin, word in words if margin >= -BORDER)
             for target, words in beyond.items()
         },
         sources={word: best[word].source for word in gone},

@@ -255,7 +255,7 @@ def test_memory_does_not_grow_with_the_number_of_words(parts, monkeypatch):
     monkeypatch.setattr(check.HeldOutCheck, "score", lambda self, model: some)
     trained_on(parts, Many(), preserve=("a ship",))
     assert len(set(held)) == 1
-    assert len(asked) <= CONFIG.trajectories * (CONFIG.steps + 1) + 2 * CONFIG.check_words
+    assert len(asked) <= CONFIG.trajectories * (CONFIG.steps + 1) + 4 * CONFIG.check_words
 
 
 # Checkpoints

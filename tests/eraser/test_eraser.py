@@ -506,7 +506,7 @@ def test_neighbors_that_are_too_many_are_told(pipe):
     assert len(result.report["neighbors"]["cat"]) == 2
     assert any("raise mining.max_words" in text for text in result.report["warnings"])
     # Whoever is inside is not among those that should stay.
-    assert {w["role"] for w in result.report["words"]} == {"target", "neighbor", "relative"}
+    assert {w["role"] for w in result.report["words"]} == {"target", "neighbor"}
 
 
 def test_pictures_of_a_word_can_be_given(pipe):

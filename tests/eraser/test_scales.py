@@ -65,7 +65,7 @@ def test_every_choice_is_what_the_solver_does():
         way = (rows(0) - rows(1)).double()
         share = max(0.0, float((left * way).sum() / way.square().sum()))
         assert point["named"] == pytest.approx(
-            1 / (1 + 2.718281828 ** ((share - 0.5) / 0.1)), abs=2e-4
+            1 / (1 + 2.718281828 ** ((share - 0.6) / 0.05)), abs=2e-4
         )
 
 

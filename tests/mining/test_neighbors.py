@@ -31,13 +31,14 @@ def test_each_relation_has_its_own_line():
         "automobile": at(0.45, 1.0),  # a synonym: above the line of what is related
         "cars": at(0.41, 2.0),  # a plural
         "auto": at(0.3, 1.0),  # a synonym that the model sees otherwise
-        "jeep": at(0.5, 2.0),  # a kind of car: below the line of what is not the same
+        "jeep": at(0.51, 2.0),  # a kind of car: half way between the two lines
+        "limousine": at(0.44, 2.5),  # another one, that the model sees otherwise
         "driving": at(0.61, 3.0),  # nothing is known of it, and it is near
         "garage": at(0.59, 1.5),
         "tree": at(0.1),
     }
     found = around(tokens, [Concept("car")])
-    assert set(found.near["car"]) == {"automobile", "cars", "driving"}
+    assert set(found.near["car"]) == {"automobile", "cars", "jeep", "driving"}
     assert found.sources["automobile"] == "lexicon" and found.sources["cars"] == "inflection"
     assert found.sources["driving"] == "token"
     assert found.borderline["car"] == ("garage",)
@@ -45,11 +46,48 @@ def test_each_relation_has_its_own_line():
 
 
 def test_siblings_stay_unless_the_model_hardly_tells_them_apart():
-    for cosine, goes in ((0.7, False), (0.9, True)):
+    for cosine, goes in ((0.57, False), (0.61, True)):
         tokens = {"truck": at(cosine, 1.0), "tree": at(0.0)}
         found = around(tokens, [Concept("car")])
         assert (found.near["car"] == ("truck",)) == goes
         assert ("truck" in found.relatives["car"]) != goes
+
+
+def test_what_a_thing_is_a_kind_of_stays_as_other_people_do():
+    for concept, word in (
+        (Concept("sailboat"), "boat"),
+        (Concept("prince", kind="person"), "duke"),
+    ):
+        for cosine, goes in ((0.7, False), (0.9, True)):
+            found = around({word: at(cosine, 1.0), "tree": at(0.0)}, [concept])
+            assert (word in found.near[concept.target]) == goes
+            assert (word in found.held[concept.target]) != goes
+
+
+def test_what_is_near_and_something_else_is_held():
+    tokens = {
+        "truck": at(0.5, 1.0),  # a sibling
+        "garage": at(0.4, 2.0),  # a thing
+        "bus": at(0.3, 2.0),
+        "driving": at(0.5, 2.0),  # no thing
+        "cars": at(0.5, 1.5),  # goes
+        "engine": at(0.57, 1.5),  # in doubt
+        "tree": at(-0.1),  # far
+    }
+    found = around(tokens, [Concept("car")])
+    assert found.held["car"] == ("truck", "garage", "bus")
+    few = around(tokens, [Concept("car")], MiningConfig(relative_words=1))
+    assert few.held["car"] == ("truck",)
+    # Who leaves with another concept is held by none.
+    named = {"car": at(1.0), "truck": at(0.5, 1.0)}
+    both = around(tokens, [Concept("car"), Concept("truck")], named=named)
+    assert "truck" not in both.held["car"]
+
+
+def test_other_kinds_of_several_tokens_are_looked_at():
+    named = {"donut": at(1.0), "friedcake": at(0.0), "cruller": at(0.7, 1.0), "beignet": at(0.5)}
+    found = around({"tree": at(0.0)}, [Concept("donut")], named=named)
+    assert "cruller" in found.near["donut"] and "beignet" in found.held["donut"]
 
 
 def test_what_is_kept_named_or_part_of_a_name_is_no_neighbor():
@@ -183,7 +221,7 @@ def test_a_person_becomes_a_merge_of_people_and_a_style_the_plain_medium():
 
 
 def test_kinds_of_a_category_go_with_it():
-    tokens = {"bicycle": at(0.5, 1.0), "garage": at(0.5, 2.0), "tree": at(0.0)}
+    tokens = {"bicycle": at(0.45, 1.0), "garage": at(0.45, 2.0), "tree": at(0.0)}
     for kind, near in (("object", ()), ("explicit", ("bicycle",))):
         found = around(tokens, [Concept("vehicle", kind=kind)])
         assert found.near["vehicle"] == near
