@@ -135,6 +135,9 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
     # A small vocabulary is all in the prior.
     apart = [word for word in things if folded(word) not in held]
     things = apart if len(apart) >= _FEWEST else things
+    # Those that tell the line were read before.
+    read = [word for word in things if word in known.numbers]
+    things = read if len(read) >= _FEWEST else things
     things = things[:: max(1, math.ceil(len(things) / _THINGS))]
 
     def aims(pairs: Sequence[tuple[str, Concept]]) -> Tensor:
@@ -184,30 +187,35 @@ def choose_scales(
         return Scales(_FIXED if len(preserve) > 1 else preserve[0], guidance[0])
     named = _Moments(equations.named)
     halves = tuple(_Moments(half) for half in equations.halves)
+    mined = _Moments(equations.halves[0] + equations.halves[1])
     staying = equations.staying.scaled(1.0).gram
     odd = looked.mined_odd
-    judged = (
-        ("named", (named, *halves), looked.named, looked.named_aims),
-        ("unlisted", (named, halves[0]), looked.mined[odd], looked.mined_aims[odd]),
-        ("unlisted", (named, halves[1]), looked.mined[~odd], looked.mined_aims[~odd]),
-        ("relatives", (named, *halves), looked.relatives, None),
-        ("things", (named, *halves), looked.things, None),
+    # Mined words are judged by the other half of them.
+    judged: _Judged = (
+        (
+            mined,
+            {
+                "named": (looked.named, looked.named_aims),
+                "relatives": (looked.relatives, None),
+                "things": (looked.things, None),
+            },
+        ),
+        (halves[0], {"unlisted": (looked.mined[odd], looked.mined_aims[odd])}),
+        (halves[1], {"unlisted": (looked.mined[~odd], looked.mined_aims[~odd])}),
     )
     curve = []
     for scale in preserve:
         held = scale * staying
         held.diagonal().add_(equations.ridge(options, scale))
-        found = [_moves(held, parts, rows) for _, parts, rows, _ in judged]
+        found = [
+            _moves(held, (named, part), torch.cat([rows for rows, _ in groups.values()]))
+            for part, groups in judged
+        ]
         moves = [move for move in found if move is not None]
         if len(moves) < len(judged):
             continue
         for amount in guidance:
-            shares: dict[str, list[float]] = {}
-            for (name, _, rows, aims), move in zip(judged, moves, strict=True):
-                step = (1.0 + amount) * move[0] + sum(move[1:])
-                share = _kept(space, rows, step) if aims is None else _gone(space, rows, aims, step)
-                shares.setdefault(name, []).extend(share.tolist())
-            point = {name: sum(part) / len(part) for name, part in shares.items() if part}
+            point = _point(space, judged, moves, amount)
             curve.append(
                 {"preserve_scale": scale, "negative_guidance": amount}
                 | {name: round(value, 4) for name, value in point.items()}
@@ -237,6 +245,27 @@ def _moves(held: Tensor, parts: Sequence[_Moments], rows: Tensor) -> list[Tensor
         return None
     solved = torch.cholesky_solve(rows.to(factor).mT, factor)
     return [(part.cross @ solved).mT.cpu() for part in parts]
+
+
+_Judged = Sequence[tuple[_Moments, Mapping[str, tuple[Tensor, Tensor | None]]]]
+"""Sums of mined words, and rows that are judged by these and the named words: `[n, d]` by what they
+are, with their aims, or None of rows that stay."""
+
+
+def _point(
+    space: WordSpace, judged: _Judged, moves: Sequence[Sequence[Tensor]], guidance: float
+) -> dict[str, float]:
+    """Mean share of each group of rows that are where they should be."""
+    shares: dict[str, list[float]] = {}
+    for (_, groups), (named, mined) in zip(judged, moves, strict=True):
+        steps = (1.0 + guidance) * named + mined
+        parts = steps.split([len(rows) for rows, _ in groups.values()])
+        for (name, (rows, aims)), step in zip(groups.items(), parts, strict=True):
+            share = _kept(space, rows, step)
+            if aims is not None:
+                share = _gone(space, rows, aims, step)
+            shares.setdefault(name, []).extend(share.tolist())
+    return {name: sum(part) / len(part) for name, part in shares.items() if part}
 
 
 def _gone(space: WordSpace, rows: Tensor, aims: Tensor, step: Tensor) -> Tensor:

@@ -30,28 +30,25 @@ BASELINES: Mapping[str, ModuleType] = {
 `erase`."""
 
 TUNED: Mapping[str, Any] = {
-    "UCE": uce.Settings(erase_scale=10.0, expand=True, anchors=ANCHORS | {"object": "object"}),
+    "UCE": uce.Settings(expand=True),
     "MACE, closed form": mace.Settings(ridge=1000.0, concept_rows=True),
-    "RECE": rece.Settings(rounds=2, vocabulary=True, anchors=ANCHORS | {"object": "object"}),
-    "SPEED": speed.Settings(threshold=30.0, expand=True),
-    "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
+    "RECE": rece.Settings(
+        regularization=1e-3, vocabulary=True, anchors=ANCHORS | {"object": "object"}
+    ),
+    "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, expand=True),
+    "OCE": oce.Settings(erase_scale=1000.0),
     "ESD": esd.Settings(sampling_steps=20, learning_rate=2e-4, negative_guidance=3.0),
 }
 """The settings of each baseline's sweep with the highest mean H_o on words that are not judged
-(`bench/results/sweep.jsonl`); ESD's are those of an earlier embedded model."""
+(`bench/results/sweep.jsonl`)."""
 
 
 TOGETHER: Mapping[str, Any] = {
-    "UCE": uce.Settings(
-        erase_scale=10.0,
-        preserve_scale=0.1,
-        expand=True,
-        anchors=ANCHORS | {"object": "object"},
-    ),
-    "MACE, closed form": mace.Settings(preserve_scale=0.01, concept_rows=True),
-    "RECE": rece.Settings(regularization=1e-3, vocabulary=True),
-    "SPEED": speed.Settings(threshold=30.0, expand=True),
-    "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
+    "UCE": uce.Settings(erase_scale=10.0, preserve_scale=1.0, expand=True),
+    "MACE, closed form": mace.Settings(preserve_scale=0.01),
+    "RECE": rece.Settings(regularization=1e-3, rounds=2, vocabulary=True),
+    "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, both=True, expand=True),
+    "OCE": oce.Settings(erase_scale=1000.0, preserve_concept_scale=0.3),
 }
 """The same for several at once (table "sweep_several")."""
 

@@ -139,9 +139,10 @@ def _placed(
         if number in drawn:
             margin = drawn[number]
             source = "member" if concept.kind == "explicit" else "drawn"
-        # Of what is far outside only a few words are told of.
-        outside += margin < 0 and source == "token"
-        if margin >= -BORDER or (source == "token" and outside <= 2 * _RELATIVES):
+        # Of what is far outside only a few words are told of, of which nothing is known.
+        unknown = candidate.relation == "word"
+        outside += margin < 0 and unknown
+        if margin >= -BORDER or (unknown and outside <= 2 * _RELATIVES):
             yield candidate.word, _Place(margin, concept.target, source)
 
 

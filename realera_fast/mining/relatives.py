@@ -61,7 +61,7 @@ def held_words(
 
     What the concept is a kind of, other kinds of the same, and things of the tokenizer that lie
     near it and are not related to it. What lies above the line, or little below it, may be another
-    word for the concept, unless it is what the concept is a kind of, or another person.
+    word for the concept, unless it is another person.
 
     Args:
         candidates: of the concept.
@@ -81,7 +81,7 @@ def held_words(
         return ()
     rows, own = known.rows_of([*words]), known.rows_of(concept.words)
     cosines = known.space.cosines(rows, own).amax(dim=1).tolist()
-    certain = above | kin.keys() if concept.kind == "person" else above
+    certain = kin.keys() if concept.kind == "person" else frozenset[str]()
     line = known.line.unknown if config.word_cosine is None else config.word_cosine
     found = [
         (cosine, word)

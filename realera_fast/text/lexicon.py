@@ -98,14 +98,13 @@ class Lexicon:
     """Words, their meanings and how these are related; made by `Lexicon.load`.
 
     A word is found however it is written: in capitals, with accents, run together, with hyphens, in
-    the plural. Unknown words have no relations, and that is no error. Every list of words is
-    without the word itself, as WordNet writes them, the most frequent or nearest first.
+    the plural. Unknown words have no relations. Lists of words are without the word itself, as
+    WordNet writes them, the most frequent or nearest first.
 
-    `kind` is a concept's kind, and says which meanings of a word are meant: "object" those of
-    things that can be seen, or of all nouns where there is none; "person" and "style" people, and
-    "style" all nouns where there is none; "explicit" nouns and adjectives. Of those the most
-    frequent one counts, and others that are tagged at least a quarter as often; the first two where
-    none is tagged.
+    `kind` is a concept's kind: "object" means things that can be seen, or all nouns where there is
+    none; "person" and "style" people, and "style" all nouns where there is none; "explicit" nouns
+    and adjectives. The most frequent meaning counts, and others tagged a quarter as often; where
+    none is, two, of "object" things before people.
     """
 
     def __init__(self, codes: dict[str, str], columns: dict[str, bytes]) -> None:
@@ -291,6 +290,8 @@ class Lexicon:
         for some in (self._senses(word, NOUN, as_written=True), nouns):
             if kind == "object":
                 meant = [s for s in some if self._is_physical(s)]
+                if meant and not self._tags_of(word, meant[0]):
+                    meant.sort(key=lambda synset: self._files[synset] == _PERSON)
             else:
                 meant = [s for s in some if self._files[s] == _PERSON]
             if meant:
@@ -389,10 +390,8 @@ class Lexicon:
 
     def _frequent(self, word: str, synsets: list[int]) -> tuple[int, ...]:
         """Of meanings in their order the first, and those that are as usual; see the class."""
-        if not synsets:
-            return ()
         tags = [self._tags_of(word, synset) for synset in synsets]
-        if not tags[0]:
+        if not any(tags[:1]):
             return tuple(synsets[:_UNTAGGED])
         return tuple(s for s, n in zip(synsets, tags, strict=True) if n * _COMPARABLE >= tags[0])
 

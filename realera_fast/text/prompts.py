@@ -25,7 +25,12 @@ from torch import Tensor
 from realera_fast.runtime import folded
 from realera_fast.text.concepts import Concept
 from realera_fast.text.encoders import Span, Text
-from realera_fast.text.padding import read_rows, row_weights, shared_paddings
+from realera_fast.text.padding import (
+    first_row_weights,
+    read_rows,
+    row_weights,
+    shared_paddings,
+)
 from realera_fast.text.templates import PairsConfig, fill, prompts_of
 
 logger = logging.getLogger(__name__)
@@ -93,16 +98,18 @@ def _paddings(
 ) -> list[float] | None:
     """What the padding of each `(template, context word)` weighs (`padding.read_rows`).
 
-    Context words of a template share theirs, and all templates of a mined word.
+    Context words of a template share theirs; of a mined word none is read but its first row.
 
     Args:
         number: of the word; None reads everything.
     """
     if number is None:
         return None
+    if mined:
+        return [0.0] * len(filled)
     groups: dict[str, list[int]] = {}
-    for place, (template, extra) in enumerate(filled):
-        groups.setdefault("" if mined and not extra else template, []).append(place)
+    for place, (template, _) in enumerate(filled):
+        groups.setdefault(template, []).append(place)
     found = [0.0] * len(filled)
     for places in groups.values():
         shared = shared_paddings(len(places), number)
@@ -197,9 +204,7 @@ class _Plan:
     filled: tuple[tuple[str, str], ...]
     """Template and context word of each."""
     paddings: Sequence[float] | None
-    """What the padding of each weighs (`padding.read_rows`)."""
-    of_anchor: Sequence[float] | None
-    """What that of the anchor's prompts does."""
+    """What the padding of each weighs, and that of the anchor's prompts (`padding.read_rows`)."""
 
 
 def _plan(
@@ -232,9 +237,7 @@ def _plan(
         )
     filled = tuple((template, extra) for _, template, extra in kept)
     paddings = _paddings(filled, number, mined)
-    # Mined words share the anchor's prompts, and not which of them are read to their ends.
-    shared = None if mined else paddings
-    return _Plan(word, tuple(prompt for prompt, _, _ in kept), filled, paddings, shared)
+    return _Plan(word, tuple(prompt for prompt, _, _ in kept), filled, paddings)
 
 
 def _aligned(
@@ -246,10 +249,10 @@ def _aligned(
         source: `[p, t, d]` rows of its prompts.
         memo: keeps encoded anchors, for words that share one.
     """
-    filled, of_anchor = plan.filled, plan.of_anchor
-    key = (aim, filled, None if of_anchor is None else tuple(of_anchor))
+    filled, paddings = plan.filled, plan.paddings
+    key = (aim, filled, None if paddings is None else tuple(paddings))
     if key not in memo:
-        memo[key] = _anchors(text, aim.anchor, filled, aim.neutral, of_anchor)
+        memo[key] = _anchors(text, aim.anchor, filled, aim.neutral, paddings)
     anchors = memo[key]
     index = []
     ends = text.ends(plan.prompts)
@@ -263,7 +266,11 @@ def _aligned(
     share = torch.tensor(
         [1.0 / (len(times) * times[t]) for t, _ in filled], dtype=torch.float64, device="cpu"
     )
-    weight = share[:, None] * row_weights(text, plan.prompts, plan.paddings)
+    if paddings is not None and not any(paddings):
+        rows = first_row_weights(text, plan.prompts)
+    else:
+        rows = row_weights(text, plan.prompts, paddings)
+    weight = share[:, None] * rows
     plain = max(
         range(len(filled)), key=lambda i: ("{word}" not in filled[i][0], len(plan.prompts[i]))
     )
@@ -279,8 +286,11 @@ def _aligned(
     )
 
 
-_ANCHORS = 4
+_ANCHORS = 16
 """Anchors kept at a time."""
+_MINED_TEMPLATES = 3
+"""Templates in which a mined word is read, others for each word (count; ours): its rows are summed,
+and those of one word in many templates tell little more."""
 _KEPT_BYTES = 1 << 28
 """Prompts of so many bytes are kept, so that the report need not encode them again."""
 _TOGETHER = 1 << 23
@@ -374,7 +384,7 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
                 text,
                 self._words[n][1],
                 aim,
-                templates if named else plain,
+                templates if named else self._in_turns(plain, n),
                 self._context,
                 number=None if self._whole else n,
                 mined=not named,
@@ -390,6 +400,13 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
             n: _aligned(text, plan, aim, source, self._memo)
             for n, plan, source in zip(numbers, plans, rows, strict=True)
         }
+
+    def _in_turns(self, templates: tuple[str, ...], number: int) -> tuple[str, ...]:
+        """Templates of a mined word: all where prompts are read whole."""
+        if self._whole or len(templates) <= _MINED_TEMPLATES:
+            return templates
+        turned = templates[number % len(templates) :] + templates[: number % len(templates)]
+        return turned[:_MINED_TEMPLATES]
 
     def concept(self, number: int) -> Concept:
         """Whose word an item is of."""

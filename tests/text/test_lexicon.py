@@ -148,10 +148,11 @@ def test_synonyms(lexicon: Lexicon) -> None:
 
 
 def test_rare_meanings_are_not_meant(lexicon: Lexicon) -> None:
-    """A cat is no gossip and no whip, a rake no blood; a bike is two things."""
+    """A cat is no gossip and no whip, a rake no blood; a bike is two things, a hot dog food."""
     assert lexicon.synonyms("cat") == ("true cat",)
     assert "rake" not in lexicon.synonyms("blood", "explicit")
     assert {"motorcycle", "bicycle"} <= set(lexicon.synonyms("bike"))
+    assert "frankfurter" in lexicon.synonyms("hot dog")
 
 
 def test_a_kind_chooses_the_meaning(lexicon: Lexicon) -> None:

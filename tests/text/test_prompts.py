@@ -148,28 +148,50 @@ def moments(words):
     return torch.stack((gram, cross))
 
 
-@pytest.mark.parametrize("mined", [False, True])
-def test_padding_that_is_left_out_is_made_up_for(text, mined):
+def test_padding_that_is_left_out_is_made_up_for(text):
     """Over the words whatever is read to its end sums up to what all of it would."""
-    templates = PairsConfig().of("object")
-    templates = templates[:-1] if mined else templates[-1:]
-    context = () if mined else ["tree", "ship", "horse", "art"] * 4
-    count = len(templates) if mined else 8
+    templates, context = PairsConfig().of("object")[-1:], ["tree", "ship", "horse", "art"] * 4
     whole = align(text, "cat", "dog", templates, context=context)
     some = [
-        align(text, "cat", "dog", templates, context=context, number=number, mined=mined)
-        for number in range(count)
+        align(text, "cat", "dog", templates, context=context, number=number) for number in range(8)
     ]
     for part in some:
-        assert (part.source == 0).all(dim=-1).any() and part.prompts == whole.prompts
-        ends = text.ends(part.prompts)
-        for row, end in enumerate(ends):
-            torch.testing.assert_close(part.source[row, : end + 2], whole.source[row, : end + 2])
+        assert_read_in_part(text, part, whole)
         assert float(part.weight.sum()) == pytest.approx(1.0, rel=0.1)
-        assert (part.weight[(part.source == 0).all(dim=-1)] == 0).all()
     torch.testing.assert_close(
-        moments(some) / count, moments([whole]), rtol=1e-4, atol=1e-5 * float(whole.source.norm())
+        moments(some) / 8, moments([whole]), rtol=1e-4, atol=1e-5 * float(whole.source.norm())
     )
+
+
+def test_one_row_of_a_mined_words_padding_stands_for_all(text):
+    templates = PairsConfig().of("object")[:-1]
+    whole = align(text, "cat", "dog", templates)
+    part = align(text, "cat", "dog", templates, number=3, mined=True)
+    assert_read_in_part(text, part, whole)
+    for row, end in enumerate(text.ends(part.prompts)):
+        torch.testing.assert_close(part.weight[row, : end + 1], whole.weight[row, : end + 1])
+        torch.testing.assert_close(part.weight[row, end + 1], whole.weight[row, end + 1 :].sum())
+        assert not part.weight[row, end + 2 :].any()
+        torch.testing.assert_close(
+            part.destination[row, : end + 2], whole.destination[row, : end + 2]
+        )
+
+
+def test_mined_words_stand_in_some_of_the_templates_in_turns(text):
+    words = ConceptPrompts(
+        text, [Concept("cat", "dog")], {"cat": ("ship", "tree")}, PairsConfig(), whole=False
+    )
+    plain = len(PairsConfig().of("object")) - 1
+    named, ship, tree = (word.prompts for word in words)
+    assert len(named) >= plain > len(ship) == len(tree) > 1
+    assert {p.replace("ship", "") for p in ship} != {p.replace("tree", "") for p in tree}
+
+
+def assert_read_in_part(text, part, whole):
+    assert (part.source == 0).all(dim=-1).any() and part.prompts == whole.prompts
+    for row, end in enumerate(text.ends(part.prompts)):
+        torch.testing.assert_close(part.source[row, : end + 2], whole.source[row, : end + 2])
+    assert (part.weight[(part.source == 0).all(dim=-1)] == 0).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 10, 30])
