@@ -52,7 +52,7 @@ class EraseConfig:
         return cls(
             pairs=PairsConfig(negative_guidance=0.0, anchors="mean"),
             vocabulary=VocabularyConfig(preserve_scale=40.0),
-            mining=MiningConfig(mode="gaussian"),
+            mining=MiningConfig(mode="gaussian", relative_words=0),
             alignment=AlignmentConfig(negative_guidance=0.0, check_seeds=0),
         )
 

@@ -36,6 +36,7 @@ from realera_fast.text import (
     fill,
     mean_rows,
     preserve_gram,
+    prompts_at_a_time,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Equations:
     """All rows of one stream, summed."""
 
     staying: NormalEquations
-    """The prior and words that were named to stay, of weight 1 each."""
+    """The prior and words that were named to stay, of weight 1 each; words at risk, of less."""
     leaving: Mapping[str, Leaving]
     """By target where the system is kept; else all under one name."""
     halves: tuple[NormalEquations, NormalEquations]
@@ -285,16 +286,15 @@ def _moving(prompts: AlignedPrompts) -> tuple[Tensor, Tensor, Tensor]:
 
 _HELD = ("{}", "a photo of a {}")
 """Templates of words that are held; each has one."""
-_TOGETHER = 256
-"""Words that are held and read at a time."""
 
 
 def _hold(
     equations: NormalEquations, text: Text, words: Sequence[str], config: EraseConfig
 ) -> None:
     """Adds rows of words at risk, each in one template, as those of the prior are."""
-    for start in range(0, len(words), _TOGETHER):
-        numbered = enumerate(words[start : start + _TOGETHER], start)
+    together = prompts_at_a_time(text)
+    for start in range(0, len(words), together):
+        numbered = enumerate(words[start : start + together], start)
         prompts = [fill(_HELD[n % len(_HELD)], word) for n, word in numbered]
         pairs = mean_rows(text, [prompt for prompt in prompts if not text.overflow(prompt)])
         scale = config.mining.relative_scale

@@ -131,9 +131,9 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
     mined = [mined[number] for number in numbers]
     gone = {folded(word) for word in selection.leaving}
     things = [word for word in known.read.things if folded(word) not in gone]
-    held = {folded(word) for word in selection.vocabulary.words}
+    rows_of_their_own = {folded(word) for word in (*selection.vocabulary.words, *selection.held)}
     # A small vocabulary is all in the prior.
-    apart = [word for word in things if folded(word) not in held]
+    apart = [word for word in things if folded(word) not in rows_of_their_own]
     things = apart if len(apart) >= _FEWEST else things
     # Those that tell the line were read before.
     read = [word for word in things if word in known.numbers]
@@ -261,9 +261,7 @@ def _point(
         steps = (1.0 + guidance) * named + mined
         parts = steps.split([len(rows) for rows, _ in groups.values()])
         for (name, (rows, aims)), step in zip(groups.items(), parts, strict=True):
-            share = _kept(space, rows, step)
-            if aims is not None:
-                share = _gone(space, rows, aims, step)
+            share = _kept(space, rows, step) if aims is None else _gone(space, rows, aims, step)
             shares.setdefault(name, []).extend(share.tolist())
     return {name: sum(part) / len(part) for name, part in shares.items() if part}
 

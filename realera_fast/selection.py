@@ -156,7 +156,15 @@ def select(job: Job, known: KnownWords, vocabulary: Vocabulary, *, drawn: bool =
         members=_member_search(job) if drawn and job.denoising.drawable else None,
         progress=job.progress,
     )
-    neighborhood = dataclasses.replace(neighborhood, near=_fitting(job, neighborhood.near))
+    excluded = {folded(word) for word in job.config.vocabulary.exclude}
+    neighborhood = dataclasses.replace(
+        neighborhood,
+        near=_fitting(job, neighborhood.near),
+        held={
+            target: tuple(word for word in words if folded(word) not in excluded)
+            for target, words in neighborhood.held.items()
+        },
+    )
     mined: Mapping[str, tuple[str, ...]] = {c.target: () for c in job.concepts}
     if job.config.mining.mode == "vocabulary":
         mined = neighborhood.near
@@ -267,7 +275,7 @@ def warn_of_no_words(selection: Selection) -> Iterator[str]:
 
 _NO_WORDS = (
     "the vocabulary is empty: the tokenizer marks no whole words (or vocabulary.words is 0), so "
-    "nothing but preserve= and anchors is held in place; name what must stay"
+    "nothing but preserve=, anchors and relatives are held in place; name what must stay"
 )
 
 

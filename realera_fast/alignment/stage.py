@@ -155,9 +155,9 @@ def align_noise(
     with _prepared(unet, config), shared.installed():
         saved = execution.checkpoint.load_together(checkpoint.ALIGNMENT, processes, shared.device)
         if config.check_seeds:
-            # Most closed forms leave nothing, which one start of each prompt shows.
-            before = check_of(1).score("edited")
-            if config.check_seeds > 1 and not before.left <= GONE:
+            # Most closed forms leave nothing; where it is plain, one start of each prompt shows it.
+            before = check_of(1).score("edited") if config.check_seeds > 1 else None
+            if before is None or not before.left <= GONE / 2:
                 before = check.score("edited")
         # Nothing can be better than nothing: what is left decides for all processes alike.
         if before is not None and processes.agreed(before.left <= GONE, shared.device):

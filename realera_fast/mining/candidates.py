@@ -99,6 +99,7 @@ def related_words(concept: Concept, tokens: TokenWords, lexicon: Lexicon) -> tup
     for name in defined:
         add(lexicon.hyponyms(name, _DEPTH, kind=kind), "lexicon", "hyponym")
         add(lexicon.compounds(name, _DEPTH, kind=kind), "lexicon", "compound")
+    for name in defined:
         # Some kinds of one thing the model hardly tells apart; that alone makes them neighbors.
         add(lexicon.siblings(name, kind=kind), "token", "sibling")
     for name in named:

@@ -42,7 +42,7 @@ _FEW = 1000
 """Words that tell distances where the lexicon knows none."""
 _REMEMBERED = 20_000
 """Words of several tokens, and others, whose rows are kept."""
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class KnownWords:
         if not found:
             return torch.zeros(0, self.text.width, dtype=torch.float32, device="cpu")
         return torch.stack(found).float()
+
+    def line_of_unknown(self, word_cosine: float | None) -> float:
+        """Least cosine of a neighbor of which nothing is known: the user's, or the model's line."""
+        return self.line.unknown if word_cosine is None else word_cosine
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:

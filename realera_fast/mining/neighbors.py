@@ -87,17 +87,21 @@ def find_neighbors(
     named = [word for c in concepts for word in (*c.words, c.destination or "")]
     # Words inside a named phrase ("van" in "van gogh") are parts of it, not neighbors.
     parts = [part for phrase in (*named, *keep) for part in (phrase, *phrase.split())]
-    taken = {key(part) for part in (*parts, *spare)}
+    names, spared = {key(part) for part in parts}, {key(word) for word in spare}
+    taken = names | spared
     best: dict[str, _Place] = {}
     relatives: dict[str, tuple[str, ...]] = {}
     around: dict[str, list[Candidate]] = {}
     with progress_bar(total=len(concepts), desc="neighbors", progress=progress) as bar:
         for concept in concepts:
-            kin = relatives[concept.target] = siblings_of(known, concept)
+            every = known.candidates(concept, config.candidates)
+            found = around[concept.target] = [c for c in every if key(c.word) not in names]
+            # Kinds of one name may be siblings of another.
+            own = {folded(c.word) for c in every if c.relation not in ("sibling", "word")}
+            kin = tuple(w for w in siblings_of(known, concept) if folded(w) not in own)
+            relatives[concept.target] = kin
             free = [w for w in kin if key(w) not in taken]
-            found = around[concept.target] = [
-                c for c in known.candidates(concept, config.candidates) if key(c.word) not in taken
-            ]
+            found = [c for c in found if key(c.word) not in spared]
             for word, place in _placed(known, concept, found, free, config, members):
                 other = best.get(word)
                 if other is None or place.margin > other.margin:
@@ -105,9 +109,11 @@ def find_neighbors(
             bar.update(1)
     sorted_out = _neighborhood(concepts, best, relatives, taken, key, config)
     inside = (*sorted_out.near.values(), *sorted_out.surplus.values())
-    gone = [*named, *(word for words in inside for word in words)]
+    doubtful = [sorted_out.borderline[c.target] for c in concepts if c.kind != "person"]
+    gone = [*named, *(word for words in (*inside, *doubtful) for word in words)]
     held = {
-        c.target: held_words(known, c, around[c.target], gone=gone, config=config) for c in concepts
+        c.target: held_words(known, c, around[c.target], gone=gone, spare=spare, config=config)
+        for c in concepts
     }
     return dataclasses.replace(sorted_out, held=held)
 
@@ -157,7 +163,7 @@ def _lines(
     config: MiningConfig,
 ) -> Tensor:
     """`[n]` least cosine at which each candidate is a neighbor."""
-    unknown = known.line.unknown if config.word_cosine is None else config.word_cosine
+    unknown = known.line_of_unknown(config.word_cosine)
     related = min(unknown, known.line.related)
     # What a thing is a kind of has other kinds, and a person is nobody else, unless the model
     # hardly tells them apart.
@@ -173,7 +179,8 @@ def _lines(
             return related
         if candidate.word.lower() in above:
             return certain
-        if concept.kind == "person" and candidate.word in relatives:
+        sibling = candidate.relation == "sibling" or candidate.word.lower() in relatives
+        if concept.kind == "person" and sibling:
             return certain
         if candidate.relation == "hyponym" and candidate.word not in relatives:
             return kinds

@@ -55,37 +55,45 @@ def held_words(
     candidates: Sequence[Candidate],
     *,
     gone: Iterable[str],
+    spare: Iterable[str] = (),
     config: MiningConfig,
 ) -> tuple[str, ...]:
     """Words that a concept's removal would move and that mean something else, the nearest first.
 
     What the concept is a kind of, other kinds of the same, and things of the tokenizer that lie
-    near it and are not related to it. What lies above the line, or little below it, may be another
-    word for the concept, unless it is another person.
+    near it and are not related to it; of a category, whose members lie anywhere, none of these.
+    What lies above the line, or little below it, may be another word for the concept, unless it is
+    another person or the user says so.
 
     Args:
         candidates: of the concept.
-        gone: words that leave.
+        gone: words that leave, or may.
+        spare: words that the user says are something else.
     """
-    leaving = {folded(word) for word in gone}
-    above = hypernyms_of(known, concept) & known.names
-    kin = dict.fromkeys(word for height in _HEIGHTS for word in _siblings(known, concept, height))
-    near = [
-        c.word
-        for c in candidates
-        if c.relation == "sibling" or (c.relation == "word" and c.word in known.things)
-    ]
-    words = dict.fromkeys((*sorted(above), *[*kin][:_MOST], *near))
-    words = {word: None for word in words if folded(word) not in leaving}
-    if not words or not config.relative_words:
+    if not config.relative_words:
         return ()
-    rows, own = known.rows_of([*words]), known.rows_of(concept.words)
+    related = (c.word for c in candidates if c.relation not in ("sibling", "word"))
+    leaving = {folded(word) for word in (*gone, *related)}
+    siblings = [c.word for c in candidates if c.relation == "sibling"]
+    kin = dict.fromkeys(word for height in _HEIGHTS for word in _siblings(known, concept, height))
+    things = [c.word for c in candidates if c.relation == "word" and c.word in known.things]
+    pool = (
+        *sorted(hypernyms_of(known, concept) & known.names),
+        *[*kin][:_MOST],
+        *siblings,
+        *(() if concept.kind == "explicit" else things),
+    )
+    found = {folded(word): word for word in reversed(pool) if folded(word) not in leaving}
+    if not found:
+        return ()
+    rows, own = known.rows_of([*found.values()]), known.rows_of(concept.words)
     cosines = known.space.cosines(rows, own).amax(dim=1).tolist()
-    certain = kin.keys() if concept.kind == "person" else frozenset[str]()
-    line = known.line.unknown if config.word_cosine is None else config.word_cosine
-    found = [
+    people = (*kin, *siblings) if concept.kind == "person" else ()
+    certain = {folded(word) for word in (*people, *spare)}
+    most = known.line_of_unknown(config.word_cosine) - BORDER
+    held = [
         (cosine, word)
-        for word, cosine in zip(words, cosines, strict=True)
-        if 0.0 < cosine < line - BORDER or word in certain
+        for (key, word), cosine in zip(found.items(), cosines, strict=True)
+        if 0.0 < cosine < most or key in certain
     ]
-    return tuple(word for _, word in sorted(found, reverse=True)[: config.relative_words])
+    return tuple(word for _, word in sorted(held, reverse=True)[: config.relative_words])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         mean_rows,
         preserve_gram,
         preserved_words,
+        prompts_at_a_time,
     )
 else:
     __getattr__ = on_demand(
@@ -39,6 +40,7 @@ else:
                 "encode_vocabulary",
                 "mean_rows",
                 "preserve_gram",
+                "prompts_at_a_time",
                 "preserved_words",
             ),
         },
@@ -69,6 +71,7 @@ __all__ = [
     "parse_concepts",
     "preserve_gram",
     "preserved_words",
+    "prompts_at_a_time",
     "read_concepts",
     "read_text_rows",
     "read_token_words",

@@ -176,7 +176,7 @@ def align(
         anchor: what the word becomes; `None` is the mean over `neutral`, words of one token each.
         context: words put into `{word}` templates.
         number: of the word, where some of the padding may stand for all of it; None reads all.
-        mined: whether it is one of many, whose templates stand for each other.
+        mined: whether it is one of many, of whose padding the first row stands for all.
 
     Raises:
         ValueError: the word fits in no template; the message says what would be cut.
@@ -193,6 +193,12 @@ class _Aim:
     anchor: str | None
     """`None` is the mean over `neutral`."""
     neutral: tuple[str, ...]
+
+    @property
+    def longest(self) -> str:
+        """What of it takes the most room."""
+        neutral = self.anchor is None and self.neutral
+        return neutral[0] if neutral else self.anchor or ""
 
 
 @dataclass(frozen=True)
@@ -220,10 +226,8 @@ def _plan(
     """Prompts of a word that fit; as `align`."""
     kept = []
     cut = ""
-    neutral = aim.anchor is None and aim.neutral
-    longest = neutral[0] if neutral else aim.anchor or ""
     for prompt, template, extra in prompts_of(word, templates, context):
-        over = text.overflow(prompt) or text.overflow(fill(template, longest, extra))
+        over = text.overflow(prompt) or text.overflow(fill(template, aim.longest, extra))
         if over:
             cut = over
             logger.info("template %r is too long for %r: %r would be cut", template, word, over)
@@ -286,8 +290,8 @@ def _aligned(
     )
 
 
-_ANCHORS = 16
-"""Anchors kept at a time."""
+_ANCHOR_BYTES = 1 << 30
+"""Encoded anchors of so many bytes are kept at a time, and one more."""
 _MINED_TEMPLATES = 3
 """Templates in which a mined word is read, others for each word (count; ours): its rows are summed,
 and those of one word in many templates tell little more."""
@@ -375,6 +379,7 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         chosen = self._anchors.get(concept.target, ())
         only = chosen[0] if len(chosen) == 1 else None
         aim = _Aim(only if chosen else concept.destination, tuple(chosen) or self._neutral)
+        turns = named or self._whole
         few = max(1, _TOGETHER // (len(plain) * text.max_tokens * text.width))
         # Whoever draws asks for words in any order.
         last = number if named or self._whole else number + few - 1
@@ -384,7 +389,7 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
                 text,
                 self._words[n][1],
                 aim,
-                templates if named else self._in_turns(plain, n),
+                templates if named else plain if turns else self._in_turns(plain, n, aim),
                 self._context,
                 number=None if self._whole else n,
                 mined=not named,
@@ -394,18 +399,21 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         prompts = [prompt for plan in plans for prompt in plan.prompts]
         paddings = [p for plan in plans for p in plan.paddings or [1.0] * len(plan.prompts)]
         rows = read_rows(text, prompts, paddings).split([len(plan.prompts) for plan in plans])
-        if len(self._memo) > _ANCHORS:
+        if sum(a.hidden.nbytes for found in self._memo.values() for a in found) > _ANCHOR_BYTES:
             self._memo.clear()
         return {
             n: _aligned(text, plan, aim, source, self._memo)
             for n, plan, source in zip(numbers, plans, rows, strict=True)
         }
 
-    def _in_turns(self, templates: tuple[str, ...], number: int) -> tuple[str, ...]:
-        """Templates of a mined word: all where prompts are read whole."""
-        if self._whole or len(templates) <= _MINED_TEMPLATES:
-            return templates
-        turned = templates[number % len(templates) :] + templates[: number % len(templates)]
+    def _in_turns(self, templates: tuple[str, ...], number: int, aim: _Aim) -> tuple[str, ...]:
+        """Some of the templates that a mined word and its aim fit into."""
+        words = (self._words[number][1], aim.longest)
+        fits = tuple(
+            t for t in templates if not any(self._text.overflow(fill(t, w)) for w in words)
+        )
+        fits = fits or templates
+        turned = fits[number % len(fits) :] + fits[: number % len(fits)]
         return turned[:_MINED_TEMPLATES]
 
     def concept(self, number: int) -> Concept:

@@ -124,13 +124,17 @@ def mean_rows(text: Text, prompts: Sequence[str]) -> Pairs:
     return Pairs(rows, rows, weight[carries])
 
 
+def prompts_at_a_time(text: Text) -> int:
+    """As many as make 128 MiB of embeddings, 256 at most."""
+    return max(1, min(256, (1 << 25) // (text.max_tokens * text.width)))
+
+
 def _accumulate(
     text: Text, prompts: Sequence[_Prompt], *, progress: bool | None, desc: str
 ) -> Tensor:
     """Summed second moments `[d, d]`, streamed in blocks."""
     equations = NormalEquations(text.width, device=text.device)
-    # As many prompts as make 128 MiB of embeddings.
-    block = max(1, min(256, (1 << 25) // (text.max_tokens * text.width)))
+    block = prompts_at_a_time(text)
     with progress_bar(total=len(prompts), desc=desc, progress=progress) as bar:
         for start in range(0, len(prompts), block):
             part = prompts[start : start + block]

@@ -84,6 +84,42 @@ def test_what_is_near_and_something_else_is_held():
     assert "truck" not in both.held["car"]
 
 
+def test_kinds_of_one_name_are_no_siblings_of_another():
+    tokens = {"sword": at(0.52, 1.0), "knife": at(0.45, 2.0), "tree": at(0.0)}
+    for synonyms in ((), ("gun",)):
+        concept = Concept("weapon", synonyms=synonyms)
+        named = {"weapon": at(1.0), "gun": at(0.99, 3.0)}
+        found = around(tokens, [concept], named=named)
+        assert "sword" in found.near["weapon"] and not found.held["weapon"]
+        assert not {"sword", "knife"} & set(found.relatives["weapon"])
+
+
+def test_another_person_stays_however_the_name_is_written():
+    einstein = Concept("Albert Einstein", kind="person")
+    rows = {"Albert Einstein": at(1.0), "Isaac Newton": at(0.7, 2.0), "Newton": at(0.7, 1.0)}
+    found = around({"newton": at(0.7, 1.0), "tree": at(0.0)}, [einstein], named=rows)
+    assert not {"newton", "Newton", "Isaac Newton"} & set(found.near["Albert Einstein"])
+    held = [word.lower() for word in found.held["Albert Einstein"]]
+    assert "isaac newton" in held and held.count("newton") == 1
+
+
+def test_who_is_in_doubt_is_held_by_nobody_and_who_is_spared_is():
+    named = {"car": at(1.0), "bus": at(0.0, 2.2)}
+    tokens = {"engine": at(0.57, 1.0), "tree": at(-0.5)}
+    both = around(tokens, [Concept("car"), Concept("bus")], named=named)
+    assert both.borderline["car"] == ("engine",) and "engine" not in both.held["bus"]
+    near = {"garage": at(0.7, 1.0), "tree": at(0.0)}
+    assert around(near, [Concept("car")]).near["car"] == ("garage",)
+    spared = around(near, [Concept("car")], spare=("garage",))
+    assert spared.near["car"] == () and spared.held["car"] == ("garage",)
+
+
+def test_a_category_holds_what_the_lexicon_knows_alone():
+    tokens = {"garage": at(0.4, 1.0), "tree": at(0.0)}
+    assert around(tokens, [Concept("car")]).held["car"] == ("garage",)
+    assert around(tokens, [Concept("car", kind="explicit")]).held["car"] == ()
+
+
 def test_other_kinds_of_several_tokens_are_looked_at():
     named = {"donut": at(1.0), "friedcake": at(0.0), "cruller": at(0.7, 1.0), "beignet": at(0.5)}
     found = around({"tree": at(0.0)}, [Concept("donut")], named=named)
