@@ -76,8 +76,9 @@ class Selection:
     def held(self) -> list[str]:
         """Words at risk, which are held in place beside the prior."""
         leaving = {folded(word) for word in self.leaving}
-        every = dict.fromkeys(w for words in self.neighborhood.held.values() for w in words)
-        return [w for w in every if folded(w) not in leaving and w not in self.retained]
+        every = {word for words in self.neighborhood.held.values() for word in words}
+        # In an order that does not depend on how the model sees them.
+        return sorted(w for w in every if folded(w) not in leaving and w not in self.retained)
 
     @functools.cached_property
     def relatives(self) -> list[str]:

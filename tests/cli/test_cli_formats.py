@@ -21,7 +21,7 @@ SETTINGS = {
     "vocabulary": {"words": 6, "cache": False, "preserve_scale": 5.0},
     "pairs": {"context_words": 2, "neutral_words": 4, "negative_guidance": 0.0},
     "alignment": {"enabled": False},
-    "mining": {"mode": "none"},
+    "mining": {"mode": "none", "relative_words": 0},
 }
 
 
