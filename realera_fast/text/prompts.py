@@ -379,7 +379,6 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         chosen = self._anchors.get(concept.target, ())
         only = chosen[0] if len(chosen) == 1 else None
         aim = _Aim(only if chosen else concept.destination, tuple(chosen) or self._neutral)
-        turns = named or self._whole
         few = max(1, _TOGETHER // (len(plain) * text.max_tokens * text.width))
         # Whoever draws asks for words in any order.
         last = number if named or self._whole else number + few - 1
@@ -389,7 +388,7 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
                 text,
                 self._words[n][1],
                 aim,
-                templates if named else plain if turns else self._in_turns(plain, n, aim),
+                templates if named else plain if self._whole else self._in_turns(plain, n, aim),
                 self._context,
                 number=None if self._whole else n,
                 mined=not named,
