@@ -366,7 +366,7 @@ def _report(
         warnings: those that were given before the report.
     """
     edited = erasure.edited_weights(before)
-    words = _measured_words(job, selection, scales, before, edited)
+    words = _measured_words(job, selection, before, edited)
     outcome = aligned.to_dict()
     info = asdict(solved["sequence"].solution.info)
     if "pooled" in solved:
@@ -405,7 +405,6 @@ def _report(
 def _measured_words(
     job: Job,
     selection: Selection,
-    scales: Scales,
     before: Mapping[str, Tensor],
     edited: Mapping[str, Tensor],
 ) -> list[report.WordReport]:
@@ -424,7 +423,7 @@ def _measured_words(
                     word.word,
                     role if number < prompts.named else "neighbor",
                     selection.anchor_name(concept),
-                    movement.moved(word, scales.guidance if number < prompts.named else 0.0),
+                    movement.moved(word),
                     None,
                 )
                 bar.update(1)

@@ -248,7 +248,12 @@ def _member_search(job: Job) -> MemberSearch:
 
 def warn_of_surplus(selection: Selection) -> Iterator[str]:
     """Warns of neighbors that are too many to be erased."""
-    for target, words in selection.neighborhood.surplus.items():
+    for concept in selection.concepts:
+        target = concept.target
+        names = {part for word in concept.words for part in (word, *word.split())}
+        surplus = selection.neighborhood.surplus[target]
+        # The rows of a name reach phrases that hold it.
+        words = [word for word in surplus if names.isdisjoint(word.split())]
         if words and selection.mined[target]:
             text = (
                 f"{target!r}: {len(words)} words of its neighborhood, {words[0]!r} the nearest of "

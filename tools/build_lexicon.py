@@ -8,7 +8,7 @@ The file holds nouns and adjectives with the relations that neighbors of a conce
 the bare words of verbs and adverbs, so that a word can be told from an ending. It is a zlib
 stream: one line of JSON that names columns and their bytes, then the columns. zlib and not xz, as
 it is read in 15 ms in place of 75 and is a tenth larger.
-`realera_fast.text.lexicon` reads it and says what each column is. The same files give the same
+`realera_fast.text.lexicon_file` reads it and says what each column is. The same files give the same
 bytes.
 """
 

@@ -94,6 +94,11 @@ def share(answers: Sequence[tuple[Shot, str]]) -> float | None:
     return statistics.mean(marks) if marks else None
 
 
+def is_kind(task: Task, shot: Shot) -> bool:
+    """Whether a picture is of a kind of what goes (`Task.kinds`)."""
+    return shot.group == "relative" and shot.expected in task.kinds
+
+
 def rows_of(
     studio: Studio, name: str, method: Method | None, task: Task, left: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
@@ -108,8 +113,9 @@ def rows_of(
             every = list(task.shots[seed])
             answers, seen = [*zip(every, seen, strict=False)], seen[len(every) :]
             scenes = [answer for answer in answers if answer[0].kind == "scene"]
-            own = [shot for shot in every if shot.kind != "scene"]
-            names = [name for shot, name in answers if shot.kind != "scene"]
+            kinds = [answer for answer in answers if is_kind(task, answer[0])]
+            judged = [a for a in answers if a[0].kind != "scene" and not is_kind(task, a[0])]
+            own, names = [shot for shot, _ in judged], [name for _, name in judged]
             scores, words = scores_of(own, names, task.name), counts(own, names)
             near = relatives(scores, words)
             yield {
@@ -122,6 +128,7 @@ def rows_of(
                 "words": words,
                 "coherence": coherence(studio.table, task, own, names),
                 "scenes": share(scenes),
+                "kinds": share(kinds),
                 "pictures": len(every),
                 "concepts": len(task.concepts),
                 "seconds": round(seconds, 3),

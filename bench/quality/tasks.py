@@ -12,6 +12,7 @@ from quality.methods import Method
 from realera_fast import Concept
 from realera_fast.embedded import Thing, Words
 from realera_fast.evaluation import Group, Shot
+from realera_fast.text import Lexicon
 
 CIFAR10 = (
     "airplane",
@@ -39,6 +40,9 @@ class Task:
     """Things that count as one for the judge."""
     exclude: tuple[str, ...] = ()
     """Words that the tokenizer is not to list."""
+    kinds: frozenset[str] = frozenset()
+    """Things that are kinds of one that goes (a taxi is a car): whether these should go as well is
+    the user's to say, so that they are counted apart."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Plan:
 
     def __init__(self, table: Words, split: str) -> None:
         self.table = table
+        self.lexicon = Lexicon.load()
         self.things = [t for t in table.things if t.split == split]
         self.styles = [s for s in table.styles if s.split == split and s.name != "color"]
 
@@ -137,7 +142,11 @@ class Plan:
         held_out = [word for thing in gone for word in self.table.held_out(thing)]
         # Words of a description ("a small furry pet") say nothing of their own.
         exclude = tuple(text for text in held_out if " " not in text) if withhold else ()
-        return Task(name, tuple(Concept(t.name) for t in gone), shots, exclude=exclude)
+        kinds = frozenset(
+            near & {kind for thing in gone for kind in self.lexicon.hyponyms(thing.name)}
+        )
+        concepts = tuple(Concept(thing.name) for thing in gone)
+        return Task(name, concepts, shots, exclude=exclude, kinds=kinds)
 
     def of_style(self, name: str, seeds: Sequence[int]) -> Task:
         """Erases a style by name; `color`, the style when none is named, is the anchor."""
@@ -187,7 +196,8 @@ class Plan:
             for seed in seeds
         }
         names = frozenset(t.name for t in members)
-        return Task(category, (Concept(category, kind="explicit"),), shots, category=names)
+        concept = Concept(category, kind="explicit")
+        return Task(category, (concept,), shots, category=names, kinds=task.kinds)
 
 
 def _replaced(shot: Shot, category: str) -> Shot:

@@ -2,10 +2,10 @@
 
 Movement is measured where the text enters the denoiser, at the outputs of all projections:
 
-    moved(word) = 1 - |W' x - W y| / |W x - W y|     1: reached y, 0: nothing happened
-    drift(word) = |W' x - W x| / spread              1: as far as one word is from another
+    moved(word) = (W' x - W x) . (W y - W x) / |W y - W x|^2     1: reached y, 0: nothing happened
+    drift(word) = |W' x - W x| / spread                  1: as far as one word is from another
 
-y is where the closed form sends the word: its anchor, or the point past it (`PairsConfig`).
+y is the word's anchor: one that was sent past it (`PairsConfig`) may have moved by more than 1.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from realera_fast.text import AlignedPrompts, Concept
 
 logger = logging.getLogger(__name__)
 
-MOVED_ENOUGH = 0.5
-"""A named word that went less than half the way is warned of."""
-DRIFTED = 0.5
-"""A preserved word that went more than half the way to another word is warned of."""
+MOVED_ENOUGH = 0.4
+"""A named word that went less of the way to its anchor is warned of: it is drawn still (ours: where
+pictures of 16 tuning things of the embedded model change; `scales`)."""
+DRIFTED = 0.6
+"""A word that should stay and went further, in distances between words, is warned of (ours: there
+as well)."""
+_NAMED = 6
+"""Words that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,8 @@ def anchor_name(concept: Concept, anchors: Mapping[str, Any]) -> str:
 class Movement:
     """Distances at the outputs of all projections, from three `[d, d]` sums made once.
 
-    |W' x - W y|^2 = |(W' - W) x + W (x - y)|^2, summed over projections, needs no product with the
-    weights themselves. In float64, as a word that met its anchor leaves a small difference of large
-    numbers.
+    They are of the products of W' - W and W with themselves and each other, so that a word needs no
+    product with the weights.
     """
 
     def __init__(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -120,23 +123,14 @@ class Movement:
             self._mixed.addmm_(change.mT, weight)
             self._change.addmm_(change.mT, change)
 
-    def moved(self, prompts: AlignedPrompts, guidance: float = 0.0) -> float | None:
-        """Fraction of the way that a word went; None if there was none.
-
-        Args:
-            guidance: how far past the anchor the way leads.
-        """
+    def moved(self, prompts: AlignedPrompts) -> float | None:
+        """Fraction of the way to its anchor that a word went, more than 1 of one that went past it;
+        None if there was none to go."""
         rows = prompts.weight > 0
-        x, y = (
-            states[rows].to(self._change.device, torch.float64)
-            for states in (prompts.source, prompts.destination)
-        )
-        z = (1.0 + guidance) * (x - y)
-        way = _sum(z, self._original, z)
-        if way <= 0.0:
-            return None
-        left = _sum(x, self._change, x) + 2 * _sum(x, self._mixed, z) + way
-        return 1.0 - math.sqrt(max(0.0, left) / way)
+        x, y = (states[rows].to(self._original) for states in (prompts.source, prompts.destination))
+        way = y - x
+        length = _sum(way, self._original, way)
+        return _sum(x, self._mixed, way) / length if length > 0.0 else None
 
     def drifts(self, hidden: Tensor, carries: Tensor) -> list[float]:
         """How far each of `[w, t, d]` prompts went, in their mean distances from their mean.
@@ -172,16 +166,20 @@ def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tu
     for word in words:
         if word.moved is not None and word.role != "neighbor" and word.moved < MOVED_ENOUGH:
             found.append(
-                f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to where it is "
-                f"sent ({word.anchor}, or past it): raise erase_scale, lower preserve_scale or "
-                "choose a nearer anchor"
+                f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to what it is to "
+                f"become ({word.anchor}): raise erase_scale, lower preserve_scale or choose a "
+                "nearer anchor"
             )
-        if word.drift is not None and word.drift > DRIFTED:
-            found.append(
-                f"{word.role} {word.word!r} moved {word.drift:.2f} word distances: name it in "
-                "preserve=, or narrow the neighborhood (mining.word_cosine, of a category "
-                "mining.member_cosine)"
-            )
+    far = [(w.drift, w.word) for w in words if w.drift is not None and w.drift > DRIFTED]
+    if far:
+        far.sort(reverse=True)
+        some = ", ".join(f"{word!r} {drift:.2f}" for drift, word in far[:_NAMED])
+        more = f" and {len(far) - _NAMED} more" if len(far) > _NAMED else ""
+        found.append(
+            f"words that should stay moved, in distances between words: {some}{more}; name those "
+            "that matter in preserve=, or narrow the neighborhood (mining.word_cosine, of a "
+            "category mining.member_cosine)"
+        )
     if str(alignment.get("stopped", "")).startswith("diverged"):
         found.append(
             f"noise alignment {alignment['stopped']}; lower alignment.learning_rate or "

@@ -28,6 +28,7 @@ Relation = Literal[
     "compound",
     "joined",
     "sibling",
+    "homonym",
     "word",
 ]
 
@@ -65,8 +66,9 @@ class Candidate:
     """What it is to the concept: "named" itself, a "part" of a name of several words; its plural,
     singular or possessive ("form"), another "spelling", a "synonym"; a kind of it ("hyponym"), or
     of what it is a kind of but named after it ("compound": a sailing ship); a handle in which it is
-    "joined"; another kind of the same thing ("sibling"); a "word" of the tokenizer of which nothing
-    is known."""
+    "joined"; another kind of the same thing ("sibling"); what else a name may
+    mean, or a kind by what that seldom means ("homonym"); a "word" of the tokenizer of which
+    nothing is known."""
 
 
 def related_words(concept: Concept, tokens: TokenWords, lexicon: Lexicon) -> tuple[Candidate, ...]:
@@ -102,6 +104,9 @@ def related_words(concept: Concept, tokens: TokenWords, lexicon: Lexicon) -> tup
     for name in defined:
         # Some kinds of one thing the model hardly tells apart; that alone makes them neighbors.
         add(lexicon.siblings(name, kind=kind), "token", "sibling")
+        # Which meaning of a word a model knows only the model says.
+        add(lexicon.homonyms(name, kind), "token", "homonym")
+        add(lexicon.hyponyms(name, _DEPTH, kind=kind, usual=False), "token", "homonym")
     for name in named:
         parts = name.split() if " " in name else []
         add((part for part in parts if len(part) >= _SHORTEST_PART), "user", "part")

@@ -1,26 +1,15 @@
-"""A lexicon of English nouns and adjectives: WordNet 3.0 (Miller 1995), in one file of 1.7 MB.
-
-`tools/build_lexicon.py` makes `lexicon.bin` of Debian's package wordnet-base; WordNet's license
-stands beside it in `lexicon.LICENSE`. The file is a zlib stream: one line of JSON that names the
-columns, then the columns, each of which is decoded when it is first needed.
-"""
+"""A lexicon of English nouns and adjectives: WordNet 3.0 (Miller 1995)."""
 
 from __future__ import annotations
 
 import functools
-import json
 import string
-import sys
 import unicodedata
-import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
-_FILE = Path(__file__).with_name("lexicon.bin")
-_FORMAT = 1
+from realera_fast.text.lexicon_file import LexiconFile
 
 NOUN, ADJECTIVE, VERB, ADVERB = 1, 2, 4, 8
 """Bits of what a word is used as."""
@@ -107,13 +96,12 @@ class Lexicon:
     none is, two, of "object" things before people.
     """
 
-    def __init__(self, codes: dict[str, str], columns: dict[str, bytes]) -> None:
-        self._codes, self._columns = codes, columns
-        self._decoded: dict[str, array[int]] = {}
-        self._starts: dict[str, array[int]] = {}
-        self.words: list[str] = self._text("words").split("\n")
+    def __init__(self, file: LexiconFile) -> None:
+        self._file = file
+        text = file.text("words")
+        self.words: list[str] = text.split("\n")
         """All words as WordNet writes them, sorted by `run_together`."""
-        self._keys = self._text("words").lower().translate(_MARKS).split("\n")
+        self._keys = text.lower().translate(_MARKS).split("\n")
         # The first place of a key comes last, so it stays.
         last = len(self._keys) - 1
         self._place = {key: last - place for place, key in enumerate(reversed(self._keys))}
@@ -126,19 +114,7 @@ class Lexicon:
         Raises:
             RuntimeError: the file is of another release of the package.
         """
-        data = zlib.decompress(_FILE.read_bytes())
-        line, _, rest = data.partition(b"\n")
-        head = json.loads(line)
-        if head["format"] != _FORMAT:
-            raise RuntimeError(
-                f"{_FILE.name}: expected format {_FORMAT}, got {head['format']}; install "
-                "realera_fast anew"
-            )
-        codes, columns, start = {}, {}, 0
-        for name, code, size in head["columns"]:
-            codes[name], columns[name] = code, rest[start : start + size]
-            start += size
-        return cls(codes, columns)
+        return cls(LexiconFile.read())
 
     # Words
 
@@ -149,10 +125,9 @@ class Lexicon:
         none, those that are the same when they are run together.
         """
         key = run_together(word)
-        start = self._place.get(key)
+        start, found = self._place.get(key), []
         if start is None or not key:
             return []
-        found = []
         for place in range(start, len(self._keys)):
             if self._keys[place] != key:
                 break
@@ -179,11 +154,10 @@ class Lexicon:
 
     def uses(self, word: str) -> int:
         """How often a word was tagged in WordNet's texts (count), as any part of speech."""
-        places = self.entries(word)
-        others, tags = self._numbers("others"), self._numbers("senses.tags")
+        others, tags = self._file.numbers("others"), self._file.numbers("senses.tags")
         return sum(
-            others[place] + sum(tags[start] for start in self._range("senses", place))
-            for place in places
+            others[place] + sum(tags[start] for start in self._file.range("senses", place))
+            for place in self.entries(word)
         )
 
     def inflections(self, word: str) -> tuple[str, ...]:
@@ -197,7 +171,7 @@ class Lexicon:
             return ()
         if owner := _owner(last):
             return (f"{head}{space}{owner}",)
-        parts = [self._numbers("parts")[place] for place in self.entries(last)]
+        parts = [self._file.numbers("parts")[place] for place in self.entries(last)]
         if parts and not any(part & NOUN for part in parts):
             return ()
         singular = next((b for b in self._bases(last, NOUN) if not self.has(last)), None)
@@ -226,26 +200,40 @@ class Lexicon:
         synsets = self.senses(word, kind)
         if kind == "explicit":
             relations = ("adjectives", "similar")
-            beside = [t for s in synsets for r in relations for t in self._targets(r, s)]
+            beside = [t for s in synsets for r in relations for t in self._file.targets(r, s)]
             synsets = (*synsets, *dict.fromkeys(beside))
         return self._named(synsets, word)
 
+    def homonyms(self, word: str, kind: str = "object") -> tuple[str, ...]:
+        """Other words for what else a word may mean: "ace" for wizard."""
+        meant = self.senses(word, kind)
+        return self._named((s for s in self._senses(word, NOUN) if s not in meant), word)
+
     def hyponyms(
-        self, word: str, depth: int = 3, *, kind: str = "object", most: int = 500
+        self,
+        word: str,
+        depth: int = 3,
+        *,
+        kind: str = "object",
+        usual: bool = True,
+        most: int = 500,
     ) -> tuple[str, ...]:
         """Kinds and instances of a thing: "tabby" for cat; those of few steps down first.
 
         Args:
             depth: steps down.
+            usual: those whose usual meaning it is, or others: an old "bus" for car.
             most: words at most.
         """
-        below = self._below(self.senses(word, kind), depth)
-        return self._named(below, word)[:most]
+        below = dict.fromkeys(self._below(self.senses(word, kind), depth))
+        named = self._named(below, word)
+        return tuple(w for w in named if below.keys().isdisjoint(self.senses(w, kind)) != usual)[
+            :most
+        ]
 
     def compounds(self, word: str, depth: int = 3, *, kind: str = "object") -> tuple[str, ...]:
         """Names that end with a word, of kinds of what it is a kind of: "sailing ship" for ship."""
-        near = self._below(self._above(self.senses(word, kind)), depth)
-        last = f" {_plain(word)}"
+        near, last = self._below(self._above(self.senses(word, kind)), depth), f" {_plain(word)}"
         return tuple(w for w in self._named(near, word) if _plain(w).endswith(last))
 
     def hypernyms(self, word: str, *, kind: str = "object") -> tuple[str, ...]:
@@ -267,7 +255,7 @@ class Lexicon:
         own = self.senses(word, kind)
         taken = {*own, *self._below(own, depth=16), *self._ancestors(own)}
         mine = {run_together(word), *map(run_together, self._named(own, word))}
-        single = any(self._range("instance_of", s) for s in own)
+        single = any(self._file.range("instance_of", s) for s in own)
         found: list[int] = []
         above = list(own)
         for step in range(1, height + 1):
@@ -275,7 +263,7 @@ class Lexicon:
             near = [
                 s
                 for s in self._below(above, step)
-                if s not in taken and bool(self._range("instance_of", s)) >= single
+                if s not in taken and bool(self._file.range("instance_of", s)) >= single
             ]
             found += sorted(near, key=self._tags.__getitem__, reverse=True)
         words = self._named(dict.fromkeys(found), word)
@@ -309,7 +297,7 @@ class Lexicon:
         for bit, exceptions in self._exceptions.items():
             if bit & part:
                 yield from (base for base in exceptions.get(plain, ()) if self.has(base))
-        parts = self._numbers("parts")
+        parts = self._file.numbers("parts")
         for bit, ending, end in _ENDINGS:
             if bit & part and plain.endswith(ending) and len(plain) > len(ending) + 1:
                 for place in self.entries(plain.removesuffix(ending) + end):
@@ -331,7 +319,7 @@ class Lexicon:
         found: dict[int, dict[str, list[str]]] = {}
         for bit, part in ((NOUN, "noun"), (ADJECTIVE, "adj"), (VERB, "verb")):
             table = found[bit] = defaultdict(list)
-            for line in self._text(f"{part}.exceptions").split("\n"):
+            for line in self._file.text(f"{part}.exceptions").split("\n"):
                 form, base = line.split(" ")
                 table[form.replace("_", " ")].append(base.replace("_", " "))
             table.default_factory = None
@@ -349,9 +337,9 @@ class Lexicon:
         """Words of meanings, once each, without the word itself."""
         own = _plain(word)
         found = {
-            self.words[self._numbers("members")[place]]: None
+            self.words[self._file.numbers("members")[place]]: None
             for synset in synsets
-            for place in self._range("members", synset)
+            for place in self._file.range("members", synset)
         }
         return tuple(w for w in found if _plain(w) != own)
 
@@ -365,11 +353,11 @@ class Lexicon:
         """
         for words in ((word,), self._bases(word, part or NOUN | ADJECTIVE)):
             found = [
-                self._numbers("senses")[place]
+                self._file.numbers("senses")[place]
                 for base in words
                 for entry in self.entries(base)
                 if not as_written or self.words[entry] == base
-                for place in self._range("senses", entry)
+                for place in self._file.range("senses", entry)
             ]
             nouns = [s for s in found if 3 <= self._files[s] < len(_LEXICOGRAPHERS)]
             chosen = nouns if part == NOUN else found
@@ -379,12 +367,12 @@ class Lexicon:
 
     def _tags_of(self, word: str, synset: int) -> int:
         """How often a word was tagged with a meaning."""
-        senses, tags = self._numbers("senses"), self._numbers("senses.tags")
+        senses, tags = self._file.numbers("senses"), self._file.numbers("senses.tags")
         return sum(
             tags[place]
             for lemma in self.lemmas(word)
             for entry in self.entries(lemma)
-            for place in self._range("senses", entry)
+            for place in self._file.range("senses", entry)
             if senses[place] == synset
         )
 
@@ -397,13 +385,15 @@ class Lexicon:
 
     @functools.cached_property
     def _files(self) -> array[int]:
-        return self._numbers("files")
+        return self._file.numbers("files")
 
     @functools.cached_property
     def _tags(self) -> array[int]:
         """How often any word was tagged with each meaning."""
         total = array("I", bytes(4 * len(self._files)))
-        for synset, tags in zip(self._numbers("senses"), self._numbers("senses.tags"), strict=True):
+        for synset, tags in zip(
+            self._file.numbers("senses"), self._file.numbers("senses.tags"), strict=True
+        ):
             total[synset] += tags
         return total
 
@@ -412,7 +402,7 @@ class Lexicon:
             target
             for synset in synsets
             for relation in ("hypernyms", "instance_of")
-            for target in self._targets(relation, synset)
+            for target in self._file.targets(relation, synset)
         )
         return list(dict.fromkeys(found))
 
@@ -423,11 +413,10 @@ class Lexicon:
             found |= dict.fromkeys(level)
         return found
 
-    def _below(self, synsets: Iterable[int], depth: int) -> list[int]:
+    def _below(self, synsets: Sequence[int], depth: int) -> list[int]:
         """Meanings up to `depth` steps down, level by level, the most frequent of each first."""
         found: dict[int, None] = {}
-        level = list(synsets)
-        seen = set(level)
+        level, seen = list(synsets), set(synsets)
         for _ in range(depth):
             below = list(dict.fromkeys(t for s in level for t in self._kinds_of.get(s, ())))
             below = [s for s in below if s not in seen]
@@ -442,58 +431,15 @@ class Lexicon:
     def _kinds_of(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = defaultdict(list)
         for relation in ("hypernyms", "instance_of"):
-            steps = iter(self._numbers(relation))
-            for synset, count in enumerate(self._numbers(f"{relation}.counts")):
-                for _ in range(count):
-                    found[_target(synset, next(steps))].append(synset)
+            for synset, target in self._file.links(relation):
+                found[target].append(synset)
         return dict(found)
 
     @functools.cached_property
     def _physical(self) -> int:
-        return self._numbers("senses")[self._range("senses", self.entries(_PHYSICAL)[0])[0]]
+        return self._file.numbers("senses")[
+            self._file.range("senses", self.entries(_PHYSICAL)[0])[0]
+        ]
 
     def _is_physical(self, synset: int) -> bool:
         return synset == self._physical or self._physical in self._ancestors([synset])
-
-    # Inside: columns
-
-    def _text(self, name: str) -> str:
-        return self._columns[name].decode()
-
-    def _numbers(self, name: str) -> array[int]:
-        """A column of numbers, decoded once."""
-        if name not in self._decoded:
-            self._decoded[name] = _unpacked(self._codes[name], self._columns[name])
-        return self._decoded[name]
-
-    def _range(self, name: str, row: int) -> range:
-        """Places in a column that belong to a row; another column has the counts of all rows."""
-        if name not in self._starts:
-            counts = self._numbers(f"{name}.counts")
-            self._starts[name] = array("I", accumulate(counts, initial=0))
-        starts = self._starts[name]
-        return range(starts[row], starts[row + 1])
-
-    def _targets(self, relation: str, synset: int) -> list[int]:
-        """Meanings that a meaning points to."""
-        steps = self._numbers(relation)
-        return [_target(synset, steps[place]) for place in self._range(relation, synset)]
-
-
-def _target(synset: int, step: int) -> int:
-    """Steps are small where a synset's relatives are near it; the lowest bit is the sign."""
-    return synset - (step + 1) // 2 if step & 1 else synset + step // 2
-
-
-def _unpacked(code: str, data: bytes) -> array[int]:
-    """Numbers from little-endian bytes, of which the low ones of all numbers come first."""
-    column = array(code)
-    size = column.itemsize
-    plain = bytearray(len(data))
-    count = len(data) // size
-    for place in range(size):
-        plain[place::size] = data[place * count : (place + 1) * count]
-    column.frombytes(bytes(plain))
-    if sys.byteorder == "big":
-        column.byteswap()
-    return column

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from realera_fast.erasure.report import Movement
+from realera_fast.erasure.report import Movement, WordReport, warnings_of
 from realera_fast.text import AlignedPrompts
 
 WIDTH = 24
@@ -35,8 +35,9 @@ def directly(before: list[Tensor], after: list[Tensor], word: AlignedPrompts) ->
     rows = word.weight > 0
     x, y = word.source[rows].double(), word.destination[rows].double()
     pairs = list(zip(before, after, strict=True))
-    left = torch.cat([x @ new.double().T - y @ old.double().T for old, new in pairs], dim=1).norm()
-    return 1.0 - float(left) / distance(x - y, before)
+    went = torch.cat([x @ (new.double() - old.double()).T for old, new in pairs], dim=1)
+    way = torch.cat([(y - x) @ old.double().T for old, _ in pairs], dim=1)
+    return float((went * way).sum() / way.square().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,18 +48,15 @@ def test_moved_is_the_fraction_of_the_way(dtype):
     assert Movement(before, after).moved(word) == pytest.approx(directly(before, after, word))
 
 
-def test_a_word_that_met_its_anchor_is_told_from_one_that_nearly_did():
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, 1.75])
+def test_a_word_on_its_way_is_told_how_far_it_went(share: float) -> None:
+    """Past its anchor as well: what went further than it had to is not on its way."""
     before, word = weights(), prompts(count=1, tokens=4)
-    # W' x = W y for every row, up to float32.
+    # W' x = W (x + share (y - x)) for every row, up to float32.
     x, y = word.source[0, 1:].double(), word.destination[0, 1:].double()
-    change = torch.linalg.pinv(x) @ (y - x)
-    exact = [(w.double() + (w.double() @ change.T)).float() for w in before]
-    moved = Movement(before, exact).moved(word)
-    assert moved == pytest.approx(1.0, abs=1e-5) and moved <= 1.0
-    nearly = [w + 1e-4 * torch.randn(w.shape) for w in exact]
-    assert Movement(before, nearly).moved(word) == pytest.approx(
-        directly(before, nearly, word), abs=1e-7
-    )
+    change = share * torch.linalg.pinv(x) @ (y - x)
+    after = [(w.double() + (w.double() @ change.T)).float() for w in before]
+    assert Movement(before, after).moved(word) == pytest.approx(share, abs=1e-5)
 
 
 def test_a_word_without_a_way_to_go_has_no_fraction():
@@ -101,9 +99,30 @@ def test_full_size_takes_seconds():
 
 
 def test_a_diverged_training_is_warned_of():
-    from realera_fast.erasure.report import warnings_of
-
     found = warnings_of([], {"kept": False, "steps": 3, "stopped": "diverged: loss nan at step 4"})
     assert "loss nan at step 4; lower alignment.learning_rate" in found[0]
     assert "closed form stays alone" in found[1]
     assert not warnings_of([], {"kept": True, "steps": 3, "stopped": "all steps done"})
+
+
+def words(**moves: float) -> list[WordReport]:
+    """Words that go, by how far, and words that stay, which begin with a vowel."""
+    return [
+        WordReport(word, "vocabulary", None, None, far)
+        if word[0] in "aeiou"
+        else WordReport(word, "target", "thing", far, None)
+        for word, far in moves.items()
+    ]
+
+
+def test_who_went_past_an_anchor_is_not_warned_of() -> None:
+    assert not warnings_of(words(cat=1.7, dog=1.0, pig=0.45, owl=0.55), {})
+    (found,) = warnings_of(words(cat=0.35), {})
+    assert "target 'cat' went only 35% of the way to what it is to become (thing)" in found
+
+
+def test_words_that_should_stay_are_warned_of_in_one_line() -> None:
+    (found,) = warnings_of(words(owl=0.7, ant=0.61, emu=0.3, eel=2.0), {})
+    assert "'eel' 2.00, 'owl' 0.70, 'ant' 0.61; name" in found and "emu" not in found
+    (found,) = warnings_of(words(**{f"a{number}": 1.0 for number in range(9)}), {})
+    assert found.count("'") == 12 and "and 3 more" in found

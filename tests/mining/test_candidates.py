@@ -118,6 +118,15 @@ def test_sources(small: TokenWords, lexicon: Lexicon) -> None:
     assert found["dog"] == Candidate("dog", "token", "word")
 
 
+def test_what_a_name_seldom_means_is_no_kind_of_it(clip: TokenWords, lexicon: Lexicon) -> None:
+    """Only the model says whether it knows that meaning."""
+    car = {c.word: c for c in related_words(Concept("automobile"), clip, lexicon)}
+    assert car["bus"] == Candidate("bus", "token", "homonym")
+    assert car["taxi"].relation == "hyponym"
+    wizard = related_words(Concept("wizard"), clip, lexicon)
+    assert "sorcerer" in words_of(wizard, "homonym")
+
+
 def test_each_word_comes_once_and_the_nearest_relation_first(
     small: TokenWords, lexicon: Lexicon
 ) -> None:

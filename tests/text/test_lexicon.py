@@ -12,8 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from realera_fast.text import Lexicon, run_together
-from realera_fast.text import lexicon as module
+from realera_fast.text import Lexicon, lexicon_file, run_together
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "realera_fast" / "text" / "lexicon.bin"
@@ -91,7 +90,7 @@ def test_a_file_of_another_format_is_refused(
 ) -> None:
     other = tmp_path / "lexicon.bin"
     other.write_bytes(zlib.compress(b'{"format":2,"columns":[]}\n'))
-    monkeypatch.setattr(module, "_FILE", other)
+    monkeypatch.setattr(lexicon_file, "_FILE", other)
     with pytest.raises(RuntimeError, match="lexicon.bin: expected format 1, got 2"):
         Lexicon.load.__wrapped__(Lexicon)
 
@@ -159,6 +158,16 @@ def test_a_kind_chooses_the_meaning(lexicon: Lexicon) -> None:
     assert lexicon.synonyms("trump", "person") == ()
     assert "Abraham Lincoln" in lexicon.synonyms("Lincoln", "person")
     assert {"nude", "naked", "nakedness"} <= set(lexicon.synonyms("nudity", "explicit"))
+
+
+def test_another_meaning_of_a_word_is_told_apart(lexicon: Lexicon) -> None:
+    assert "sorcerer" in lexicon.homonyms("wizard") and "sorcerer" not in lexicon.synonyms("wizard")
+    assert lexicon.homonyms("hatchback") == ()
+    usual, seldom = (lexicon.hyponyms("automobile", usual=usual) for usual in (True, False))
+    # WordNet has a bus that is an old car; a person who says bus means another thing.
+    assert "bus" in seldom and {"race car", "taxi", "hatchback"} <= set(usual)
+    assert not {*usual} & {*seldom}
+    assert "swallow" in lexicon.hyponyms("bird", usual=False)
 
 
 def test_hyponyms(lexicon: Lexicon) -> None:
