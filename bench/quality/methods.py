@@ -44,11 +44,11 @@ TUNED: Mapping[str, Any] = {
 
 
 TOGETHER: Mapping[str, Any] = {
-    "UCE": uce.Settings(erase_scale=10.0, preserve_scale=1.0, expand=True),
-    "MACE, closed form": mace.Settings(preserve_scale=0.01),
-    "RECE": rece.Settings(regularization=1e-3, rounds=2, vocabulary=True),
-    "SPEED": speed.Settings(threshold=30.0, retain_scale=0.05, both=True, expand=True),
-    "OCE": oce.Settings(erase_scale=1000.0, preserve_concept_scale=0.3),
+    "UCE": uce.Settings(preserve_scale=0.1, expand=True, anchors=ANCHORS | {"object": "object"}),
+    "MACE, closed form": mace.Settings(preserve_scale=0.01, concept_rows=True),
+    "RECE": rece.Settings(regularization=1e-3, vocabulary=True),
+    "SPEED": speed.Settings(threshold=10.0, expand=True),
+    "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
 }
 """The same for several at once (table "sweep_several")."""
 
