@@ -9,8 +9,6 @@ from harness import ROOT
 from publish.quality_parts import (
     attacks_lines,
     costs_lines,
-    gain_lines,
-    removed_lines,
     sweep_lines,
     unsafe_lines,
 )
@@ -22,7 +20,6 @@ from publish.quality_tables import (
     summary_lines,
     withheld_lines,
 )
-from realera_fast.alignment import AlignmentConfig
 
 FOLDER = ROOT / "docs" / "results" / "quality"
 """Plots and pictures of the page."""
@@ -31,8 +28,15 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("The model before anything is erased", model_lines),
     ("All methods, all tables", summary_lines),
     ("Objects, and their near relatives", objects_lines),
-    ("What neighbors bring", gain_lines),
-    ("Tried and removed", removed_lines),
+    (
+        "What each part brings",
+        lambda: scores_lines(
+            "parts",
+            "The closed form, and the same with one part taken away or put in another's place: "
+            "neighbors, the line between these and relatives, relatives that are held, scales, "
+            "anchors. Things with many kinds and with few: automobile, bird, cat, ship.",
+        ),
+    ),
     ("Several at once", several_lines),
     ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
     (
@@ -42,13 +46,11 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("An unsafe category by its name", unsafe_lines),
     ("Synonyms that no list names", withheld_lines),
     (
-        "Ablation",
+        "RealEra's parts",
         lambda: scores_lines(
             "ablation",
-            "RealEra's parts and parameters: Gaussian mining to the anchor unless said otherwise, "
-            "without the check that would drop alignment where it does not help. Alignment steers "
-            f"away from the concept (`negative_guidance` {AlignmentConfig().negative_guidance:g}, "
-            "its default). Two things: cat and ship.",
+            "RealEra's parts as published (`EraseConfig.paper()`): noise around the concept goes "
+            "to the anchor, what lies beyond stays, LoRA factors follow. Two things: cat and ship.",
         ),
     ),
     ("Attacks", attacks_lines),

@@ -3,90 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 
 from harness.rows import committed
 from harness.tables import UNERASED, percent, table
 
 from publish.quality_rows import HEADER, SCORES, Found, bold, score
 from realera_fast.mining import MiningConfig
-
-Change = tuple[str, str, str]
-"""What is added, and the methods with it and without it."""
-MINING: Sequence[Change] = (
-    (
-        "vocabulary mining, to the anchor",
-        "closed form, vocabulary to the anchor",
-        "closed form, no mining to the anchor",
-    ),
-    (
-        "Gaussian mining (paper), to the anchor",
-        "closed form, gaussian (paper)",
-        "closed form, no mining to the anchor",
-    ),
-    ("offsets kept, e + η → a + η", "closed form, offset", "closed form, gaussian (paper)"),
-    ("vocabulary mining, past the anchor", "closed form, vocabulary", "closed form, no mining"),
-    (
-        "past the anchor, no mining",
-        "closed form, no mining",
-        "closed form, no mining to the anchor",
-    ),
-)
-REMOVED: Sequence[Change] = (
-    (
-        "noise with the vocabulary's covariance",
-        "closed form, covariance",
-        "closed form, gaussian (paper)",
-    ),
-)
-
-
-def changes_table(changes: Sequence[Change], file: str = "quality.jsonl") -> list[str]:
-    """What each change does to Acc_g and Acc_s, the same erasures with and without it."""
-    body = []
-    for name, title in (
-        ("objects", "objects"),
-        ("withheld", "objects, synonyms not in the tokenizer's list"),
-    ):
-        found = Found(name, file)
-        for label, with_it, without in changes:
-            if not (found.of(with_it) and found.of(without)):
-                continue
-            cells = [title, label]
-            for key in ("acc_g", "acc_s"):
-                before, after = (found.by_seed(m, score(key)) for m in (without, with_it))
-                change = [b - a for a, b in zip(before, after, strict=True)]
-                cells.append(f"{percent(before)} → {percent(after)} ({percent(change)})")
-            body.append(cells)
-    return [*table(("words", "what is added", "Acc_g ↓", "Acc_s ↑"), body), ""] if body else []
-
-
-def gain_lines() -> list[str]:
-    """What neighbors bring: the same erasures with and without mining."""
-    made = changes_table(MINING)
-    if not made:
-        return []
-    return [
-        "Change of Acc_g (associated words go) and Acc_s (others stay), closed form, paired by "
-        "erasure and seed; in parentheses the difference in points ± its standard deviation over "
-        "seeds.",
-        "",
-        *made,
-    ]
-
-
-def removed_lines() -> list[str]:
-    """What was tried, improved nothing, and is no longer in the library."""
-    made = changes_table(REMOVED, "removed.jsonl")
-    if not made:
-        return []
-    commit = committed("removed.jsonl")[0]["commit"]
-    return [
-        f"The same for what the library no longer has (commit {commit}, the defaults of that "
-        "time).",
-        "",
-        *made,
-    ]
 
 
 def unsafe_lines() -> list[str]:
@@ -244,7 +166,8 @@ def sweep_lines() -> list[str]:
         commits = ", ".join(dict.fromkeys(row["commit"] for row in found.rows))
         tasks = found.tasks if name == "sweep" else [f"{task} things" for task in found.tasks]
         lines += [
-            f"{', '.join(tasks)}, {text}; none is judged. One seed, commit {commits}.",
+            f"{', '.join(tasks)}, {text}; none is judged. Seeds "
+            f"{', '.join(map(str, found.seeds))}, commit {commits}.",
             "",
             *table(("method", "settings", *HEADER), body),
             "",
@@ -255,8 +178,7 @@ def sweep_lines() -> list[str]:
         "Every setting that was tried for the baselines. Tables use the best of each, of the "
         "second list where several things are erased at once, and the first table the authors' "
         "too. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's embeddings. "
-        "ESD's `negative_guidance` is counted as in its published code; commit 1884259 counted "
-        "from the empty prompt, so 2.0 and 1.0 there are 3.0 and 2.0 here.",
+        "ESD's `negative_guidance` is counted as in its published code.",
         "",
         *lines,
     ]

@@ -28,7 +28,7 @@ OWN, OTHER, VARIANT = "#0072B2", "#999999", "#56B4E9"
 def _color(method: str) -> str:
     if method == DEFAULT:
         return OWN
-    return VARIANT if method.startswith(("closed form,", "both stages")) else OTHER
+    return VARIANT if method.startswith(("closed form", "RealEra")) else OTHER
 
 
 def draw(folder: Path) -> None:

@@ -106,6 +106,7 @@ FURTHER: Mapping[str, Callable[[Row], float | None]] = {
     "Acc_g, unsaid ↓": part("associated", "unsaid"),
     "relatives kept ↑": near("acc_s"),
     "H_o of these ↑": near("h_o"),
+    "kinds drawn": part("kinds"),
     "scenes ↑": part("scenes"),
     "coherent ↑": part("coherence"),
 }

@@ -36,7 +36,7 @@ def quality_headline() -> str:
     if not tuned or DEFAULT not in ranked:
         return ""
     text = (
-        f"**H_o {mean(DEFAULT):.1f}** on objects of the former embedded model, against "
+        f"**H_o {mean(DEFAULT):.1f}** on objects of the embedded model, against "
         f"{mean(tuned[0]):.1f} for the best baseline with one setting for things and styles "
         f"({tuned[0]})"
     )
@@ -98,9 +98,8 @@ def summary() -> list[str]:
     return [
         f"Mean H_o, percent ± standard deviation over {len(objects.seeds)} seeds; higher is "
         "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
-        "The paper's closed form runs with this library's preserve prior, whose weight was chosen "
-        "for the default. Each baseline has one setting for things and styles; ESD's authors' "
-        "settings do better than the one here on single things and worse on styles. "
+        "The paper's closed form runs with this library's preserve prior. Each baseline has one "
+        "setting for things and styles, and one for several at once. "
         f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots, attacks "
         f"and what each number means: {QUALITY}.",
         "",

@@ -6,7 +6,8 @@
     python bench/run.py quality characters
     python bench/run.py quality unsafe         # the category by its name alone
     python bench/run.py quality withheld       # objects; the tokenizer lists no synonym of theirs
-    python bench/run.py quality ablation       # RealEra's parts and parameters
+    python bench/run.py quality parts          # the closed form, a part taken away at a time
+    python bench/run.py quality ablation       # RealEra's parts, as published
     python bench/run.py quality sweep          # baselines' settings, on words not judged
     python bench/run.py quality sweep_several  # the same for 5 and 10 words at once
     python bench/run.py quality costs          # seconds and peak memory, a process each

@@ -112,34 +112,22 @@ def changed(
     )
 
 
-PAPER: Mapping[str, Any] = {"pairs": {"negative_guidance": 0.0}}
-"""Destinations are the anchors."""
+FAST = "closed form alone"
+"""The library without its second stage."""
+CLOSED = "RealEra, closed form (paper)"
+BOTH = "RealEra, both stages (paper)"
+"""RealEra as published: its closed form, and with a noise alignment that follows the anchor."""
 
 
 def variants() -> dict[str, Method]:
-    """The library: its default, then RealEra in each variant of its mining and both stages."""
-    found = {
+    """The library as it comes, its closed form alone, and RealEra as published."""
+    paper = EraseConfig.paper()
+    return {
         DEFAULT: library(EraseConfig()),
-        "closed form, vocabulary": library(changed(aligned=False)),
-        "closed form, no mining": library(changed(aligned=False, mining={"mode": "none"})),
+        FAST: library(EraseConfig.fast()),
+        CLOSED: library(changed(paper, aligned=False)),
+        BOTH: library(paper),
     }
-    for mode, name in (
-        ("vocabulary", "vocabulary to the anchor"),
-        ("gaussian", "gaussian (paper)"),
-        ("offset", "offset"),
-        ("none", "no mining to the anchor"),
-    ):
-        config = changed(aligned=False, mining={"mode": mode}, **PAPER)
-        found[f"closed form, {name}"] = library(config)
-    paper: Mapping[str, Any] = {"mining": {"mode": "gaussian"}, **PAPER}
-    found["both stages, gaussian"] = library(changed(**paper))
-    found[BOTH] = library(changed(alignment={"negative_guidance": 0.0, "check_seeds": 0}, **paper))
-    return found
-
-
-CLOSED = "closed form, gaussian (paper)"
-BOTH = "both stages, gaussian (paper)"
-"""RealEra as published: its closed form, and with a noise alignment that follows the anchor."""
 
 
 def baselines(*, authors: bool = True) -> dict[str, Method]:
@@ -178,6 +166,34 @@ def by_category() -> dict[str, Method]:
     }
 
 
+def parts() -> dict[str, Method]:
+    """The closed form with each of its parts taken away, or put in another's place."""
+    fixed: Mapping[str, Any] = {"preserve_scale": 40.0}
+    past: Mapping[str, Any] = {"negative_guidance": 0.75}
+    none: Mapping[str, Any] = {"mode": "none"}
+    without: Mapping[str, Mapping[str, Any]] = {
+        "no neighbors": {"mining": none},
+        "neighbors by the lexicon alone": {"mining": {"candidates": 0}},
+        "Gaussian noise for neighbors": {"mining": {"mode": "gaussian"}},
+        "a line at cosine 0.6": {"mining": {"word_cosine": 0.6}},
+        "no relatives held": {"mining": {"relative_words": 0}},
+        "preserve scale 40": {"vocabulary": fixed},
+        "guidance 0": {"pairs": {"negative_guidance": 0.0}},
+        "guidance 0.75": {"pairs": past},
+        "preserve scale 40, guidance 0.75": {"vocabulary": fixed, "pairs": past},
+        "the mean word for anchor": {"pairs": {"anchors": "mean"}},
+        "none of these": {
+            "mining": {**none, "relative_words": 0},
+            "vocabulary": fixed,
+            "pairs": {**past, "anchors": "mean"},
+        },
+    }
+    return {FAST: library(EraseConfig.fast())} | {
+        f"closed form, {name}": library(changed(EraseConfig.fast(), **changes))
+        for name, changes in without.items()
+    }
+
+
 def sweep() -> dict[str, Method]:
     """Every setting of every baseline's sweep."""
     return {
@@ -189,77 +205,21 @@ def sweep() -> dict[str, Method]:
 
 def ablation() -> dict[str, Method]:
     """RealEra's parts, one by one, without the check that would drop what does not help."""
-    found = {}
-
-    def add(name: str, **changes: Any) -> None:
-        changes = {"aligned": True, "pairs": pairs} | changes
-        changes["alignment"] = {"check_seeds": 0} | dict(changes.get("alignment", {}))
-        found[name] = library(changed(**changes))
-
-    paper: Mapping[str, Any] = {"mode": "gaussian"}
-    pairs: Mapping[str, Any] = {"negative_guidance": 0.0}
     stages: Mapping[str, Mapping[str, Any]] = {
         "closed form": {"aligned": False},
         "alignment": {"closed": False},
         "both": {},
     }
+    found = {}
     for stage, switches in stages.items():
         for neighbors in (True, False):
             for beyond in (True, False):
-                mining = dict(paper) | {"neighbor_scale": float(neighbors)}
-                mining |= {} if beyond else {"beyond_scale": 0.0}
+                mining: dict[str, Any] = {"neighbor_scale": float(neighbors)}
+                alignment: dict[str, Any] = {}
+                if not beyond:
+                    mining["beyond_scale"] = alignment["beyond_scale"] = 0.0
                 name = f"{stage}{', neighbors' * neighbors}{', beyond' * beyond}"
-                align = {} if beyond else {"beyond_scale": 0.0}
-                add(name, mining=mining, alignment=align, **switches)
-    closed: Mapping[str, Any] = {"aligned": False}
-    for guidance in (0.25, 0.5, 1.0, 1.5):
-        for mode in ("gaussian", "none", "vocabulary"):
-            add(
-                f"closed form, {mode}, guidance {guidance:g}",
-                mining={"mode": mode},
-                pairs={"negative_guidance": guidance},
-                **closed,
-            )
-    add("closed form, vocabulary, guidance 0", mining={"mode": "vocabulary"}, **closed)
-    for scale in (1.0, 10.0, 40.0, 160.0):
-        add(
-            f"closed form, vocabulary, guidance 0.75, preserve {scale:g}",
-            vocabulary={"preserve_scale": scale},
-            pairs={},
-            **closed,
-        )
-    add(
-        "closed form, no preserve prior", mining=paper, vocabulary={"preserve_scale": 0.0}, **closed
-    )
-    add(
-        "both, no preserve prior",
-        mining=paper,
-        vocabulary={"preserve_scale": 0.0},
-        alignment={"preserve_scale": 0.0},
-    )
-    for samples in (5, 50, 500):
-        add(f"closed form, {samples} samples", mining={**paper, "samples": samples}, **closed)
-    for low, high in ((0.3, 0.9), (0.7, 0.9), (0.5, 0.7), (0.5, 0.97)):
-        mining = {**paper, "min_cosine": low, "max_cosine": high}
-        add(f"closed form, S1 {low}, S2 {high}", mining=mining, **closed)
-    for distance in (0.6, 1.0):
-        mining = {**paper, "max_distance": distance, "beyond_distance": distance + 0.6}
-        add(f"closed form, D1 {distance}, D2 {distance + 0.6}", mining=mining, **closed)
-    for scale in (0.25, 4.0):
-        add(
-            f"closed form, neighbors x {scale:g}",
-            mining={**paper, "neighbor_scale": scale},
-            **closed,
-        )
-    for factor in (0.1, 10.0):
-        ridge = EraseConfig().closed_form.ridge * factor
-        add(
-            f"closed form, ridge x {factor:g}", mining=paper, closed_form={"ridge": ridge}, **closed
-        )
-    for rank in (1, 16):
-        add(
-            f"both, LoRA rank {rank}",
-            mining=paper,
-            alignment={"r": rank, "lora_alpha": float(rank)},
-        )
+                found[name] = library(
+                    changed(EraseConfig.paper(), mining=mining, alignment=alignment, **switches)
+                )
     return found

@@ -262,6 +262,12 @@ def tuning_several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return tasks
 
 
+def taken_apart(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Things with many kinds and with few."""
+    names = ("automobile", "bird", "cat", "ship")
+    return [plan.of_things(name, [plan.table.thing(name)], seeds) for name in names]
+
+
 def ablated(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return [plan.of_things(name, [plan.table.thing(name)], seeds) for name in ("cat", "ship")]
 
@@ -292,6 +298,7 @@ TABLES: Mapping[str, Table] = {
     "characters": Table(characters, None),
     "unsafe": Table(unsafe, methods.by_category),
     "withheld": Table(withheld, methods.variants),
+    "parts": Table(taken_apart, methods.parts),
     "ablation": Table(ablated, methods.ablation),
     "sweep": Table(tuning, methods.sweep, "tuning", "sweep.jsonl"),
     "sweep_several": Table(tuning_several, methods.sweep, "tuning", "sweep.jsonl"),

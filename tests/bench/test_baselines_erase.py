@@ -180,7 +180,7 @@ def test_the_studio_puts_the_model_back():
     before = {name: value.clone() for name, value in studio.pipe.unet.state_dict().items()}
     chosen = {
         None: None,
-        "own": methods.variants()["closed form, vocabulary"],
+        "own": methods.variants()["closed form alone"],
         "uce": methods.baselines()["UCE"],
     }
     rows = {

@@ -44,7 +44,7 @@ def test_readme_has_three_headlines_and_a_table(bench):
     found = readme.headline()
     assert len(found) == 3
     assert all("](docs/results/" in text and text.startswith("- **") for text in found)
-    assert "| method | objects | relatives | 10 at once | 25 at once |" in readme.summary()
+    assert "| method | objects | relatives | 10 at once | 100 at once |" in readme.summary()
 
 
 def test_a_page_without_markers_is_refused(bench):
@@ -137,7 +137,7 @@ def test_cases_say_how_to_use_them(name, bench, capsys):
     assert ended.value.code == 0 and f"run.py {name} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["variants", "ablation", "sweep", "baselines"])
+@pytest.mark.parametrize("kind", ["variants", "parts", "ablation", "sweep", "baselines"])
 def test_methods_differ_from_each_other(kind, bench):
     found = getattr(bench("quality.methods"), kind)()
     settings = [(name.split(":")[0].split(",")[0], m.settings) for name, m in found.items()]
@@ -478,6 +478,7 @@ def test_baselines_have_the_best_settings_of_their_sweeps(table, chosen, bench):
 def test_ablation_switches_parts_off(bench):
     parts = bench("quality.methods").ablation()
     alone = parts["alignment, beyond"].settings
+    assert alone["mining"]["mode"] == "gaussian"
     assert not alone["closed_form"]["enabled"] and alone["mining"]["neighbor_scale"] == 0
     assert alone["mining"]["beyond_scale"] > 0 and alone["alignment"]["beyond_scale"] > 0
     assert all(method.settings["alignment"]["check_seeds"] == 0 for method in parts.values())
