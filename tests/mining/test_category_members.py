@@ -127,7 +127,8 @@ def plainly(pipe, name, words, dtype):
 def test_cosines_are_those_of_the_plain_loop(family, dtype):
     """Noise and v-prediction, one text encoder and two."""
     pipe = FAMILIES[family](dtype=dtype)
-    words = ["dog", "ship", "tree"]
+    # Of few words the plain loop's largest error is a matter of luck.
+    words = ["dog", "ship", "tree", "house", "bird", "car"]
     got = guidance_cosine(
         pipe.unet, pipe.scheduler, ["cat"], words, config=AlignmentConfig(), **shown(pipe)
     )
