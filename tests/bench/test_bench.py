@@ -472,6 +472,9 @@ def test_baselines_have_the_best_settings_of_their_sweeps(table, chosen, bench):
             for method in found.methods
             if method.startswith(f"{name}: ") and (rows := found.of(method))
         }
+        if name == "ESD" and not means:
+            assert settings == methods.BASELINES[name].Settings(), "not swept: the authors'"
+            continue
         assert means[f"{name}: {methods.label(settings)}"] == max(means.values()), name
 
 
