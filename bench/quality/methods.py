@@ -140,13 +140,13 @@ def baselines(*, authors: bool = True) -> dict[str, Method]:
 
 
 def compared(count: int = 1) -> dict[str, Method]:
-    """Who is in every table: the default, RealEra's closed form as published, the baselines.
+    """Who is in every table: the default, its closed form alone, RealEra's, the baselines.
 
     Args:
         count: how many concepts are erased together; baselines have settings for one and for more.
     """
     own = variants()
-    found = {name: own[name] for name in (DEFAULT, CLOSED)} | baselines(authors=False)
+    found = {name: own[name] for name in (DEFAULT, FAST, CLOSED)} | baselines(authors=False)
     if count > 1:
         found |= {name: baseline(BASELINES[name], best) for name, best in TOGETHER.items()}
     return found

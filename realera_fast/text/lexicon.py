@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import string
 import unicodedata
 from array import array
@@ -222,14 +223,20 @@ class Lexicon:
 
         Args:
             depth: steps down.
-            usual: those whose usual meaning it is, or others: an old "bus" for car.
+            usual: those whose usual meaning it is, or others: an old "bus" for car. Of a word
+                without a usual meaning ("cob" for swan) every one counts.
             most: words at most.
         """
         below = dict.fromkeys(self._below(self.senses(word, kind), depth))
-        named = self._named(below, word)
-        return tuple(w for w in named if below.keys().isdisjoint(self.senses(w, kind)) != usual)[
-            :most
-        ]
+
+        def is_usual(name: str) -> bool:
+            every = self._senses(name, NOUN)
+            return not below.keys().isdisjoint(self.senses(name, kind)) or not any(
+                self._tags_of(name, synset) for synset in every
+            )
+
+        found = (name for name in self._named(below, word) if is_usual(name) == usual)
+        return tuple(itertools.islice(found, most))
 
     def compounds(self, word: str, depth: int = 3, *, kind: str = "object") -> tuple[str, ...]:
         """Names that end with a word, of kinds of what it is a kind of: "sailing ship" for ship."""

@@ -168,6 +168,8 @@ def test_another_meaning_of_a_word_is_told_apart(lexicon: Lexicon) -> None:
     assert "bus" in seldom and {"race car", "taxi", "hatchback"} <= set(usual)
     assert not {*usual} & {*seldom}
     assert "swallow" in lexicon.hyponyms("bird", usual=False)
+    # No meaning of "cob" is usual, so that each may be meant.
+    assert "cob" in lexicon.hyponyms("swan")
 
 
 def test_hyponyms(lexicon: Lexicon) -> None:
