@@ -21,9 +21,8 @@ _LEAST = 1e-9
 """Cosine by which a word is on one side of a line."""
 _CERTAIN = 4
 """Words of a concept, and as many relatives, by which those in doubt are measured (count; ours)."""
-_RELATED = frozenset(("form", "spelling", "synonym", "joined"))
-"""Relations to a concept by which a word is held against the lower line; its kinds are for the name
-of a category alone, whose members they are."""
+_RELATED = frozenset(("form", "spelling", "synonym", "joined", "hyponym"))
+"""Relations to a concept by which a word is held against the lower line."""
 _RELATIVES = 8
 """Relatives that are watched, and words just outside a neighborhood."""
 
@@ -168,22 +167,18 @@ def _lines(
     # What a thing is a kind of has other kinds, and a person is nobody else, unless the model
     # hardly tells them apart.
     above, certain = hypernyms_of(known, concept), (1.0 + unknown) / 2
-    close = _RELATED | {"hyponym"} if concept.kind == "explicit" else _RELATED
-    kinds = (unknown + related) / 2
 
     def line_of(candidate: Candidate) -> float:
         if candidate.relation == "spelling":
             # Another way to write the name is the name.
             return -1.0
-        if candidate.relation in close:
+        if candidate.relation in _RELATED:
             return related
         if candidate.word.lower() in above:
             return certain
         sibling = candidate.relation == "sibling" or candidate.word.lower() in relatives
         if concept.kind == "person" and sibling:
             return certain
-        if candidate.relation == "hyponym" and candidate.word not in relatives:
-            return kinds
         return unknown
 
     lines = [line_of(candidate) for candidate in found]
