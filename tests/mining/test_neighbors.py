@@ -32,7 +32,7 @@ def test_each_relation_has_its_own_line():
         "cars": at(0.41, 2.0),  # a plural
         "auto": at(0.3, 1.0),  # a synonym that the model sees otherwise
         "jeep": at(0.41, 2.5),  # a kind of car
-        "limousine": at(0.35, 2.5),  # another one, that the model sees otherwise
+        "limousine": at(0.3, 2.5),  # another one, that the model sees otherwise
         "driving": at(0.61, 3.0),  # nothing is known of it, and it is near
         "garage": at(0.59, 1.5),
         "tree": at(0.1),
