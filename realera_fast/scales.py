@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,6 @@ _MINED = 256
 """Words that follow and that are looked at (count; ours)."""
 _THINGS = 256
 """Words that should stay and that are looked at (count; ours)."""
-_WEIGHTS = {"named": 1.0, "unlisted": 1.0, "relatives": 2.0, "things": 2.0}
-"""What each share weighs (ours): words that nobody listed are judged by half of the others, and
-are gone more often than that."""
 _EDGE = 0.6
 """A word that stays is there while it moved less of its length, one that goes is gone when less of
 its way is left (ours: where pictures of 16 tuning things of the embedded model change)."""
@@ -179,7 +177,7 @@ def choose_scales(
     word, both in the metric of what attention writes (`WordSpace`), with a soft edge. Mined words
     are judged by what the names and the other half of them do, as words are that nobody lists. The
     best choice has the largest harmonic mean of named words gone, mined words gone, relatives kept
-    and things kept, in which the latter two weigh twice (ours).
+    and things kept.
     """
     width = len(equations.prior) if len(preserve) > 1 else None
     if not len(looked.things):
@@ -287,8 +285,5 @@ _NOTHING_STAYS = (
 
 
 def _worth(point: Mapping[str, float]) -> float:
-    """The weighted harmonic mean; 0 if one is 0."""
-    if min(point.values()) <= 0:
-        return 0.0
-    total = sum(_WEIGHTS[name] for name in point)
-    return total / sum(_WEIGHTS[name] / share for name, share in point.items())
+    """The harmonic mean; 0 if one is 0."""
+    return 0.0 if min(point.values()) <= 0 else statistics.harmonic_mean(point.values())
