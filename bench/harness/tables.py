@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 DEFAULT = "realera_fast"
 """Name of the library with its default settings, in tables of quality."""
+FAST = "closed form alone"
+"""The same without its second stage."""
 UNERASED = "un-erased model"
 """Name of the model before anything is erased."""
 

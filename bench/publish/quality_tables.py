@@ -7,7 +7,17 @@ import statistics
 from harness.rows import committed_object
 from harness.tables import DEFAULT, UNERASED, percent, table
 
-from publish.quality_rows import FURTHER, HEADER, SCORES, Found, bold, median_seconds, near, score
+from publish.quality_rows import (
+    FURTHER,
+    HEADER,
+    SCORES,
+    Found,
+    bold,
+    median_seconds,
+    near,
+    own_method,
+    score,
+)
 from realera_fast.embedded import words
 
 
@@ -62,6 +72,8 @@ def kept_lines() -> list[str]:
         for name in ("objects", "several", "styles", "characters", "unsafe", "withheld")
         for row in Found(name).of(DEFAULT)
     ]
+    if not done:
+        return []
     kept = sum(row["aligned"] for row in done)
     nothing = sum(row["stopped"] == "the closed form left nothing to remove" for row in done)
     return [
@@ -93,16 +105,17 @@ def several_lines() -> list[str]:
         *table(("method", *(f"{count} at once" for count in counts)), body),
         "",
     ]
-    if {UNERASED, DEFAULT} <= set(found.methods):
+    library = own_method(found)
+    if {UNERASED, library} <= set(found.methods):
         lost = []
         for count in counts:
             kept, own = (
                 statistics.mean(found.by_seed(m, score("acc_s"), [count]))
-                for m in (UNERASED, DEFAULT)
+                for m in (UNERASED, library)
             )
             lost.append(f"{100 * (kept - own):.1f} at {count}")
         lines += [
-            f"Points of Acc_s that the default loses against the un-erased model: "
+            f"Points of Acc_s that **{library}** loses against the un-erased model: "
             f"{', '.join(lost)}.",
             "",
         ]
@@ -194,7 +207,7 @@ def summary_lines() -> list[str]:
     shared = [
         m
         for m in objects.ranked()
-        if m == DEFAULT or all(m in found.methods for found in columns.values())
+        if m == own_method(objects) or all(m in found.methods for found in columns.values())
     ]
     several = Found("several").tasks[-2:]
     header = ["method", "objects", "relatives"]

@@ -6,10 +6,10 @@ import statistics
 
 from harness.provenance import where
 from harness.rows import committed
-from harness.tables import DEFAULT, percent, table
+from harness.tables import FAST, percent, table
 from quality.methods import BASELINES
 
-from publish.quality_rows import Found, bold, near, score
+from publish.quality_rows import Found, bold, near, own_method, score
 from publish.speed_tables import closed_form_points, factor_text
 
 QUALITY = "[docs/results/quality.md](docs/results/quality.md)"
@@ -36,11 +36,13 @@ def quality_headline() -> str:
 
     ranked = found.ranked()
     others = [method for method in ranked if method.removesuffix(AUTHORS) in BASELINES]
-    if not others or DEFAULT not in ranked:
+    own = own_method(found) if found.rows else FAST
+    if not others or own not in ranked:
         return ""
-    every, close = means(DEFAULT).split(" and ")
+    every, close = means(own).split(" and ")
+    how = " by the closed form alone" if own == FAST else ""
     return (
-        f"**H_o {every}** on objects of the embedded model, and {close} with nothing but near "
+        f"**H_o {every}** on objects of the embedded model{how}, and {close} with nothing but near "
         f"relatives for the rest, against {means(others[0])} for the best baseline ({others[0]}): "
         f"{QUALITY}."
     )
@@ -82,7 +84,9 @@ def summary() -> list[str]:
         return []
     tables = [found for name in TABLES if (found := Found(name)).rows]
     shared = [
-        m for m in objects.ranked() if m == DEFAULT or all(m in found.methods for found in tables)
+        m
+        for m in objects.ranked()
+        if m == own_method(objects) or all(m in found.methods for found in tables)
     ]
     counts = several.tasks[-2:]
     body = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from baselines import esd, mace, oce, rece, speed, uce
 from baselines.phrases import ANCHORS, label
-from harness.tables import DEFAULT
+from harness.tables import DEFAULT, FAST
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -111,8 +111,6 @@ def changed(
     )
 
 
-FAST = "closed form alone"
-"""The library without its second stage."""
 CLOSED = "RealEra, closed form (paper)"
 BOTH = "RealEra, both stages (paper)"
 """RealEra as published: its closed form, and with a noise alignment that follows the anchor."""
@@ -133,7 +131,7 @@ def baselines(*, authors: bool = True) -> dict[str, Method]:
     """Each baseline with the tuned settings, and with its authors'."""
     found = {}
     for name, module in BASELINES.items():
-        if authors:
+        if authors and module.Settings() != TUNED[name]:
             found[f"{name}, authors'"] = baseline(module, module.Settings())
         found[name] = baseline(module, TUNED[name])
     return found
