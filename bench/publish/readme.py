@@ -104,7 +104,7 @@ def summary() -> list[str]:
         "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
         "The paper's closed form runs with this library's preserve prior. Each baseline has one "
         "setting for things and styles, and one for several at once. "
-        f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots, attacks "
+        f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots "
         f"and what each number means: {QUALITY}.",
         "",
         *table(("method", "objects", "relatives", *(f"{n} at once" for n in counts)), body),
