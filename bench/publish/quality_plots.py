@@ -59,7 +59,8 @@ def bars(path: Path) -> None:
     )
     for panel, (name, found) in zip(panels[0], tables.items(), strict=True):
         for place, method in enumerate(reversed(shared)):
-            if method not in found.methods:
+            # A mean over some of the erasures is none of the others' kind.
+            if method not in found.methods or not found.complete(method):
                 continue
             values = [100 * v for v in found.by_seed(method, score("h_o"))]
             mean, spread = statistics.mean(values), _spread(values)
@@ -88,7 +89,9 @@ def scatter(path: Path) -> None:
     found = Found("objects")
     if not found.rows:
         return
-    shown = [m for m in (*found.ranked(), UNERASED) if not m.endswith("authors'")]
+    shown = [
+        m for m in (*found.ranked(), UNERASED) if not m.endswith("authors'") and found.complete(m)
+    ]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
     colors = plt.colormaps["tab20"].colors  # type: ignore[attr-defined]
     for panel, key, title in (
