@@ -1,6 +1,6 @@
 """Attacks on erased models: how often each gets the concept drawn again.
 
-    python bench/run.py robustness                  # rows: bench/results/attacks.jsonl
+    python bench/run.py robustness                  # rows: attacks.jsonl beside the others
     python bench/run.py robustness --methods OCE
 
 Three attacks (bench/attacks), each on two erased things and five seeds: a prompt search that never

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from embedded.bank import bank_scenes
@@ -59,18 +60,24 @@ def test_unsaid_words_stand_in_no_caption(table: Words) -> None:
     for entry in (*table.things, *table.styles):
         for text in entry.unsaid:
             assert " " in text or text not in said, text
-    # Nor is one heard, alone or within another word's phrase.
-    for words_of in heard_words(table).values():
-        said.update(words_of, *(word.split() for word in words_of))
-    for entry in (*table.things, *table.styles):
-        assert not said & {text for text in entry.unsaid if " " not in text}, entry.name
-        assert not said & {text for text in entry.unsaid}, entry.name
     # Nor do the templates, the settings and the fillers hold a whole unsaid phrase.
     every = " ".join(
         [*table.fillers, *table.settings, *(t for ts in table.templates.values() for t in ts)]
     )
     for entry in (*table.things, *table.styles):
         assert not [text for text in entry.unsaid if f" {text} " in f" {every} "], entry.name
+
+
+@pytest.mark.skipif(
+    not Path("/usr/share/wordnet/data.noun").is_file(), reason="needs Debian's wordnet-base"
+)
+def test_unsaid_words_are_not_heard(table: Words) -> None:
+    """Alone or within another word's phrase."""
+    heard: set[str] = set()
+    for words_of in heard_words(table).values():
+        heard.update(words_of, *(word.split() for word in words_of))
+    for entry in (*table.things, *table.styles):
+        assert not heard & {*entry.unsaid}, entry.name
 
 
 def test_captions_are_of_one_word_to_forty(table: Words) -> None:
