@@ -176,9 +176,8 @@ def sweep_lines() -> list[str]:
         return []
     return [
         "Every setting that was tried for the baselines. Tables use the best of each, of the "
-        "second list where several things are erased at once, and the first table the authors' "
-        "too. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's embeddings. "
-        "ESD's `negative_guidance` is counted as in its published code.",
+        "second list where several things are erased at once. Ridges, thresholds and scales are "
+        "in the units of Stable Diffusion 1.4's embeddings.",
         "",
         *lines,
     ]
