@@ -53,13 +53,35 @@ class EraseConfig:
             pairs=PairsConfig(negative_guidance=0.0, anchors="mean"),
             vocabulary=VocabularyConfig(preserve_scale=40.0),
             mining=MiningConfig(mode="gaussian", relative_words=0),
-            alignment=AlignmentConfig(negative_guidance=0.0, check_seeds=0),
+            alignment=AlignmentConfig(negative_guidance=0.0, check_seeds=0, adversary="random"),
         )
 
     @classmethod
     def fast(cls) -> EraseConfig:
         """The closed form alone: seconds, and no pass of the denoiser."""
         return cls(mining=MiningConfig(member_words=0), alignment=AlignmentConfig(enabled=False))
+
+    @classmethod
+    def strict(cls) -> EraseConfig:
+        """Against prompts that were found by attacking the erased model: LoRA factors are trained
+        on the worst neighbors, beside many words that stay. Minutes on a GPU."""
+        return cls(
+            alignment=AlignmentConfig(
+                adversary="worst",
+                steps=200,
+                refresh_steps=200,
+                learning_rate=2e-3,
+                negative_guidance=1.0,
+                beyond_scale=0.0,
+                preserve_scale=4.0,
+                preserve_batch_size=16,
+                trajectories=60,
+                original_trajectories=True,
+                preserve_trajectories=96,
+                sampling_steps=12,
+                guidance_scale=3.0,
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""

@@ -309,13 +309,16 @@ def _aligned(
         return NOT_ALIGNED
     shown = job.denoiser_text()
     with clock.stage("alignment"):
-        staying = [fill(_PROMPT, word) for word in selection.staying]
+        staying = [fill(_PROMPT, word) for word in selection.watched]
+        # An adversary finds what is near a name itself.
+        of_words = config.alignment.adversary == "worst"
+        prompts = selection.named_prompts if of_words else selection.prompts
         return align_noise(
             job.model,
             job.denoising.scheduler,
             {stream: each.solution.map for stream, each in solved.items()},
             AlignmentPrompts(
-                trained=selection.prompts(shown.text),
+                trained=prompts(shown.text),
                 watched=selection.watched_prompts(shown.text),
                 preserve=shown.text.encode(staying or [""]),
                 empty=shown.empty,

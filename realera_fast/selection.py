@@ -109,6 +109,10 @@ class Selection:
         """What a concept becomes, in words."""
         return " or ".join(filter(None, self.anchor_words(concept))) or concept.anchor_name
 
+    def named_prompts(self, text: Text) -> ConceptPrompts:
+        """Of the named words alone."""
+        return self._prompts(text, {}, whole=True)
+
     def watched_prompts(self, text: Text) -> ConceptPrompts:
         """Of the named words, then of words near them, which follow or not."""
         return self._prompts(text, self.neighborhood.near, whole=True)

@@ -9,6 +9,8 @@ DEFAULT = "realera_fast"
 """Name of the library with its default settings, in tables of quality."""
 FAST = "closed form alone"
 """The same without its second stage."""
+STRICT = "strict"
+"""The library with its preset against attacks."""
 UNERASED = "un-erased model"
 """Name of the model before anything is erased."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from baselines import esd, mace, oce, rece, speed, uce
 from baselines.phrases import ANCHORS, label
-from harness.tables import DEFAULT, FAST
+from harness.tables import DEFAULT, FAST, STRICT
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -117,10 +117,11 @@ BOTH = "RealEra, both stages (paper)"
 
 
 def variants() -> dict[str, Method]:
-    """The library as it comes, its closed form alone, and RealEra as published."""
+    """The library as it comes, its presets, and RealEra as published."""
     paper = EraseConfig.paper()
     return {
         DEFAULT: library(EraseConfig()),
+        STRICT: library(EraseConfig.strict()),
         FAST: library(EraseConfig.fast()),
         CLOSED: library(changed(paper, aligned=False)),
         BOTH: library(paper),
@@ -144,7 +145,7 @@ def compared(count: int = 1) -> dict[str, Method]:
         count: how many concepts are erased together; baselines have settings for one and for more.
     """
     own = variants()
-    found = {name: own[name] for name in (DEFAULT, FAST, CLOSED)} | baselines(authors=False)
+    found = {name: own[name] for name in (DEFAULT, STRICT, FAST, CLOSED)} | baselines(authors=False)
     if count > 1:
         found |= {name: baseline(BASELINES[name], best) for name, best in TOGETHER.items()}
     return found
@@ -213,6 +214,8 @@ def ablation() -> dict[str, Method]:
             for beyond in (True, False):
                 mining: dict[str, Any] = {"neighbor_scale": float(neighbors)}
                 alignment: dict[str, Any] = {}
+                if not neighbors:
+                    alignment["adversary"] = "none"
                 if not beyond:
                     mining["beyond_scale"] = alignment["beyond_scale"] = 0.0
                 name = f"{stage}{', neighbors' * neighbors}{', beyond' * beyond}"

@@ -167,7 +167,11 @@ class Problem:
             sampler,
             self.words,
             self.preserve,
-            AlignmentConfig(trajectories=TRAJECTORIES, negative_guidance=0.0),
+            AlignmentConfig(
+                trajectories=TRAJECTORIES,
+                preserve_trajectories=TRAJECTORIES,
+                negative_guidance=0.0,
+            ),
             beyond_region=BEYOND,
             latents={},
             seed=0,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from realera_fast import mining
+from realera_fast.alignment.adversary import Adversary
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.runtime import progress_bar
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import DDIMSampler, Variant
+from realera_fast.unet import DDIMSampler, Moved, Variant
 
 
 class Prompts(Protocol):
@@ -39,23 +40,33 @@ class AlignmentScore:
     named words where there are none."""
     preserve: float
     """|x'(P) - x(P)|^2 over the spread of the original's images."""
+    worst: float = 0.0
+    """The same as `target` where an adversary moves the prompt at every time step."""
 
-    @property
-    def left(self) -> float:
-        """What is left of the concept, named or not."""
-        return (self.target + self.neighbor) / 2
+    def left(self, *, worst: bool) -> float:
+        """What is left of the concept, named or not.
+
+        Args:
+            worst: whether what an adversary brings back counts.
+        """
+        left = (self.target + self.neighbor) / 2
+        return max(left, self.worst) if worst else left
 
 
-_HARM = 0.1
-"""So much drift of preserved images is taken for unharmed, in units of their spread (ours)."""
+_HARM = 0.15
+"""So much more drift of preserved images is taken for no harm, in units of their spread (ours)."""
 _GAIN, GONE = 0.05, 0.1
 """Less of the concept than that is no gain, is nothing left: the measure is as noisy (ours)."""
 
 
-def is_better(before: AlignmentScore, after: AlignmentScore) -> bool:
-    """Whether less of the concept is left and the rest is not harmed."""
-    gain = before.left - after.left
-    return gain > _GAIN and after.preserve <= max(before.preserve, _HARM)
+def is_better(before: AlignmentScore, after: AlignmentScore, *, worst: bool = False) -> bool:
+    """Whether less of the concept is left and the rest is not harmed.
+
+    Args:
+        worst: whether what an adversary brings back counts.
+    """
+    gain = before.left(worst=worst) - after.left(worst=worst)
+    return gain > _GAIN and after.preserve <= before.preserve + _HARM
 
 
 class HeldOutCheck:
@@ -67,11 +78,12 @@ class HeldOutCheck:
         watched: Prompts,
         preserve: Tensor,
         region: mining.Region,
+        adversary: Adversary,
         config: AlignmentConfig,
         seed: int,
         progress: bool | None,
     ) -> None:
-        self._sampler, self._progress = sampler, progress
+        self._sampler, self._progress, self._adversary = sampler, progress, adversary
         if not config.check_seeds:
             return
 
@@ -111,24 +123,32 @@ class HeldOutCheck:
     def score(self, variant: Variant) -> AlignmentScore:
         """Of the closed form alone ("edited"), or with the factors as they are ("aligned")."""
         images, original = self._draw(self._prompts, variant), self._original
-        left = []
-        for seen, (word, anchor) in zip(self._margins(images), self._ends, strict=True):
-            way = float((word - anchor).mean())
-            # Where the original can't tell the two apart, nothing is known to be gone.
-            place = (seen - anchor.mean()) / way if way > 0 else torch.ones_like(seen)
-            left.append(float(place.clamp_min(0.0).mean()))
-        moved = float((images[2] - original[2]).square().mean())
+        left = [
+            _place(seen, *ends)
+            for seen, ends in zip(self._margins(images), self._ends, strict=True)
+        ]
+        attacked = self._draw(self._prompts[:1], variant, functools.partial(self._moved, variant))
+        worst = _place(self._margins(attacked)[0], *self._ends[0])
+        drift = float((images[2] - original[2]).square().mean())
         spread = float((original[2] - original[2].mean(dim=0)).square().mean())
-        return AlignmentScore(left[0], left[1], moved / max(spread, 1e-12))
+        return AlignmentScore(left[0], left[1], drift / max(spread, 1e-12), worst)
 
-    def _draw(self, groups: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
+    def _moved(self, variant: Variant, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
+        shown = self._sampler.teacher(latents, times, states)
+        return self._adversary.moved(
+            latents, times, states, shown, seed=self._first + int(times[0]), variant=variant
+        )
+
+    def _draw(
+        self, groups: Sequence[Tensor], variant: Variant, moved: Moved | None = None
+    ) -> Sequence[Tensor]:
         states = torch.cat(list(groups))
         total = self._sampler.passes * self._sampler.batches(len(states))
         seeds = range(self._first, self._first + len(states))
         with progress_bar(
             total=total, desc=f"alignment check, {variant}", progress=self._progress
         ) as bar:
-            run = self._sampler.run(states, seeds, variant, bar)
+            run = self._sampler.run(states, seeds, variant, bar, moved)
         return run.latents[-1].split([len(group) for group in groups])
 
     def _margins(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -137,6 +157,14 @@ class HeldOutCheck:
             self._sampler.margin(x, states, other)
             for x, states, other in zip(images, self._prompts, self._anchors, strict=False)
         ]
+
+
+def _place(seen: Tensor, word: Tensor, anchor: Tensor) -> float:
+    """Where margins are on the way from those of the anchors (0) to those of the words (1)."""
+    way = float((word - anchor).mean())
+    # Where the original can't tell the two apart, nothing is known to be gone.
+    place = (seen - anchor.mean()) / way if way > 0 else torch.ones_like(seen)
+    return float(place.clamp_min(0.0).mean())
 
 
 _CHECK_STARTS = 20_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,11 @@ _POSITIVE_COUNTS = (
     "patience",
     "check_words",
     "check_sampling_steps",
+    "preserve_trajectories",
+    "adversary_steps",
 )
+ADVERSARIES = ("none", "random", "worst")
+"""What moves the prompts that are trained on; see `AlignmentConfig.adversary`."""
 _NOT_NEGATIVE = (
     "beyond_scale",
     "preserve_scale",
@@ -45,7 +50,10 @@ class AlignmentConfig:
     """Optimizer steps at most (count; MACE's LoRA stage takes 50 to 120)."""
 
     batch_size: int = 8
-    """Target rows and as many preserve rows a step; half as many beyond rows (count; ours)."""
+    """Target rows a step; half as many beyond rows (count; ours)."""
+
+    preserve_batch_size: int | None = None
+    """Preserve rows a step (count); `None` takes `batch_size`."""
 
     r: int = 4
     """peft's `r`, the rank of the factors (ours; MACE uses 1)."""
@@ -74,8 +82,31 @@ class AlignmentConfig:
     2303.07345). 0 follows the anchor, as RealEra's text has it, and was seen to bring synonyms back
     (ratio; ours)."""
 
+    adversary: Literal["none", "random", "worst"] = "none"
+    """What moves a prompt before the student is shown it. "none": nothing; "random": noise in
+    RealEra's neighborhood (`MiningConfig.neighbor_region`, arXiv 2410.09140); "worst": signed
+    gradient steps from a random start to where the student still predicts what the original does,
+    at the z_t that is trained on and within `adversary_distance` (after RACE, arXiv 2405.16341).
+    With "worst", what such prompts bring back counts when it is decided whether to train and
+    whether the factors stay."""
+
+    adversary_steps: int = 1
+    """Signed gradient steps of "worst", each one more forward and backward pass of the targets
+    (count; ours; RACE takes 10)."""
+
+    adversary_distance: float = 0.5
+    """Longest step of "worst", in units of the embedding's norm (ratio; ours)."""
+
     trajectories: int = 8
-    """Starts denoised for targets, and as many for preserve prompts, in a window (count; ours)."""
+    """Starts denoised for targets in a window (count; ours)."""
+
+    original_trajectories: bool = False
+    """Of three of these one follows the word's prompt with the model that is trained, one the
+    word's and one the anchor's with the original: where a picture of the concept is begun already,
+    an attack goes on."""
+
+    preserve_trajectories: int = 8
+    """Starts denoised for preserve prompts in a window, each of another word (count; ours)."""
 
     refresh_steps: int = 100
     """Optimizer steps that a window of trajectories serves, so z_t is of factors at most so many
@@ -146,6 +177,20 @@ class AlignmentConfig:
             raise ValueError(
                 f"AlignmentConfig.min_timestep must be in [0, 1), got {self.min_timestep}"
             )
+        if self.preserve_batch_size is not None and self.preserve_batch_size < 1:
+            raise ValueError(
+                "AlignmentConfig.preserve_batch_size must be >= 1 or None, got "
+                f"{self.preserve_batch_size}"
+            )
+        if self.adversary not in ADVERSARIES:
+            raise ValueError(
+                f"AlignmentConfig.adversary must be one of {ADVERSARIES}, got {self.adversary!r}"
+            )
+        if not 0.0 < self.adversary_distance < math.inf:
+            raise ValueError(
+                "AlignmentConfig.adversary_distance must be positive and finite, got "
+                f"{self.adversary_distance}"
+            )
         unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
         if unknown or not self.target_modules:
             raise ValueError(
@@ -166,4 +211,5 @@ class AlignmentConfig:
     @property
     def preserve_size(self) -> int:
         """Preserve rows a step."""
-        return self.batch_size if self.preserve_scale else 0
+        size = self.batch_size if self.preserve_batch_size is None else self.preserve_batch_size
+        return size if self.preserve_scale else 0

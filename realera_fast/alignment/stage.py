@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from realera_fast import mining
+from realera_fast.alignment.adversary import adversary_of, worst_neighbor
 from realera_fast.alignment.check import GONE, AlignmentScore, HeldOutCheck, Prompts, is_better
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.trainer import DivergedError, Terms, Trainer
@@ -125,9 +126,8 @@ def align_noise(
     _check_batch(config, processes)
     shared = _shared_unet(unet, maps, config, seed)
     sampler = functools.partial(_sampler, shared, scheduler, prompts.empty, config)
-    trainer = Trainer(
-        shared, config, _neighbor_region(mining_config), seed=seed, processes=processes
-    )
+    adversary = adversary_of(shared, config, mining_config)
+    trainer = Trainer(shared, config, adversary, seed=seed, processes=processes)
     filler = WindowFiller(
         sampler(config.sampling_steps),
         prompts.trained,
@@ -145,22 +145,27 @@ def align_noise(
             prompts.watched,
             prompts.preserve,
             mining_config.neighbor_region,
+            worst_neighbor(shared, config, mining_config),
             dataclasses.replace(config, check_seeds=starts),
             seed,
             execution.main_progress,
         )
 
-    check = check_of(config.check_seeds)
+    check, counts_worst = check_of(config.check_seeds), config.adversary == "worst"
     before = after = None
     with _prepared(unet, config), shared.installed():
         saved = execution.checkpoint.load_together(checkpoint.ALIGNMENT, processes, shared.device)
         if config.check_seeds:
             # Most closed forms leave nothing; where it is plain, one start of each prompt shows it.
-            before = check_of(1).score("edited") if config.check_seeds > 1 else None
-            if before is None or not before.left <= GONE / 2:
+            # An adversary brings something back from each.
+            brief = config.check_seeds > 1 and not counts_worst
+            before = check_of(1).score("edited") if brief else None
+            if before is None or not before.left(worst=counts_worst) <= GONE / 2:
                 before = check.score("edited")
         # Nothing can be better than nothing: what is left decides for all processes alike.
-        if before is not None and processes.agreed(before.left <= GONE, shared.device):
+        if before is not None and processes.agreed(
+            before.left(worst=counts_worst) <= GONE, shared.device
+        ):
             stopped, kept = "the closed form left nothing to remove", False
         else:
             stopped = _train(trainer, filler, execution, saved)
@@ -168,7 +173,7 @@ def align_noise(
             kept = not config.evaluation_steps or trainer.best_look > 0
             if before is not None and kept:
                 after = check.score("aligned")
-                kept = is_better(before, after)
+                kept = is_better(before, after, worst=counts_worst)
             if not kept:
                 logger.info("alignment did not improve held-back prompts: closed form alone")
         factors = shared.lora.factors()
@@ -234,12 +239,6 @@ def _sampler(
     )
 
 
-def _neighbor_region(config: mining.MiningConfig) -> mining.Region | None:
-    """Where training moves targets to within their neighborhood; None where it leaves them."""
-    moves = config.mode in ("gaussian", "offset") and config.neighbor_scale > 0
-    return config.neighbor_region if moves else None
-
-
 @contextlib.contextmanager
 def _prepared(unet: Any, config: AlignmentConfig) -> Iterator[None]:
     """Evaluation mode, frozen weights and checkpointing as asked for; all as before afterwards."""
@@ -281,7 +280,9 @@ def _train(
 
     def fill(number: int, variant: Variant, *, held_back: bool = False) -> Window:
         what = "held-back trajectories" if held_back else "trajectories"
-        with progress_bar(total=filler.passes, desc=what, progress=progress) as bar:
+        with progress_bar(
+            total=filler.passes(held_back=held_back), desc=what, progress=progress
+        ) as bar:
             return filler.fill(number, variant, bar, held_back=held_back)
 
     held_back = fill(0, "edited", held_back=True) if looks else None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast import mining
+from realera_fast.alignment.adversary import Adversary
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.windows import Window
 from realera_fast.ops import philox
@@ -83,18 +83,18 @@ class Trainer:
         self,
         shared: SharedUNet,
         config: AlignmentConfig,
-        region: mining.Region | None,
+        adversary: Adversary | None,
         *,
         seed: int,
         processes: Processes,
     ) -> None:
         """
         Args:
-            region: where targets are moved to within their neighborhood; None leaves them.
+            adversary: moves targets within their neighborhood; None leaves them.
         """
         self.shared, self.config, self.processes = shared, config, processes
         self.lora: LoraParameters = shared.lora
-        self.region, self.seed = region, seed
+        self.adversary, self.seed = adversary, seed
         self.parameters = self.lora.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0
@@ -140,14 +140,10 @@ class Trainer:
             start, stop = count * part // parts, count * (part + 1) // parts
             rows = points.take(index[start:stop])
             states = rows.states
-            if number == 0 and self.region is not None and stop > start:
-                states = mining.sample(
-                    states,
-                    self.region,
-                    samples=1,
-                    seed=seed,
-                    concept_offset=start,
-                ).rows()[:, 0]
+            if number == 0 and self.adversary is not None and stop > start:
+                states = self.adversary.moved(
+                    rows.latents, rows.timesteps, states, rows.shown, seed=seed, offset=start
+                )
             chosen.append((rows, states))
             weights.append(
                 torch.full((stop - start,), scale / count, dtype=torch.float32, device="cpu")

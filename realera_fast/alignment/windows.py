@@ -31,6 +31,8 @@ _PROMPTS = 8
 """Prompts of a word that the points of one trajectory are shown with, at most."""
 _HELD_BACK = 4
 """Every fourth prompt of a word is never trained on."""
+_LOOKED_AT = 16
+"""Trajectories of each kind that the held-back loss is of, at most (count; ours)."""
 BEYOND_STREAM, PROMPT_STREAM, PRESERVE_STREAM = 1, 2, 3
 _TARGET_PROMPTS, _TARGET_STARTS, _PRESERVE_STARTS = 1 << 20, 2 << 20, 3 << 20
 """Numbers of the random streams of a window; the last ones are of a first trajectory each."""
@@ -50,6 +52,9 @@ class Points:
     """`[e]` number of each point's prompt."""
     teacher: Tensor
     """`[e, c, h, w]` float32 the prediction to agree with."""
+    shown: Tensor | None = None
+    """`[e, c, h, w]` float32 what the original predicts for the prompt, of targets; None where
+    nobody asks."""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -64,11 +69,13 @@ class Points:
             self.states[chosen],
             torch.arange(len(index), device=index.device),
             self.teacher[index],
+            None if self.shown is None else self.shown[index],
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """By field name, for a checkpoint."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ class Window:
         """The inverse of `tensors`."""
 
         def points(group: str) -> Points:
-            return Points(**{f.name: found[f"{group}.{f.name}"] for f in fields(Points)})
+            names = (f.name for f in fields(Points) if f"{group}.{f.name}" in found)
+            return Points(**{name: found[f"{group}.{name}"] for name in names})
 
         found = {name: tensor.to(device) for name, tensor in tensors.items()}
         if not any(name.startswith("beyond.") for name in found):
@@ -155,13 +163,16 @@ class WindowFiller:
         Args:
             prompts: `AlignedPrompts` of all words, the first `prompts.named` are named ones.
             preserve: `[p, t, d]` prompts that keep their prediction.
-            config: its `trajectories` are rounded up to a multiple of the processes.
+            config: its numbers of trajectories are rounded up to multiples of the processes.
             latents: `[n, c, h, w]` encoded images of words, noised in place of trajectories.
         """
         self.sampler, self.prompts, self.named = sampler, prompts, prompts.named
         self.preserve, self.latents = preserve, latents
-        self.trajectories = -(-config.trajectories // processes.count) * processes.count
+        self.trajectories = _divisible(config.trajectories, processes.count)
+        self.preserve_trajectories = _divisible(config.preserve_trajectories, processes.count)
         self.negative_guidance = config.negative_guidance
+        self.needs_shown = config.negative_guidance > 0 or config.adversary == "worst"
+        self.by_turns = config.original_trajectories
         self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
         last = sampler.scheduler.config.num_train_timesteps * config.min_timestep
         self.used = sampler.scheduler.timesteps >= last
@@ -173,11 +184,24 @@ class WindowFiller:
                 "lower it or raise sampling_steps"
             )
 
-    @property
-    def passes(self) -> int:
+    def _counts(self, held_back: bool) -> tuple[int, int]:
+        """Trajectories of targets and of preserve prompts; of a look they need to be few."""
+        own = (self.trajectories, self.preserve_trajectories)
+        few = _divisible(_LOOKED_AT, self.processes.count)
+        return (min(own[0], few), min(own[1], few)) if held_back else own
+
+    def passes(self, *, held_back: bool) -> int:
         """Passes through the U-Net that a window's trajectories take in this process."""
-        share = self.processes.share(self.trajectories)
-        return 2 * self.sampler.passes * self.sampler.batches(share.stop - share.start)
+        targets, kept = (
+            range(count)[self.processes.share(count)] for count in self._counts(held_back)
+        )
+        by_original = sum(map(self._by_original, targets))
+        parts = (len(targets) - by_original, by_original, len(kept))
+        return self.sampler.passes * sum(map(self.sampler.batches, parts))
+
+    def _by_original(self, place: int) -> bool:
+        """Whether the original model denoises the trajectory of that place."""
+        return self.by_turns and place % 3 > 0
 
     def windows(self, steps: int, refresh_steps: int) -> int:
         """Number of windows for so many steps: enough for every named word to be denoised."""
@@ -203,12 +227,13 @@ class WindowFiller:
             held_back: prompts that training never sees.
         """
         seed = philox.fold_seed(self.seed, 2 * window + int(held_back))
-        numbers = word_numbers(window, self.trajectories, self.named, len(self.prompts))
-        share = range(self.trajectories)[self.processes.share(self.trajectories)]
+        targets, kept = self._counts(held_back)
+        numbers = word_numbers(window, targets, self.named, len(self.prompts))
+        share = range(targets)[self.processes.share(targets)]
         target, beyond = self._targets(
             [numbers[i] for i in share], share, seed, variant, bar, held_back
         )
-        preserve = self._preserved(share, seed, bar)
+        preserve = self._preserved(range(kept)[self.processes.share(kept)], seed, bar)
         target = self._gathered(target)
         if beyond is not None:
             # Not gathered apart from the target's: they are one tensor.
@@ -234,35 +259,32 @@ class WindowFiller:
             usable = torch.tensor(_prompts_of(word, held_back), device="cpu")
             chosen = usable[torch.randperm(len(usable), device="cpu", generator=generator)]
             chosen = chosen.repeat(-(-_PROMPTS // len(chosen)))[:_PROMPTS].to(word.source.device)
-            plain.append(word.source[word.plain])
+            follows = word.anchor if self.by_turns and place % 3 == 2 else word.source
+            plain.append(follows[word.plain])
             sources.append(word.source[chosen])
             anchors.append(word.anchor[chosen])
             words.append(word.word)
         device = self.sampler.shared.device
         source, anchor = (torch.stack(x).to(device) for x in (sources, anchors))
         starts = [philox.fold_seed(seed, _TARGET_STARTS + place) for place in places]
-        way = self.sampler.run(torch.stack(plain), starts, variant, bar)
-        # Point by point along one trajectory, then the next: a share is a consecutive part.
-        latents = way.latents[:-1][self.used].transpose(0, 1).contiguous()
-        timesteps = way.timesteps[self.used].repeat(len(numbers), 1)
+        by_original = [self._by_original(place) for place in places]
+        latents = self._followed(torch.stack(plain), starts, by_original, variant, bar)
+        timesteps = self.sampler.scheduler.timesteps[self.used].repeat(len(numbers), 1)
         for i, (word_name, start) in enumerate(zip(words, starts, strict=True)):
             if word_name in self.latents:
                 latents[i] = self._noised(self.latents[word_name], timesteps[i], start)
         points = timesteps.shape[1]
         generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PROMPT_STREAM))
-        within = torch.randint(
-            _PROMPTS, (self.trajectories, points), device="cpu", generator=generator
-        )
+        within = torch.randint(_PROMPTS, (places.stop, points), device="cpu", generator=generator)
         mine = within[places.start : places.stop].to(device)
         prompt = (torch.arange(len(numbers), device=device)[:, None] * _PROMPTS + mine).flatten()
         z, t = latents.flatten(0, 1), timesteps.flatten()
         states, goal_states = source.flatten(0, 1), anchor.flatten(0, 1)
         goal = self.sampler.teacher(z, t, goal_states[prompt])
-        if self.negative_guidance:
-            goal = goal - self.negative_guidance * (
-                self.sampler.teacher(z, t, states[prompt]) - goal
-            )
-        target = Points(z, t, states, prompt, goal)
+        shown = self.sampler.teacher(z, t, states[prompt]) if self.needs_shown else None
+        if shown is not None:
+            goal = goal - self.negative_guidance * (shown - goal)
+        target = Points(z, t, states, prompt, goal, shown)
         if self.beyond_region is None:
             return target, None
         away = mining.sample(
@@ -277,12 +299,36 @@ class WindowFiller:
         )
         return target, beyond
 
+    def _followed(
+        self,
+        states: Tensor,
+        starts: Sequence[int],
+        by_original: Sequence[bool],
+        variant: Variant,
+        bar: Any,
+    ) -> Tensor:
+        """`[e, s, c, h, w]` the trajectories of some prompts, one after the other, each point by
+        point: a share is a consecutive part.
+
+        Args:
+            by_original: which of them the original model denoises.
+        """
+        found: dict[int, Tensor] = {}
+        models: tuple[tuple[Variant, bool], ...] = ((variant, False), ("original", True))
+        for model, original in models:
+            own = [i for i, of_it in enumerate(by_original) if of_it is original]
+            if own:
+                way = self.sampler.run(states[own], [starts[i] for i in own], model, bar)
+                ways = way.latents[:-1][self.used].transpose(0, 1)
+                found |= dict(zip(own, ways, strict=True))
+        return torch.stack([found[i] for i in range(len(starts))])
+
     def _preserved(self, places: range, seed: int, bar: Any) -> Points:
         device = self.sampler.shared.device
         generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
         count = len(self.preserve)
         order = torch.randperm(count, device="cpu", generator=generator)
-        order = order.repeat(-(-self.trajectories // count))
+        order = order.repeat(-(-(places.stop) // count))
         states = self.preserve[order[places.start : places.stop]].to(device)
         starts = [philox.fold_seed(seed, _PRESERVE_STARTS + place) for place in places]
         way = self.sampler.run(states, starts, "original", bar)
@@ -313,4 +359,10 @@ class WindowFiller:
             gather(points.states),
             gather(moved),
             gather(points.teacher),
+            None if points.shown is None else gather(points.shown),
         )
+
+
+def _divisible(count: int, by: int) -> int:
+    """The least multiple that is not less."""
+    return -(-count // by) * by

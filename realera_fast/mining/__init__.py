@@ -6,7 +6,7 @@ from realera_fast.mining.config import NOISE, MiningConfig
 from realera_fast.mining.known_words import KnownWords, read_known_words
 from realera_fast.mining.line import Line
 from realera_fast.mining.neighbors import Neighborhood, find_neighbors
-from realera_fast.mining.region import Moments, Region, Samples, moments, sample
+from realera_fast.mining.region import Moments, Region, Samples, moments, retract, sample
 from realera_fast.mining.rows import add_neighbors
 from realera_fast.mining.word_space import WordSpace
 
@@ -30,5 +30,6 @@ __all__ = [
     "guidance_cosine",
     "moments",
     "read_known_words",
+    "retract",
     "sample",
 ]

@@ -230,6 +230,31 @@ def sample(
     return Samples(embeddings, alpha, beta, scale, seed, offset, concept_offset)
 
 
+def retract(points: Tensor, embeddings: Tensor, region: Region) -> Tensor:
+    """Moves points back along the line to their embedding until they are in the region.
+
+    Args:
+        points: `[c, t, d]`; row 0 is that of the embedding.
+        embeddings: `[c, t, d]` what each lies around.
+        region: its greatest cosine does not bind: a point that is too near stays where it is.
+
+    Returns:
+        `[c, t, d]` of the points' type; points of the region are returned as they are.
+    """
+    center = embeddings.double()
+    moved = points.double()
+    e, x = center[:, 1:].flatten(1), moved[:, 1:].flatten(1)
+    square = (e * e).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    parallel = (e * x).sum(1) / square
+    across = x - parallel[:, None] * e
+    perpendicular = across.square().sum(1).div(square).sqrt()
+    _, high = perturb_reference.interval(
+        parallel, perpendicular, region.min_cosine, 1.0, region.max_distance
+    )
+    step = high.clamp_max(1.0)[:, None, None]
+    return torch.where(step < 1.0, center + step * (moved - center), moved).to(points.dtype)
+
+
 @lru_cache(maxsize=256)
 def moments(elements: int, region: Region) -> Moments:
     """The limit of infinitely many samples, by quadrature over the noise.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -129,6 +129,10 @@ def ddim_of(scheduler: Any, steps: int) -> Any:
     return own
 
 
+Moved: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Prompts `[b, t, d]` of latents `[b, c, h, w]`, time steps `[b]` and prompts."""
+
+
 class SamplingOptions(Protocol):
     """Settings of sampling, which mining and alignment share."""
 
@@ -184,7 +188,14 @@ class DDIMSampler:
         return -(-starts // max(1, self.batch_size // 2))
 
     @torch.no_grad()
-    def run(self, states: Tensor, seeds: Sequence[int], variant: Variant, bar: Any) -> Trajectories:
+    def run(
+        self,
+        states: Tensor,
+        seeds: Sequence[int],
+        variant: Variant,
+        bar: Any,
+        moved: Moved | None = None,
+    ) -> Trajectories:
         """Denoises one start for each prompt.
 
         Every start has its own generator, so an image does not depend on its neighbors in a batch.
@@ -192,10 +203,11 @@ class DDIMSampler:
         Args:
             states: `[b, t, d]`.
             seeds: of the b starts.
+            moved: what becomes of the prompts at each time step; None leaves them.
         """
         size = max(1, self.batch_size // 2)
         parts = [
-            self._batch(states[i : i + size], seeds[i : i + size], variant, bar)
+            self._batch(states[i : i + size], seeds[i : i + size], variant, bar, moved)
             for i in range(0, len(states), size)
         ]
         return Trajectories(
@@ -205,7 +217,12 @@ class DDIMSampler:
         )
 
     def _batch(
-        self, states: Tensor, seeds: Sequence[int], variant: Variant, bar: Any
+        self,
+        states: Tensor,
+        seeds: Sequence[int],
+        variant: Variant,
+        bar: Any,
+        moved: Moved | None,
     ) -> tuple[Tensor, Tensor]:
         latents = self.noise(seeds)
         states = states.to(latents.device)
@@ -213,6 +230,9 @@ class DDIMSampler:
         both = self.shared.condition(torch.cat([empty, states]), variant)
         way, predictions = [latents], []
         for timestep in self.scheduler.timesteps:
+            if moved is not None:
+                own = moved(latents, timestep.expand(len(latents)), states)
+                both = self.shared.condition(torch.cat([empty, own.to(states)]), variant)
             free, guided = self.shared.predict(
                 torch.cat([latents, latents]), timestep.expand(2 * len(latents)), both
             ).chunk(2)

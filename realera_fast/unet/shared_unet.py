@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -196,6 +196,64 @@ class SharedUNet:
                 added_cond_kwargs=self._added(latents, prompts),
             ).sample
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
+
+    def error_gradient(
+        self, latents: Tensor, timesteps: Tensor, states: Tensor, goal: Tensor, variant: Variant
+    ) -> tuple[Tensor, Tensor]:
+        """How far predictions are from a goal, and which way prompts would have to go.
+
+        The gradient is taken at keys and values and comes back through one product with all
+        weights, as the prompts went in.
+
+        Args:
+            states: `[b, t, d]` prompts.
+            goal: `[b, c, h, w]`.
+            variant: "edited" or "aligned".
+
+        Returns:
+            `[b]` mean squared errors, and `[b, t, d]` float32 the gradient of each with respect to
+            its prompt.
+        """
+        with torch.no_grad():
+            prompts = self.condition(states, variant)
+        pooled = [] if prompts.pooled is None else [prompts.pooled]
+        leaves = [x.detach().requires_grad_() for x in (*prompts.projected.values(), *pooled)]
+        prompts = replace(
+            prompts,
+            projected=dict(zip(prompts.projected, leaves, strict=False)),
+            pooled=leaves[-1] if pooled else None,
+        )
+        with torch.enable_grad():
+            noise = self.predict(latents, timesteps, prompts)
+            errors = (noise - goal.to(noise)).square().flatten(1).mean(dim=1)
+            # What a model does not look at has no part in it.
+            found = torch.autograd.grad(errors.sum(), leaves, allow_unused=True)
+        gradients = [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(leaves, found, strict=True)
+        ]
+        of_pooled = gradients.pop() if pooled else None
+        back = self._pulled_back(gradients, variant)
+        if of_pooled is not None:
+            assert self._pooled_map is not None
+            transposed = ConceptMap(self._pooled_map.right.mT, self._pooled_map.left.mT)
+            of_pooled = transposed(of_pooled)
+            rest = back.shape[-1] - of_pooled.shape[-1]
+            row = nn.functional.pad(of_pooled.to(back), (0, rest))
+            back = torch.cat([back, row[:, None]], dim=1)
+        return errors.detach(), back
+
+    @torch.no_grad()
+    def _pulled_back(self, gradients: Sequence[Tensor], variant: Variant) -> Tensor:
+        """`[b, t, d]` float32 gradient at the prompts of those `[b, t, o]` at all projections."""
+        parts = dict(zip(self._names, gradients, strict=True))
+        whole = torch.cat(list(gradients), dim=-1)
+        back = (whole @ self._edited.to(whole)).float()
+        if variant == "aligned" and self.lora.names:
+            ups = self.lora.up.detach().split(self.lora.heights)
+            for name, down, up in zip(self.lora.names, self.lora.down.detach(), ups, strict=True):
+                back += self.lora.scaling * (parts[name].float() @ up.float()) @ down.float()
+        return back
 
     def _added(self, latents: Tensor, prompts: Conditioning) -> dict[str, Tensor] | None:
         """What SDXL takes beside the tokens: the pooled vector, and an image that is not cut."""

@@ -101,7 +101,7 @@ def test_queries_and_outputs_can_have_factors(parts):
         (AlignmentScore(0.2, 0.5, 0.1), True),
         (AlignmentScore(0.5, 0.2, 0.1), True),
         (AlignmentScore(0.7, 0.5, 0.1), False),
-        (AlignmentScore(0.2, 0.2, 0.3), False),
+        (AlignmentScore(0.2, 0.2, 0.36), False),
         # Hardly any less is none.
         (AlignmentScore(0.46, 0.46, 0.1), False),
     ],
@@ -116,8 +116,13 @@ def test_adapters_stay_only_where_held_back_pictures_improve(parts, monkeypatch,
 
 def test_a_little_drift_of_the_rest_is_no_harm():
     before = AlignmentScore(0.5, 0.5, 0.0)
-    assert check.is_better(before, AlignmentScore(0.1, 0.1, 0.1))
-    assert not check.is_better(before, AlignmentScore(0.1, 0.1, 0.11))
+    assert check.is_better(before, AlignmentScore(0.1, 0.1, 0.15))
+    assert not check.is_better(before, AlignmentScore(0.1, 0.1, 0.16))
+
+
+def test_what_an_adversary_brings_back_counts_where_it_is_asked():
+    before, after = AlignmentScore(0.0, 0.1, 0.2, 0.9), AlignmentScore(0.0, 0.1, 0.2, 0.1)
+    assert check.is_better(before, after, worst=True) and not check.is_better(before, after)
 
 
 def test_scores_of_a_model_that_is_as_it_was():
@@ -141,7 +146,7 @@ def test_scores_of_a_model_that_is_as_it_was():
     assert result.closed_form.target == pytest.approx(1.0)
     assert result.closed_form.neighbor == pytest.approx(1.0)
     assert result.closed_form.preserve == 0.0
-    assert result.aligned.left == pytest.approx(1.0, abs=1e-2) and not result.kept
+    assert result.aligned.left(worst=False) == pytest.approx(1.0, abs=1e-2) and not result.kept
 
 
 def test_scores_of_a_model_that_draws_the_anchor():
@@ -313,6 +318,7 @@ KILLED = """
         config = AlignmentConfig(
             steps=9, refresh_steps=4, batch_size=4, trajectories=4, sampling_steps=4,
             check_seeds=0, evaluation_steps=2, learning_rate=2e-2, patience=9,
+            adversary="worst",
         )
         result = run(
             (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",

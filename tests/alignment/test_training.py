@@ -14,8 +14,9 @@ from tolerance import check
 from torch import Tensor
 
 from realera_fast.alignment import AlignmentConfig, DivergedError, Points, Trainer, Window, loss_of
+from realera_fast.alignment.adversary import adversary_of
 from realera_fast.alignment.trainer import Batch
-from realera_fast.mining import Region
+from realera_fast.mining import MiningConfig
 from realera_fast.models import projections, queries_and_outputs
 from realera_fast.runtime import Processes
 from realera_fast.solver import ConceptMap
@@ -214,15 +215,17 @@ def window() -> Window:
         states = torch.randn(3, 7, WIDTH, generator=generator)
         timesteps = torch.randint(0, 1000, (count,), generator=generator)
         prompt = torch.randint(0, 3, (count,), generator=generator)
-        return Points(latents, timesteps, states, prompt, teacher)
+        shown = torch.randn(latents.shape, generator=generator)
+        return Points(latents, timesteps, states, prompt, teacher, shown)
 
     return Window(points(9), points(9), points(7))
 
 
-def trainer(region=None, processes=None, **config) -> Trainer:
+def trainer(processes=None, **config) -> Trainer:
     config = AlignmentConfig(**{"steps": 20, "batch_size": 4, "learning_rate": 1e-2} | config)
     shared = shared_unet(tiny_unet(WIDTH))
-    return Trainer(shared, config, region, seed=3, processes=processes or Processes())
+    adversary = adversary_of(shared, config, MiningConfig())
+    return Trainer(shared, config, adversary, seed=3, processes=processes or Processes())
 
 
 def steps(it: Trainer, count: int, start: int = 0) -> None:
@@ -232,8 +235,9 @@ def steps(it: Trainer, count: int, start: int = 0) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 3, 5])
-def test_shares_and_parts_make_up_the_batch(parts):
-    it = trainer(Region(0.5, 0.9, 1.6), batch_size=6)
+@pytest.mark.parametrize("adversary", ["none", "random"])
+def test_shares_and_parts_make_up_the_batch(parts, adversary):
+    it = trainer(batch_size=6, adversary=adversary)
     whole = it.batch(window(), 11, 0, 1)
     split = [it.batch(window(), 11, part, parts) for part in range(parts)]
     for name in ("latents", "timesteps", "states", "teacher", "weight"):
@@ -255,14 +259,15 @@ def test_accumulation_changes_rounding_alone():
     assert whole.losses == pytest.approx(parts.losses)
 
 
-def test_a_restored_trainer_takes_the_same_steps():
-    first = trainer()
+@pytest.mark.parametrize("adversary", ["none", "worst"])
+def test_a_restored_trainer_takes_the_same_steps(adversary):
+    first = trainer(adversary=adversary)
     steps(first, 2)
     first.keep()
     saved = {name: tensor.detach().clone() for name, tensor in first.tensors().items()}
     state = {key: list(value) for key, value in first.state().items()}
     steps(first, 3, start=2)
-    second = trainer()
+    second = trainer(adversary=adversary)
     second.restore(saved, state)
     steps(second, 3, start=2)
     assert first.losses == second.losses
@@ -277,8 +282,9 @@ def test_the_step_size_falls_to_zero():
     assert it.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 4)
 
 
-def test_numbers_out_of_range_leave_the_factors_alone():
-    it = trainer()
+@pytest.mark.parametrize("adversary", ["none", "worst"])
+def test_numbers_out_of_range_leave_the_factors_alone(adversary):
+    it = trainer(adversary=adversary)
     with torch.no_grad():
         it.lora.up[0, 0] = float("inf")
     before = it.lora.down.detach().clone()
@@ -322,6 +328,10 @@ def test_a_held_back_loss_that_explodes_is_divergence():
         ("target_modules", ("to_x",)),
         ("target_modules", ()),
         ("mixed_precision", "fp8"),
+        ("adversary", "best"),
+        *((f, 0) for f in ("adversary_steps", "adversary_distance", "preserve_trajectories")),
+        ("preserve_batch_size", 0),
+        ("adversary_distance", float("inf")),
     ],
 )
 def test_config_names_the_bad_field(field, value):

@@ -53,6 +53,8 @@ def made(parts, processes=None, **options):
     )
     config = AlignmentConfig(
         trajectories=4,
+        preserve_trajectories=options.pop("preserve_trajectories", 4),
+        original_trajectories=options.pop("original_trajectories", False),
         min_timestep=options.pop("min_timestep", 0.0),
         negative_guidance=options.pop("negative_guidance", 0.0),
     )
@@ -118,6 +120,25 @@ def test_targets_follow_the_anchor_and_flee_the_concept(parts):
             encoder_hidden_states=words[0].anchor[shown[0]][None],
         ).sample
     torch.testing.assert_close(taken.teacher[first : first + 1], goal, rtol=1e-3, atol=1e-4)
+
+
+def test_trajectories_may_follow_word_and_anchor_with_the_original_by_turns(parts):
+    pipe, _, _ = parts
+    plain, turns = filled(parts), filled(parts, original_trajectories=True)
+    ways = [w.target.latents.unflatten(0, (4, 4)) for w in (plain, turns)]
+    same = [torch.equal(a, b) for a, b in zip(*ways, strict=True)]
+    assert same == [True, False, False, True]
+    original = filled(parts, model="original").target.latents.unflatten(0, (4, 4))
+    torch.testing.assert_close(ways[1][1], original[1])
+    taken = turns.target.take(torch.arange(len(turns.target)))
+    with torch.no_grad():
+        shown = pipe.unet(taken.latents, taken.timesteps, encoder_hidden_states=taken.states).sample
+    torch.testing.assert_close(taken.shown, shown, rtol=1e-4, atol=1e-5)
+
+
+def test_more_words_may_be_preserved_than_followed(parts):
+    window = filled(parts, preserve_trajectories=6)
+    assert len(window.target) == 16 and len(window.preserve) == 24
 
 
 def test_held_back_prompts_are_never_trained_on(parts):
