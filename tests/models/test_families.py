@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -460,10 +462,12 @@ TRAINED = AlignmentConfig(
 )
 
 
-def test_alignment_runs_on_two_text_encoders():
+@pytest.mark.parametrize("adversary", ["none", "worst"])
+def test_alignment_runs_on_two_text_encoders(adversary):
     pipe, other = sdxl(), sdxl()
     before = weights(pipe.unet)
-    config = EraseConfig(alignment=TRAINED, vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs)
+    trained = replace(TRAINED, adversary=adversary)
+    config = EraseConfig(alignment=trained, vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs)
     erasure = edited(pipe, config=config)
     assert erasure.report["alignment"]["steps"] == 3 and len(erasure.lora) == 16
     assert not any("alignment" in text for text in erasure.report["warnings"])
