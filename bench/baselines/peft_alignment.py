@@ -112,6 +112,26 @@ class PlainLoop:
             total = total + scale * functional.mse_loss(predicted, wanted)
         return total
 
+    def gradient(self, latents: Tensor, timesteps: Tensor, states: Tensor, shown: Tensor) -> Tensor:
+        """`[b, t, d]` gradient of the student's squared error against `shown` at its prompts."""
+        dtype = next(self._teacher.parameters()).dtype
+        leaf = states.detach().clone().requires_grad_()
+        with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
+            student = self._run_student(
+                latents.to(dtype), timesteps, encoder_hidden_states=leaf.to(dtype)
+            ).sample
+        error = (student.to(shown) - shown).square().flatten(1).mean(1).sum()
+        return torch.autograd.grad(error, leaf)[0]
+
+    def worst(
+        self, latents: Tensor, timesteps: Tensor, states: Tensor, shown: Tensor, distance: float
+    ) -> Tensor:
+        """Prompts one signed gradient step from where they are (RACE, arXiv 2405.16341)."""
+        size = states.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
+        start = states + distance / 2 * size * torch.randn_like(states)
+        gradient = self.gradient(latents, timesteps, start, shown)
+        return start - distance * size * gradient.sign()
+
     @torch.no_grad()
     def trajectory(
         self, scheduler: Any, noise: Tensor, states: Tensor, empty: Tensor, guidance_scale: float

@@ -134,7 +134,12 @@ ALIGNMENT_MARKS = {
     "library compiled": ("realera_fast, torch.compile", "#56B4E9", "v"),
     "plain, new z_t": ("plain loop, z_t anew each step", "#CC79A7", "D"),
 }
-ALIGNMENT_NAMES = {"step": "step", "train": "step, all of training", "image": "picture, fuse"}
+ALIGNMENT_NAMES = {
+    "step": "step",
+    "worst step": "step on the worst neighbors",
+    "train": "step, all of training",
+    "image": "picture, fuse",
+}
 
 
 def alignment(rows: Path = ALIGNMENT_ROWS, picture: Path = ALIGNMENT_PICTURE) -> None:

@@ -150,6 +150,7 @@ def perturb_lines() -> list[str]:
 
 ALIGNMENT = {
     "step": "optimizer step",
+    "worst step": "the same on the worst neighbors",
     "train": "the same, all of training in it",
     "image": "picture, fused",
 }

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from realera_fast import embedded, fuse, unfuse
 from realera_fast.alignment import AlignmentConfig, Points, Trainer, Window, WindowFiller, loss_of
-from realera_fast.mining import Region
+from realera_fast.alignment.adversary import adversary_of
+from realera_fast.mining import MiningConfig, Region
 from realera_fast.models import projections
 from realera_fast.runtime import Processes, progress_bar
 from realera_fast.solver import ConceptMap
@@ -69,7 +70,10 @@ class Problem:
             return torch.randn(sizes, generator=generator).to(device)
 
         self.config = AlignmentConfig(
-            batch_size=point.batch_size, steps=STEPS, trajectories=TRAJECTORIES
+            batch_size=point.batch_size,
+            steps=STEPS,
+            trajectories=TRAJECTORIES,
+            adversary="worst" if point.operation == "worst step" else "none",
         )
         config = self.config
         self.sizes = (config.batch_size, config.beyond_size, config.preserve_size)
@@ -107,7 +111,8 @@ class Problem:
             device=self.device,
         )
         shared = SharedUNet(unet, self.map, lora, compiled=compiled)
-        return Trainer(shared, self.config, None, seed=0, processes=Processes())
+        adversary = adversary_of(shared, self.config, MiningConfig())
+        return Trainer(shared, self.config, adversary, seed=0, processes=Processes())
 
     def loop(self, compiled: bool = False) -> PlainLoop:
         return PlainLoop(
@@ -131,6 +136,7 @@ class Problem:
                     self.student[part].float(),
                     torch.arange(size, device=self.device),
                     0.1 * self.latents[part],
+                    0.2 * self.latents[part],
                 )
             )
             start += size
@@ -150,7 +156,19 @@ class Problem:
     def plain_step(self, compiled: bool = False) -> Callable[[], Any]:
         loop = self.loop(compiled)
         rows = (self.latents, self.timesteps, self.student, self.teacher)
-        return lambda: loop.step(*rows, sizes=self.sizes, scales=self.scales)
+        if self.config.adversary == "none":
+            return lambda: loop.step(*rows, sizes=self.sizes, scales=self.scales)
+        targets = slice(self.sizes[0])
+        shown, distance = 0.2 * self.latents[targets], self.config.adversary_distance
+
+        def run() -> None:
+            latents, timesteps, student, teacher = rows
+            given = (latents[targets], timesteps[targets], student[targets])
+            moved = loop.worst(*given, shown, distance)
+            student = torch.cat([moved.to(student), student[targets.stop :]])
+            loop.step(latents, timesteps, student, teacher, sizes=self.sizes, scales=self.scales)
+
+        return run
 
     def library_train(self) -> Callable[[], Any]:
         trainer, config = self.trainer(), self.config
@@ -266,8 +284,16 @@ class Problem:
         if self.point.operation == "train":
             return None
         trainer, loop = self.trainer(), self.loop()
+        if self.point.operation == "worst step":
+            targets = slice(self.sizes[0])
+            given = (self.latents[targets], self.timesteps[targets], self.student[targets])
+            shown = 0.2 * self.latents[targets]
+            plain = loop.gradient(*given, shown).float()
+            with trainer.shared.installed():
+                own = trainer.shared.error_gradient(*given, shown, "aligned")[1]
+            return float((own - plain).norm() / plain.norm())
         rows = (self.latents, self.timesteps, self.student, self.teacher)
-        plain = loop.loss(*rows, sizes=self.sizes, scales=self.scales).item()
+        loss_of_plain = loop.loss(*rows, sizes=self.sizes, scales=self.scales).item()
         with trainer.shared.installed(), torch.no_grad():
             teacher = trainer.shared.predict(
                 self.latents, self.timesteps, trainer.shared.condition(self.teacher, "original")
@@ -296,7 +322,7 @@ class Problem:
                     torch.zeros(3, count, device=self.device),
                 )
                 loss += float(loss_of(trainer.shared, batch)[0])
-        return abs(loss - plain) / abs(plain)
+        return abs(loss - loss_of_plain) / abs(loss_of_plain)
 
     def flops(self) -> int | None:
         """Of the library's step: products, convolutions, attention."""

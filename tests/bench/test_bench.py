@@ -421,7 +421,7 @@ def test_targets_of_alignment(own, plain, missed, monkeypatch):
     assert all(part in text for text, part in zip(found, missed, strict=True))
 
 
-@pytest.mark.parametrize("operation", ["step", "train", "image"])
+@pytest.mark.parametrize("operation", ["step", "worst step", "train", "image"])
 def test_candidates_of_alignment_solve_the_same_problem(operation, monkeypatch):
     from tiny_models import tiny_unet
 
