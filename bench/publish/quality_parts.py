@@ -114,6 +114,17 @@ def costs_lines() -> list[str]:
     ]
 
 
+ATTACKS = {
+    "prompt search": "Prompt search (after Ring-A-Bell) never asks the model and may not use the "
+    "erased name.",
+    "prompt search, no synonym": "A second search may not use its synonyms either.",
+    "prompt optimization": "Prompt optimization has all gradients of the edited model and free "
+    "token vectors in place of the name (three vectors, 120 steps of four noised pictures).",
+    "image to image": "Image to image starts from a picture of the thing, at three strengths.",
+}
+"""What is said of attacks, by how their names begin."""
+
+
 def attacks_lines() -> list[str]:
     found = committed("attacks.jsonl")
     if not found:
@@ -128,19 +139,16 @@ def attacks_lines() -> list[str]:
         means = [statistics.mean(r["success"] for r in part if r["seed"] == s) for s in seeds]
         return percent(means) if means else "–"
 
-    strict = "prompt search, no synonym" in attacks
-    second = ", so a second search may not use these either" if strict else ""
     first = found[0]
     things = ", ".join(dict.fromkeys(row["thing"] for row in found))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
+    told = [
+        text for start, text in ATTACKS.items() if any(name.startswith(start) for name in attacks)
+    ]
     return [
         f"Pictures that show the erased thing again ({things}, erased by name), percent, mean ± "
         f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
-        f"pictures each; lower is better; commit {commits}. Prompt search (after "
-        "Ring-A-Bell) never asks the model; prompt optimization has all of its gradients and free "
-        "token vectors; image to image starts from a picture of the thing, at three strengths. "
-        "Prompt search may not use the erased name; every prompt that it found holds a synonym, "
-        f"which the default erases as a neighbor{second}.",
+        f"pictures each; lower is better; commit {commits}. {' '.join(told)}",
         "",
         *table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]),
         "",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness.rows import committed
-from harness.tables import DEFAULT, FAST, UNERASED
+from harness.tables import DEFAULT, FAST, STRICT, UNERASED
 
 Row = Mapping[str, Any]
 
@@ -96,7 +96,7 @@ def own_method(found: Found) -> str:
 
 
 def bold(name: str) -> str:
-    return f"**{name}**" if name in (DEFAULT, FAST) else name
+    return f"**{name}**" if name in (DEFAULT, STRICT, FAST) else name
 
 
 def median_seconds(found: Found, method: str) -> str:
