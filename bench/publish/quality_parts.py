@@ -131,7 +131,7 @@ def attacks_lines() -> list[str]:
         return []
     attacks = {row["attack"] for row in found}
     methods = list(dict.fromkeys(row["method"] for row in found))
-    order = ["no attack", *sorted(attacks - {"no attack"})]
+    order = sorted(attacks, key=lambda name: (name != "no attack", name))
 
     def cell(method: str, attack: str) -> str:
         part = [r for r in found if r["method"] == method and r["attack"] == attack]

@@ -130,6 +130,8 @@ def test_trajectories_may_follow_word_and_anchor_with_the_original_by_turns(part
     assert same == [True, False, False, True]
     original = filled(parts, model="original").target.latents.unflatten(0, (4, 4))
     torch.testing.assert_close(ways[1][1], original[1])
+    assert turns.target.shown is None
+    turns = filled(parts, original_trajectories=True, negative_guidance=0.5)
     taken = turns.target.take(torch.arange(len(turns.target)))
     with torch.no_grad():
         shown = pipe.unet(taken.latents, taken.timesteps, encoder_hidden_states=taken.states).sample
