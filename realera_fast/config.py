@@ -64,7 +64,8 @@ class EraseConfig:
     @classmethod
     def strict(cls) -> EraseConfig:
         """Against prompts that were found by attacking the erased model: LoRA factors are trained
-        on the worst neighbors, beside many words that stay. Minutes on a GPU."""
+        on the worst neighbors, beside many words that stay. What that reaches, and what it costs:
+        docs/alignment.md."""
         return cls(
             alignment=AlignmentConfig(
                 adversary="worst",

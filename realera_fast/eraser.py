@@ -311,8 +311,8 @@ def _aligned(
     with clock.stage("alignment"):
         staying = [fill(_PROMPT, word) for word in selection.watched]
         # An adversary finds what is near a name itself.
-        of_words = config.alignment.adversary == "worst"
-        prompts = selection.named_prompts if of_words else selection.prompts
+        attacked = config.alignment.adversary == "worst"
+        prompts = selection.named_prompts if attacked else selection.prompts
         return align_noise(
             job.model,
             job.denoising.scheduler,

@@ -88,6 +88,8 @@ class HeldOutCheck:
         progress: bool | None,
     ) -> None:
         self._sampler, self._progress, self._adversary = sampler, progress, adversary
+        # Gradients take the memory of a part of a training step, and no more.
+        self._rows = max(1, config.batch_size // config.gradient_accumulation_steps)
         if not config.check_seeds:
             return
 
@@ -139,9 +141,21 @@ class HeldOutCheck:
 
     def _moved(self, variant: Variant, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         shown = self._sampler.teacher(latents, times, states)
-        return self._adversary.moved(
-            latents, times, states, shown, seed=self._first + int(times[0]), variant=variant
-        )
+        rows = torch.arange(len(latents), device=latents.device).split(self._rows)
+        seed = self._first + int(times[0])
+        parts = [
+            self._adversary.moved(
+                latents[part],
+                times[part],
+                states[part],
+                shown[part],
+                seed=seed,
+                offset=number * self._rows,
+                variant=variant,
+            )
+            for number, part in enumerate(rows)
+        ]
+        return torch.cat(parts)
 
     def _draw(
         self, groups: Sequence[Tensor], variant: Variant, moved: Moved | None = None

@@ -328,7 +328,7 @@ class WindowFiller:
         generator = torch.Generator("cpu").manual_seed(philox.fold_seed(seed, PRESERVE_STREAM))
         count = len(self.preserve)
         order = torch.randperm(count, device="cpu", generator=generator)
-        order = order.repeat(-(-(places.stop) // count))
+        order = order.repeat(-(-places.stop // count))
         states = self.preserve[order[places.start : places.stop]].to(device)
         starts = [philox.fold_seed(seed, _PRESERVE_STARTS + place) for place in places]
         way = self.sampler.run(states, starts, "original", bar)

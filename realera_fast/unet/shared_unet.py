@@ -226,12 +226,7 @@ class SharedUNet:
         with torch.enable_grad():
             noise = self.predict(latents, timesteps, prompts)
             errors = (noise - goal.to(noise)).square().flatten(1).mean(dim=1)
-            # What a model does not look at has no part in it.
-            found = torch.autograd.grad(errors.sum(), leaves, allow_unused=True)
-        gradients = [
-            torch.zeros_like(leaf) if gradient is None else gradient
-            for leaf, gradient in zip(leaves, found, strict=True)
-        ]
+            gradients = list(torch.autograd.grad(errors.sum(), leaves))
         of_pooled = gradients.pop() if pooled else None
         back = self._pulled_back(gradients, variant)
         if of_pooled is not None:
