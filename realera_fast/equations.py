@@ -74,6 +74,10 @@ class Equations:
         """Rows of all named words."""
         return sum_of([leaving.named for leaving in self.leaving.values()])
 
+    def of(self, target: str) -> Leaving:
+        """Rows of a concept, or of all where they are summed together."""
+        return self.leaving.get(target) or self.leaving[_EVERY]
+
     def ridge(self, options: ClosedFormConfig, preserve_scale: float) -> float:
         """Relative to the mean diagonal of the preserve prior, or of all rows where it is none."""
         scale = float(self.prior.diagonal().mean())

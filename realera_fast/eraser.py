@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from realera_fast.erasure import Erasure, report
 from realera_fast.inputs import Arguments, Job, checked, takes_members
 from realera_fast.mining import NOISE, Anchor, Line
 from realera_fast.models import Family, Stream, streams, transaction, weights_hash
+from realera_fast.robustness import Hardened, hardened
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
 from realera_fast.scales import Scales, scales_of
 from realera_fast.selection import (
@@ -35,7 +36,9 @@ from realera_fast.selection import (
 )
 from realera_fast.solver import ConceptMap
 from realera_fast.text import (
+    AlignedPrompts,
     Concept,
+    WithFound,
     encode_vocabulary,
     fill,
     preserved_words,
@@ -148,15 +151,17 @@ def erase(
         solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
     layers = job.trained_layers
     with transaction(job.model, layers):
-        aligned = _aligned(job, selection, solved, run, clock)
+        with clock.stage("attacks"):
+            hard = hardened(job, selection, equations, scales, solved, run)
+        aligned = _aligned(job, selection, hard, run, clock)
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
-        erasure = _erasure(job, solved, aligned)
+        erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
-            measured = _report(job, selection, scales, solved, aligned, erasure, before, slow)
+            measured = _report(job, selection, scales, hard, aligned, erasure, before, slow)
         measured = replace(measured, seconds=clock.seconds)
         erasure = replace(erasure, report=measured.to_dict())
         erasure.apply_(job.model)
-    for stage in (*job.texts, checkpoint.MEMBERS):
+    for stage in (*job.texts, checkpoint.MEMBERS, checkpoint.ATTACK):
         job.checkpoint(run).remove(stage)
     return erasure
 
@@ -245,7 +250,7 @@ def _without_denoiser(config: EraseConfig | None) -> EraseConfig:
         return config  # refused where `erase` refuses it
     return replace(
         config,
-        mining=replace(config.mining, borderline=0),
+        mining=replace(config.mining, borderline=0, attack_rounds=0),
         closed_form=replace(config.closed_form, enabled=True),
         alignment=AlignmentConfig(enabled=False),
     )
@@ -266,6 +271,7 @@ def _nothing_erased(job: Job) -> Erasure:
         scales={},
         solve={},
         layers=moved,
+        attacks={},
         alignment={},
         seconds={},
         warnings=(),
@@ -300,28 +306,30 @@ def _run_of(job: Job, selection: Selection) -> str:
     )
 
 
-def _aligned(
-    job: Job, selection: Selection, solved: Mapping[Stream, Solved], run: str, clock: Clock
-) -> Alignment:
-    config = job.config
+def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Clock) -> Alignment:
+    config, solved = job.config, hard.solved
     moves = solved["sequence"].solution.map.rank or not config.closed_form.enabled
     if not (job.denoising.alignable and moves):
         return NOT_ALIGNED
     shown = job.denoiser_text()
     with clock.stage("alignment"):
         staying = [fill(_PROMPT, word) for word in selection.watched]
-        # An adversary finds what is near a name itself.
-        attacked = config.alignment.adversary == "worst"
-        prompts = selection.named_prompts if attacked else selection.prompts
+        prompts: Sequence[AlignedPrompts]
+        if config.alignment.adversary == "worst":
+            # An adversary finds what is near a name itself.
+            prompts = WithFound(selection.named_prompts(shown.text), hard.found)
+        else:
+            prompts = selection.prompts(shown.text)
         return align_noise(
             job.model,
             job.denoising.scheduler,
             {stream: each.solution.map for stream, each in solved.items()},
             AlignmentPrompts(
-                trained=prompts(shown.text),
+                trained=prompts,
                 watched=selection.watched_prompts(shown.text),
                 preserve=shown.text.encode(staying or [""]),
                 empty=shown.empty,
+                attacked=None if hard.attacker is None else hard.attacker.probe,
                 latents=job.latents,
             ),
             config.alignment,
@@ -356,7 +364,7 @@ def _report(
     job: Job,
     selection: Selection,
     scales: Scales,
-    solved: Mapping[Stream, Solved],
+    hard: Hardened,
     aligned: Alignment,
     erasure: Erasure,
     before: Mapping[str, Tensor],
@@ -370,7 +378,7 @@ def _report(
     """
     edited = erasure.edited_weights(before)
     words = _measured_words(job, selection, before, edited)
-    outcome = aligned.to_dict()
+    outcome, solved = aligned.to_dict(), hard.solved
     info = asdict(solved["sequence"].solution.info)
     if "pooled" in solved:
         info["pooled"] = asdict(solved["pooled"].solution.info)
@@ -389,6 +397,7 @@ def _report(
             name: float((edited[name].float() - weight.float()).norm() / weight.float().norm())
             for name, weight in before.items()
         },
+        attacks=hard.attacks,
         alignment=outcome,
         seconds={},
         warnings=(

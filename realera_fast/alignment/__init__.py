@@ -1,8 +1,9 @@
 """The second stage: LoRA factors trained on predicted noise, and the check whether they stay."""
 
 from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.alignment.scheduler import ASSUMED, assumed_scheduler, distilled, find_scheduler
-from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, AlignmentPrompts, align_noise
+from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, align_noise
 from realera_fast.alignment.trainer import DivergedError, Trainer, loss_of
 from realera_fast.alignment.windows import Points, Window, WindowFiller
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,19 +12,9 @@ from torch import Tensor
 from realera_fast import mining
 from realera_fast.alignment.adversary import Adversary
 from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.runtime import progress_bar
-from realera_fast.text import AlignedPrompts
 from realera_fast.unet import DDIMSampler, Moved, Variant
-
-
-class Prompts(Protocol):
-    """Prompts of all words, encoded when asked for; the named words come first."""
-
-    named: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> AlignedPrompts: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,8 @@ class AlignmentScore:
     preserve: float
     """|x'(P) - x(P)|^2 over the spread of the original's images."""
     worst: float = 0.0
-    """The same as `target` where an adversary moves the prompt at every time step."""
+    """The same as `target` of prompts that an attack on the model found, or where there is none to
+    ask, where an adversary moves the prompt at every time step."""
 
     def left(self, *, worst: bool) -> float:
         """What is left of the concept, named or not.
@@ -79,8 +69,7 @@ class HeldOutCheck:
     def __init__(
         self,
         sampler: DDIMSampler,
-        watched: Prompts,
-        preserve: Tensor,
+        prompts: AlignmentPrompts,
         region: mining.Region,
         adversary: Adversary,
         config: AlignmentConfig,
@@ -88,6 +77,7 @@ class HeldOutCheck:
         progress: bool | None,
     ) -> None:
         self._sampler, self._progress, self._adversary = sampler, progress, adversary
+        self._attacked, watched, preserve = prompts.attacked, prompts.watched, prompts.preserve
         # Gradients take the memory of a part of a training step, and no more.
         self._rows = max(1, config.batch_size // config.gradient_accumulation_steps)
         if not config.check_seeds:
@@ -96,8 +86,8 @@ class HeldOutCheck:
         def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             """`[w, t, d]` prompts of some words and of their anchors."""
             words = [watched[number] for number in numbers]
-            prompts = torch.stack([word.source[word.plain] for word in words])
-            return prompts, torch.stack([word.anchor[word.plain] for word in words])
+            states = torch.stack([word.source[word.plain] for word in words])
+            return states, torch.stack([word.anchor[word.plain] for word in words])
 
         def repeat(states: Tensor) -> Tensor:
             return states.repeat_interleave(config.check_seeds, dim=0)
@@ -114,6 +104,7 @@ class HeldOutCheck:
         self._prompts = [repeat(states) for states in (source, near, kept)]
         self._anchors = [repeat(states) for states in (anchor, near_anchor)]
         self._first = seed + _CHECK_STARTS
+        self._plain = plain
 
     @functools.cached_property
     def _original(self) -> Sequence[Tensor]:
@@ -133,11 +124,25 @@ class HeldOutCheck:
             _place(seen, *ends)
             for seen, ends in zip(self._margins(images), self._ends, strict=True)
         ]
-        attacked = self._draw(self._prompts[:1], variant, functools.partial(self._moved, variant))
-        worst = _place(self._margins(attacked)[0], *self._ends[0])
         drift = float((images[2] - original[2]).square().mean())
         spread = float((original[2] - original[2].mean(dim=0)).square().mean())
-        return AlignmentScore(left[0], left[1], drift / max(spread, 1e-12), worst)
+        return AlignmentScore(left[0], left[1], drift / max(spread, 1e-12), self._worst(variant))
+
+    def _worst(self, variant: Variant) -> float:
+        if self._attacked is None:
+            moved = functools.partial(self._moved, variant)
+            attacked = self._draw(self._prompts[:1], variant, moved)
+            return _place(self._margins(attacked)[0], *self._ends[0])
+        places = []
+        for number, found in self._attacked(self._sampler.shared, variant).items():
+            # One start each, of the model as it is, and of the original for word and anchor.
+            word, anchor = (x.to(found).expand_as(found) for x in self._plain([number]))
+            images = (
+                self._draw([found], variant)[0],
+                *self._draw([word, anchor], "original"),
+            )
+            places.append(_place(*(self._sampler.margin(x, word, anchor) for x in images)))
+        return max(places, default=0.0)
 
     def _moved(self, variant: Variant, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         shown = self._sampler.teacher(latents, times, states)

@@ -15,15 +15,16 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from realera_fast import mining
 from realera_fast.alignment.adversary import adversary_of, worst_neighbor
-from realera_fast.alignment.check import GONE, AlignmentScore, HeldOutCheck, Prompts, is_better
+from realera_fast.alignment.check import GONE, AlignmentScore, HeldOutCheck, is_better
 from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.alignment.trainer import DivergedError, Terms, Trainer
 from realera_fast.alignment.windows import Window, WindowFiller
 from realera_fast.models import (
@@ -76,23 +77,6 @@ NOT_ALIGNED = Alignment({}, False, None, None, (), (), "not run", 0.0)
 """The outcome where the stage is off."""
 
 
-@dataclass(frozen=True)
-class AlignmentPrompts:
-    """What the stage trains on, checks and preserves."""
-
-    trained: Prompts
-    """Of the words that the user named, then of mined neighbors."""
-    watched: Prompts
-    """Of the words that the check looks at: named ones, then words near them, mined or not."""
-    preserve: Tensor
-    """`[p, t, d]` prompts that keep their prediction."""
-    empty: Tensor
-    """`[1, t, d]` embedding of the empty prompt, for guidance."""
-    latents: Mapping[str, Tensor] = field(default_factory=dict)
-    """`[n, c, h, w]` encoded images by word (VAE latents times its scaling factor); z_t of these
-    words is noised from them in place of a trajectory."""
-
-
 def align_noise(
     unet: Any,
     scheduler: Any,
@@ -142,8 +126,7 @@ def align_noise(
     def check_of(starts: int) -> HeldOutCheck:
         return HeldOutCheck(
             sampler(config.check_sampling_steps),
-            prompts.watched,
-            prompts.preserve,
+            prompts,
             mining_config.neighbor_region,
             worst_neighbor(shared, config, mining_config),
             dataclasses.replace(config, check_seeds=starts),

@@ -136,12 +136,27 @@ def word_numbers(window: int, count: int, named: int, words: int) -> list[int]:
     ]
 
 
-def _prompts_of(word: AlignedPrompts, held_back: bool) -> list[int]:
-    """Numbers of a word's prompts for training, or of those that training never sees."""
-    numbers = range(len(word.prompts))
-    if len(word.prompts) < _HELD_BACK:
+def _prompts_of(numbers: range, held_back: bool) -> list[int]:
+    """Those of a word's prompts for training, or those that training never sees."""
+    if len(numbers) < _HELD_BACK:
         return list(numbers)
-    return [i for i in numbers if (i % _HELD_BACK == _HELD_BACK - 1) == held_back]
+    return [n for i, n in enumerate(numbers) if (i % _HELD_BACK == _HELD_BACK - 1) == held_back]
+
+
+def _chosen(word: AlignedPrompts, held_back: bool, generator: torch.Generator) -> Tensor:
+    """`[8]` numbers of the prompts that a trajectory's points are shown with.
+
+    Half of them are prompts that an attack found, where there are some.
+    """
+    known = len(word.prompts) - word.found
+    groups = [range(known), range(known, len(word.prompts))] if word.found else [range(known)]
+    count = _PROMPTS // len(groups)
+    found = []
+    for group in groups:
+        usable = torch.tensor(_prompts_of(group, held_back), device="cpu")
+        chosen = usable[torch.randperm(len(usable), device="cpu", generator=generator)]
+        found.append(chosen.repeat(-(-count // len(chosen)))[:count])
+    return torch.cat(found)
 
 
 class WindowFiller:
@@ -250,22 +265,23 @@ class WindowFiller:
         bar: Any,
         held_back: bool,
     ) -> tuple[Points, Points | None]:
-        plain, sources, anchors, words = [], [], [], []
+        plain, sources, anchors, meant, words = [], [], [], [], []
         for number, place in zip(numbers, places, strict=True):
             word = self.prompts[number]
             generator = torch.Generator("cpu").manual_seed(
                 philox.fold_seed(seed, _TARGET_PROMPTS + place)
             )
-            usable = torch.tensor(_prompts_of(word, held_back), device="cpu")
-            chosen = usable[torch.randperm(len(usable), device="cpu", generator=generator)]
-            chosen = chosen.repeat(-(-_PROMPTS // len(chosen)))[:_PROMPTS].to(word.source.device)
+            chosen = _chosen(word, held_back, generator).to(word.source.device)
             follows = word.anchor if self.by_turns and place % 3 == 2 else word.source
             plain.append(follows[word.plain])
             sources.append(word.source[chosen])
             anchors.append(word.anchor[chosen])
+            # The original draws of a prompt that an attack found anything.
+            known = len(word.prompts) - word.found
+            meant.append(word.source[torch.where(chosen < known, chosen, word.plain)])
             words.append(word.word)
         device = self.sampler.shared.device
-        source, anchor = (torch.stack(x).to(device) for x in (sources, anchors))
+        source, anchor, said = (torch.stack(x).to(device) for x in (sources, anchors, meant))
         starts = [philox.fold_seed(seed, _TARGET_STARTS + place) for place in places]
         by_original = [self._by_original(place) for place in places]
         latents = self._followed(torch.stack(plain), starts, by_original, variant, bar)
@@ -279,9 +295,10 @@ class WindowFiller:
         mine = within[places.start : places.stop].to(device)
         prompt = (torch.arange(len(numbers), device=device)[:, None] * _PROMPTS + mine).flatten()
         z, t = latents.flatten(0, 1), timesteps.flatten()
-        states, goal_states = source.flatten(0, 1), anchor.flatten(0, 1)
-        goal = self.sampler.teacher(z, t, goal_states[prompt])
-        shown = self.sampler.teacher(z, t, states[prompt]) if self.needs_shown else None
+        states = source.flatten(0, 1)
+        goal = self.sampler.teacher(z, t, anchor.flatten(0, 1)[prompt])
+        own = said.flatten(0, 1)[prompt] if self.needs_shown else None
+        shown = None if own is None else self.sampler.teacher(z, t, own)
         if shown is not None:
             goal = goal - self.negative_guidance * (shown - goal)
         target = Points(z, t, states, prompt, goal, shown)

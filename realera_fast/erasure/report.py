@@ -75,6 +75,9 @@ class Report:
     """Method, condition estimate, residual ratio, rank, dropped mass, rows."""
     layers: Mapping[str, float]
     """|W' - W| / |W| of every projection, Frobenius."""
+    attacks: Mapping[str, Sequence[Mapping[str, float]]]
+    """Of each round of attacks (`MiningConfig.attack_rounds`) by target: mean squared error between
+    what the found prompts brought back and the concept, at their "first" steps and "last" ones."""
     alignment: Mapping[str, Any]
     seconds: Mapping[str, float]
     """Wall-clock seconds by stage."""

@@ -94,6 +94,17 @@ class MiningConfig:
     the relatives'. Default (ours): none, so that what goes depends on no scheduler and no
     device."""
 
+    attack_rounds: int = 0
+    """Rounds in which prompts are looked for that bring a concept back (`attack`), a count; those
+    that are found go to its anchor, and the noise alignment trains on them with the adversary
+    "worst". On models that the noise alignment runs on. Default (ours): none, for what they
+    cost."""
+    attack_prompts: int = 4
+    """Prompts that are looked for in each round for each concept, a count. Default (ours)."""
+    attack_steps: int = 60
+    """Optimizer steps of each, a count; every step takes 2 passes of the U-Net and back for each
+    prompt. Default (ours)."""
+
     def __post_init__(self) -> None:
         check_types(self)
         object.__setattr__(self, "spare", clean_names(self.spare, "MiningConfig.spare"))
@@ -107,10 +118,14 @@ class MiningConfig:
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
-        for name in ("max_words", "relative_words", "candidates", "member_words", "borderline"):
+        counts = ("max_words", "relative_words", "candidates", "member_words", "borderline")
+        for name in (*counts, "attack_rounds"):
             count = getattr(self, name)
             if count < 0:
                 raise ValueError(f"MiningConfig.{name} must not be negative, got {count}")
+        for name in ("attack_prompts", "attack_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MiningConfig.{name} must be >= 1, got {getattr(self, name)}")
         for name in ("word_cosine", "member_cosine"):
             value = getattr(self, name)
             if value is not None and not -1.0 <= value <= 1.0:

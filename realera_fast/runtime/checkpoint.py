@@ -20,8 +20,8 @@ from torch import Tensor
 from realera_fast.runtime.files import write_atomically
 from realera_fast.runtime.processes import Processes
 
-ALIGNMENT, MEMBERS = "alignment", "members"
-"""Names of the checkpoints of training and of the search for members."""
+ALIGNMENT, ATTACK, MEMBERS = "alignment", "attack", "members"
+"""Names of the checkpoints of training, of attacks and of the search for members."""
 
 SECONDS = 30.0
 """Least time between two files of a stage that grows: a kill loses no more than that and a step."""

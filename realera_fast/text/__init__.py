@@ -8,10 +8,11 @@ from realera_fast.text.concepts import KINDS, Concept, check_names, parse_concep
 
 if TYPE_CHECKING:
     from realera_fast.text.encoders import Output, Text, TextModel
+    from realera_fast.text.free_prompts import FreePrompts
     from realera_fast.text.joined import JoinedText, TextWithPooled
     from realera_fast.text.lexicon import Lexicon, run_together
     from realera_fast.text.padding import read_text_rows
-    from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, align
+    from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, WithFound, align
     from realera_fast.text.templates import PairsConfig, fill
     from realera_fast.text.token_words import TokenWords, read_token_words
     from realera_fast.text.vocabulary import (
@@ -28,10 +29,11 @@ else:
         __name__,
         {
             "encoders": ("Output", "Text", "TextModel"),
+            "free_prompts": ("FreePrompts",),
             "lexicon": ("Lexicon", "run_together"),
             "joined": ("JoinedText", "TextWithPooled"),
             "padding": ("read_text_rows",),
-            "prompts": ("AlignedPrompts", "ConceptPrompts", "align"),
+            "prompts": ("AlignedPrompts", "ConceptPrompts", "WithFound", "align"),
             "templates": ("PairsConfig", "fill"),
             "token_words": ("TokenWords", "read_token_words"),
             "vocabulary": (
@@ -51,6 +53,7 @@ __all__ = [
     "Concept",
     "ConceptFileError",
     "ConceptPrompts",
+    "FreePrompts",
     "JoinedText",
     "KINDS",
     "Lexicon",
@@ -62,6 +65,7 @@ __all__ = [
     "TokenWords",
     "Vocabulary",
     "VocabularyConfig",
+    "WithFound",
     "align",
     "check_names",
     "encode_vocabulary",

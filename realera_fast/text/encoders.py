@@ -12,12 +12,15 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from realera_fast.runtime import locked, progress_bar, refuse_offloading, uncompiled, unwrapped
+
+if TYPE_CHECKING:
+    from realera_fast.text.free_prompts import FreePrompts
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +132,11 @@ class Text(Protocol):
         """The encoder whose tokenizer says what words there are."""
         ...
 
+    @property
+    def models(self) -> tuple[TextModel, ...]:
+        """All encoders; one that is read in two ways is there twice."""
+        ...
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
         ...
@@ -155,6 +163,11 @@ class Text(Protocol):
 
     def encode_visible(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t, d]` float32: the rows of `encode` that the denoiser sees, and any others."""
+        ...
+
+    def encode_free(self, prompts: FreePrompts) -> Tensor:
+        """`[j, t, d]` float32 embeddings, with gradients of their vectors where these ask for
+        them."""
         ...
 
     reads_unpadded: bool
@@ -312,6 +325,11 @@ class TextModel:
         return self
 
     @property
+    def models(self) -> tuple[TextModel, ...]:
+        """The encoder itself."""
+        return (self,)
+
+    @property
     def is_causal(self) -> bool:
         """Whether a row depends on what stands before it alone, and there is one a token."""
         return self._causal and self.output != "pooled"
@@ -386,10 +404,14 @@ class TextModel:
         """Rows of a word that follows the text `before` in a prompt."""
         if self.output == "pooled":
             return Span(0, 1)
+        place = self.token_span(before, word)
+        return Span(place.start - self._cut, place.stop - self._cut)
+
+    def token_span(self, before: str, word: str) -> Span:
+        """Tokens of a word that follows the text `before` in a prompt, as `tokenize` has them."""
         start = self._tokens_before(before.rstrip())
         stop = self._count(before + word) if word else start
-        shift = self._lead - self._cut
-        return Span(start + shift, stop + shift)
+        return Span(start + self._lead, stop + self._lead)
 
     def ends(self, prompts: Sequence[str]) -> list[int]:
         """Row of the last token of each prompt: end-of-text where the tokenizer has one."""
@@ -474,6 +496,25 @@ class TextModel:
                 hidden.append(nn.functional.pad(states, (0, 0, 0, rest)) if rest else states)
                 bar.update(len(ids))
         return self._finite(torch.cat(hidden))
+
+    def encode_free(self, prompts: FreePrompts) -> Tensor:
+        """`[j, t, d]` float32 embeddings, with gradients of their vectors where these ask for
+        them."""
+        vectors = prompts.vectors[self.encoder]
+        place = self.token_span(prompts.before, prompts.word)
+
+        def replaced(module: nn.Module, arguments: Any, rows: Tensor) -> Tensor:
+            parts = (rows[:, : place.start], vectors.to(rows), rows[:, place.stop :])
+            return torch.cat(parts, dim=1)
+
+        one = self.tokenize([prompts.prompt])
+        ids, mask = (x.to(self.device).expand(len(vectors), -1) for x in one)
+        with self._reading():
+            hook = self._plain.get_input_embeddings().register_forward_hook(replaced)
+            try:
+                return self._states(ids, mask).to(self.device)
+            finally:
+                hook.remove()
 
     @torch.no_grad()
     def first_rows(self, prompts: Sequence[str], counts: Sequence[int]) -> Tensor:

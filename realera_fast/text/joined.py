@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast.text.encoders import Span, Text, TextModel
+from realera_fast.text.free_prompts import FreePrompts
 
 
 class JoinedText:
@@ -41,6 +42,11 @@ class JoinedText:
         """The encoder whose tokenizer says what words there are."""
         return self.parts[0]
 
+    @property
+    def models(self) -> tuple[TextModel, ...]:
+        """All encoders."""
+        return self.parts
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
         return self.parts[0].token_ids(text)
@@ -69,6 +75,12 @@ class JoinedText:
     def encode_visible(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t, d]` float32: the rows of `encode` that the denoiser sees, and any others."""
         found = [part.encode_visible(prompts).to(self.device) for part in self.parts]
+        return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
+
+    def encode_free(self, prompts: FreePrompts) -> Tensor:
+        """`[j, t, d]` float32 embeddings, with gradients of their vectors where these ask for
+        them."""
+        found = [part.encode_free(prompts).to(self.device) for part in self.parts]
         return nn.functional.pad(torch.cat(found, dim=-1), (0, self.width - self._own))
 
     @property
@@ -127,6 +139,11 @@ class TextWithPooled:
         """The encoder whose tokenizer says what words there are."""
         return self.sequence.first
 
+    @property
+    def models(self) -> tuple[TextModel, ...]:
+        """All encoders; the one that gives the pooled vector, too, is there twice."""
+        return (*self.sequence.models, *self.pooled.models)
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text alone, without special ones, never cut."""
         return self.sequence.token_ids(text)
@@ -156,6 +173,13 @@ class TextWithPooled:
     def encode_visible(self, prompts: Sequence[str]) -> Tensor:
         """`[p, t + 1, d]` float32 embeddings: all of them, as it is drawn from."""
         return self.encode(prompts)
+
+    def encode_free(self, prompts: FreePrompts) -> Tensor:
+        """`[j, t + 1, d]` float32 embeddings, with gradients of their vectors where these ask for
+        them."""
+        row = self.pooled.encode_free(prompts).to(self.device)
+        row = nn.functional.pad(row, (0, self.width - self.pooled.width))
+        return torch.cat((self.sequence.encode_free(prompts), row), dim=1)
 
     @property
     def is_causal(self) -> bool:

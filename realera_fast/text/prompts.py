@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -25,13 +25,14 @@ from torch import Tensor
 from realera_fast.runtime import folded
 from realera_fast.text.concepts import Concept
 from realera_fast.text.encoders import Span, Text
+from realera_fast.text.free_prompts import FreePrompts
 from realera_fast.text.padding import (
     first_row_weights,
     read_rows,
     row_weights,
     shared_paddings,
 )
-from realera_fast.text.templates import PairsConfig, fill, prompts_of
+from realera_fast.text.templates import PairsConfig, before_word, fill, prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,27 @@ class AlignedPrompts:
     is read, and else over many words on average."""
     plain: int
     """Number of the prompt that says the word most plainly: the longest without a context word."""
+    found: int = 0
+    """How many of the prompts, the last ones, were found by attacking the edited model (count).
+    What they bring back is what the original model draws for the plain prompt."""
+
+    def with_found(self, other: AlignedPrompts) -> AlignedPrompts:
+        """The same word in prompts that were found as well."""
+
+        def both(name: str) -> Tensor:
+            return torch.cat([getattr(self, name), getattr(other, name)])
+
+        return AlignedPrompts(
+            self.word,
+            self.prompts + other.prompts,
+            self.anchor_prompts + other.anchor_prompts,
+            both("source"),
+            both("destination"),
+            both("anchor"),
+            both("weight"),
+            self.plain,
+            self.found + len(other.prompts),
+        )
 
 
 def _rows(source: Span, source_end: int, anchor: Span, anchor_end: int, tokens: int) -> list[int]:
@@ -146,15 +168,9 @@ def _anchors(
         part = prompts[number * len(words) : (number + 1) * len(words)]
         label = part[0] if len(words) == 1 else fill(template, "<mean word>", extra)
         hidden = torch.stack([rows[prompt] for prompt in part]).mean(dim=0)
-        span = text.span(_before(template, extra), words[0])
+        span = text.span(before_word(template, extra), words[0])
         found.append(_Anchor(label, hidden, span, ends[part[0]]))
     return found
-
-
-def _before(template: str, context: str) -> str:
-    """What stands in front of the word in a filled template."""
-    text = template.split("{}")[0].replace("{word}", context)
-    return " ".join(text.split()) + (" " if text.endswith(" ") else "")
 
 
 def align(
@@ -261,7 +277,7 @@ def _aligned(
     index = []
     ends = text.ends(plan.prompts)
     for (template, extra), end, found in zip(filled, ends, anchors, strict=True):
-        span = text.span(_before(template, extra), plan.word)
+        span = text.span(before_word(template, extra), plan.word)
         index.append(_rows(span, end, found.span, found.end, text.max_tokens))
     hidden = torch.stack([found.hidden for found in anchors])
     place = torch.tensor(index, device=hidden.device)
@@ -297,6 +313,8 @@ _MINED_TEMPLATES = 3
 and those of one word in many templates tell little more."""
 _KEPT_BYTES = 1 << 28
 """Prompts of so many bytes are kept, so that the report need not encode them again."""
+_FREE_TOKENS = 3
+"""Vectors that an attack has at least (count; ours)."""
 _TOGETHER = 1 << 23
 """Numbers of embeddings of mined words that are read together: short prompts are slow alone."""
 
@@ -371,14 +389,11 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
 
     def _read_from(self, number: int) -> dict[int, AlignedPrompts]:
         """A word's prompts and, of mined ones, those of the next few of the same concept."""
-        text, concept = self._text, self.concept(number)
+        text, concept, aim = self._text, self.concept(number), self._aim(number)
         named = number < self.named
         templates = self._config.of(concept.kind)
         # A mined word stands for itself, and there are many: no context is put beside it.
         plain = tuple(t for t in templates if "{word}" not in t) or templates
-        chosen = self._anchors.get(concept.target, ())
-        only = chosen[0] if len(chosen) == 1 else None
-        aim = _Aim(only if chosen else concept.destination, tuple(chosen) or self._neutral)
         few = max(1, _TOGETHER // (len(plain) * text.max_tokens * text.width))
         # Whoever draws asks for words in any order.
         last = number if named or self._whole else number + few - 1
@@ -405,6 +420,37 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
             for n, plan, source in zip(numbers, plans, rows, strict=True)
         }
 
+    def _aim(self, number: int) -> _Aim:
+        concept = self.concept(number)
+        chosen = self._anchors.get(concept.target, ())
+        only = chosen[0] if len(chosen) == 1 else None
+        return _Aim(only if chosen else concept.destination, tuple(chosen) or self._neutral)
+
+    def free(self, number: int, count: int) -> FreePrompts:
+        """So many prompts that say a word most plainly, for an attack to begin with.
+
+        Of a short name an attack has more vectors than it has tokens: it stands there repeatedly.
+        """
+        text, longest = self._text, self._aim(number).longest
+        word = self._words[number][1]
+        times = -(-_FREE_TOKENS // max(1, len(text.token_ids(word))))
+        templates = self._config.of(self.concept(number).kind)
+        plain = [t for t in templates if "{word}" not in t] or ["{}"]
+        for name in (" ".join([word] * times), word):
+            fits = [t for t in plain if not any(text.overflow(fill(t, x)) for x in (name, longest))]
+            if fits:
+                break
+        return FreePrompts.of(text, max(fits or plain, key=len), name, count)
+
+    @torch.no_grad()
+    def found(self, number: int, prompts: FreePrompts) -> AlignedPrompts:
+        """Free prompts beside the anchor of the word they bring back; each weighs 1."""
+        text, count = self._text, len(prompts)
+        filled = ((prompts.template, ""),) * count
+        plan = _Plan(prompts.word, (prompts.prompt,) * count, filled, None)
+        rows = _aligned(text, plan, self._aim(number), text.encode_free(prompts), {})
+        return replace(rows, weight=count * rows.weight, found=count)
+
     def _in_turns(self, templates: tuple[str, ...], number: int, aim: _Aim) -> tuple[str, ...]:
         """Some of the templates that a mined word and its aim fit into."""
         words = (self._words[number][1], aim.longest)
@@ -422,6 +468,27 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
     def numbers(self, concept: int) -> list[int]:
         """Items of the concept of that place, named words first; they share an anchor."""
         return self._numbers[concept]
+
+
+class WithFound(Sequence[AlignedPrompts]):
+    """Prompts of words, and beside them those that were found for some of the words."""
+
+    def __init__(self, prompts: ConceptPrompts, found: Mapping[int, AlignedPrompts]) -> None:
+        """
+        Args:
+            found: by number of the word.
+        """
+        self._prompts, self._found = prompts, found
+        self.named = prompts.named
+        """How many of the words were named."""
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, number: Any) -> Any:
+        number = range(len(self))[number]
+        word = self._prompts[number]
+        return word.with_found(self._found[number]) if number in self._found else word
 
 
 def _spread(words: Sequence[str], count: int) -> tuple[str, ...]:

@@ -105,6 +105,12 @@ def fill(template: str, word: str, context: str = "") -> str:
     return " ".join(template.replace("{word}", context).replace("{}", word).split())
 
 
+def before_word(template: str, context: str = "") -> str:
+    """What stands in front of the word in a filled template."""
+    text = template.split("{}")[0].replace("{word}", context)
+    return " ".join(text.split()) + (" " if text.endswith(" ") else "")
+
+
 def prompts_of(
     word: str, templates: Sequence[str], context: Sequence[str] = ()
 ) -> tuple[tuple[str, str, str], ...]:

@@ -20,6 +20,12 @@ CONFIG = EraseConfig(
 )
 CLOSED = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, enabled=False))
 
+ATTACKED = dataclasses.replace(
+    CONFIG,
+    mining=dataclasses.replace(CONFIG.mining, attack_rounds=2, attack_prompts=3, attack_steps=4),
+    alignment=dataclasses.replace(FAST, adversary="worst", sampling_batch_size=4),
+)
+
 
 def run(pipe, concepts, config=CLOSED, **options):
     return realera_fast.erase(
