@@ -91,9 +91,9 @@ class Lexicon:
     the plural. Unknown words have no relations. Lists of words are without the word itself, as
     WordNet writes them, the most frequent or nearest first.
 
-    `kind` is a concept's kind: "object" means things that can be seen, or all nouns where there is
-    none; "person" and "style" people, and "style" all nouns where there is none; "explicit" nouns
-    and adjectives. The most frequent meaning counts, and others tagged a quarter as often; where
+    `kind` is a concept's kind: "object" means things that can be seen and beings, those of tales
+    too, or all nouns where there is none; "person" and "style" people, and "style" all nouns where
+    there is none; "explicit" nouns and adjectives. The most frequent meaning counts, and others tagged a quarter as often; where
     none is, two, of "object" things before people.
     """
 
@@ -284,7 +284,7 @@ class Lexicon:
             return self._frequent(word, nouns) + self._frequent(word, beside)
         for some in (self._senses(word, NOUN, as_written=True), nouns):
             if kind == "object":
-                meant = [s for s in some if self._is_physical(s)]
+                meant = [s for s in some if self._is_physical(s) or self._files[s] == _PERSON]
                 if meant and not self._tags_of(word, meant[0]):
                     meant.sort(key=lambda synset: self._files[synset] == _PERSON)
             else:

@@ -152,6 +152,9 @@ def test_rare_meanings_are_not_meant(lexicon: Lexicon) -> None:
     assert "rake" not in lexicon.synonyms("blood", "explicit")
     assert {"motorcycle", "bicycle"} <= set(lexicon.synonyms("bike"))
     assert "frankfurter" in lexicon.synonyms("hot dog")
+    # What is drawn though nobody met it.
+    assert "pixie" in lexicon.hyponyms("fairy") and "fag" not in lexicon.synonyms("fairy")
+    assert "ogress" in lexicon.hyponyms("ogre")
 
 
 def test_a_kind_chooses_the_meaning(lexicon: Lexicon) -> None:
