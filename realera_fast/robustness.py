@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,8 +105,9 @@ def _add(
         for section in sections:
             words = selection.prompts(section, whole=job.config.mining.mode in NOISE)
             rows = words.found(words.numbers(index)[0], prompts)
-            target = words.concepts[index].target
-            add_mined_word(equations[stream].of(target).mined, rows, job.config)
+            rows = replace(rows, weight=job.config.mining.attack_scale * rows.weight)
+            leaving = equations[stream].of(words.concepts[index].target)
+            add_mined_word(leaving.mined, rows, job.config)
 
 
 class Attacker:

@@ -101,6 +101,9 @@ class MiningConfig:
     cost."""
     attack_prompts: int = 4
     """Prompts that are looked for in each round for each concept, a count. Default (ours)."""
+    attack_scale: float = 10.0
+    """Weight of each prompt that is found, in units of a mined word's: few of its rows carry it.
+    Default (ours)."""
     attack_steps: int = 60
     """Optimizer steps of each, a count; every step takes 2 passes of the U-Net and back for each
     prompt. Default (ours)."""
@@ -114,7 +117,7 @@ class MiningConfig:
             raise ValueError(
                 f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
             )
-        for name in ("neighbor_scale", "beyond_scale", "relative_scale"):
+        for name in ("neighbor_scale", "beyond_scale", "relative_scale", "attack_scale"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")

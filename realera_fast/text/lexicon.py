@@ -93,8 +93,8 @@ class Lexicon:
 
     `kind` is a concept's kind: "object" means things that can be seen and beings, those of tales
     too, or all nouns where there is none; "person" and "style" people, and "style" all nouns where
-    there is none; "explicit" nouns and adjectives. The most frequent meaning counts, and others tagged a quarter as often; where
-    none is, two, of "object" things before people.
+    there is none; "explicit" nouns and adjectives. The most frequent meaning counts, and others
+    tagged a quarter as often; where none is, two, of "object" things before people.
     """
 
     def __init__(self, file: LexiconFile) -> None:
