@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from shares import Share
@@ -120,6 +122,42 @@ def test_targets_follow_the_anchor_and_flee_the_concept(parts):
             encoder_hidden_states=words[0].anchor[shown[0]][None],
         ).sample
     torch.testing.assert_close(taken.teacher[first : first + 1], goal, rtol=1e-3, atol=1e-4)
+
+
+def test_half_the_prompts_are_found_ones_which_mean_the_word(parts):
+    pipe, text, words = parts
+    count = 5
+    generator = torch.Generator().manual_seed(8)
+    found = dataclasses.replace(
+        words[0],
+        prompts=("free",) * count,
+        anchor_prompts=words[0].anchor_prompts[:1] * count,
+        **{
+            name: getattr(words[0], name)[:1].expand(count, *[-1] * rank).clone()
+            for name, rank in (("destination", 2), ("anchor", 2), ("weight", 1))
+        },
+        source=torch.randn(count, *words[0].source.shape[1:], generator=generator),
+        found=count,
+    )
+    both = Words([words[0].with_found(found)])
+    assert both[0].found == count and both[0].plain == words[0].plain
+    for held_back, allowed in ((False, {0, 1, 2, 4}), (True, {3})):
+        window = filled((pipe, text, both), negative_guidance=0.5, held_back=held_back)
+        rows = {states.numpy().tobytes(): i for i, states in enumerate(found.source)}
+        shown = [rows.get(states.numpy().tobytes()) for states in window.target.states]
+        assert sum(number is not None for number in shown) == len(shown) / 2
+        assert {number for number in shown if number is not None} <= allowed
+        taken = window.target.take(torch.arange(len(window.target)))
+        plain = words[0].source[words[0].plain]
+        with torch.no_grad():
+            of_word = pipe.unet(
+                taken.latents,
+                taken.timesteps,
+                encoder_hidden_states=plain.expand_as(taken.states),
+            ).sample
+        is_found = torch.tensor([s.numpy().tobytes() in rows for s in taken.states])
+        assert bool(is_found.any())
+        torch.testing.assert_close(taken.shown[is_found], of_word[is_found], rtol=1e-4, atol=1e-5)
 
 
 def test_trajectories_may_follow_word_and_anchor_with_the_original_by_turns(parts):
