@@ -63,16 +63,14 @@ class EraseConfig:
 
     @classmethod
     def strict(cls) -> EraseConfig:
-        """Against prompts that were found by attacking the erased model: LoRA factors are trained
-        on the worst neighbors, beside many words that stay. What that reaches, and what it costs:
-        docs/alignment.md."""
+        """Against prompts that were found by attacking the erased model: these are erased as well,
+        then LoRA factors are trained on them and on the worst neighbors, beside many words that
+        stay. What that reaches, and what it costs: docs/alignment.md."""
         return cls(
+            mining=MiningConfig(attack_rounds=3),
             alignment=AlignmentConfig(
                 adversary="worst",
-                steps=200,
-                refresh_steps=200,
-                learning_rate=2e-3,
-                negative_guidance=1.0,
+                negative_guidance=0.5,
                 beyond_scale=0.0,
                 preserve_scale=4.0,
                 preserve_batch_size=16,
@@ -81,7 +79,7 @@ class EraseConfig:
                 preserve_trajectories=96,
                 sampling_steps=12,
                 guidance_scale=3.0,
-            )
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python bench/run.py robustness                  # rows: attacks.jsonl beside the others
     python bench/run.py robustness --methods OCE
 
-Three attacks (bench/attacks), each on two erased things and five seeds: a prompt search that never
+Three attacks (bench/attacks), each on four erased things and five seeds: a prompt search that never
 asks the model, with and without the name's synonyms, free token vectors optimized against it, and a
 picture of the concept to start from. Beside the erased models stand the original one, and the
 original one asked for something else: what an attack reaches there is not the eraser's to prevent.
@@ -33,10 +33,11 @@ from quality.tasks import Task
 from realera_fast import Concept
 from realera_fast.evaluation import generate
 
-THINGS = ("cat", "ship")
+THINGS = ("cat", "ship", "truck", "wizard")
+"""Three things and a character."""
 ELSE = "original, asked for another thing"
 """The reference of image-to-image: what is left of the picture itself."""
-OTHER = {"cat": "bus", "ship": "owl"}
+OTHER = {"cat": "bus", "ship": "owl", "truck": "owl", "wizard": "bus"}
 SEARCH, STRICT = "prompt search", "prompt search, no synonym"
 """Without the erased name; and without its synonyms either."""
 STRENGTHS = (0.5, 0.7, 0.9)

@@ -145,10 +145,10 @@ def align_noise(
             before = check_of(1).score("edited") if brief else None
             if before is None or not before.left(worst=counts_worst) <= GONE / 2:
                 before = check.score("edited")
-        # Nothing can be better than nothing: what is left decides for all processes alike.
-        if before is not None and processes.agreed(
-            before.left(worst=counts_worst) <= GONE, shared.device
-        ):
+        # Nothing can be better than nothing, but an attack longer than the check's finds more.
+        # What is left decides for all processes alike.
+        nothing = before is not None and not counts_worst and before.left(worst=False) <= GONE
+        if processes.agreed(nothing, shared.device):
             stopped, kept = "the closed form left nothing to remove", False
         else:
             stopped = _train(trainer, filler, execution, saved)

@@ -12,6 +12,7 @@ from tiny_models import tiny_pipeline, tiny_unet
 
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.alignment.adversary import Adversary, adversary_of, worst_neighbor
+from realera_fast.alignment.check import AlignmentScore, HeldOutCheck
 from realera_fast.mining import MiningConfig, Region, retract, sample
 from realera_fast.models import projections, queries_and_outputs
 from realera_fast.solver import ConceptMap
@@ -242,3 +243,11 @@ def test_the_check_asks_an_attack_where_there_is_one(parts):
         assert result.aligned.worst < result.closed_form.worst
     nothing = run(parts, config, attacked=lambda *_: {})
     assert nothing.closed_form.worst == 0.0
+
+
+@pytest.mark.parametrize("adversary", ["none", "worst"])
+def test_where_nothing_is_left_an_attack_may_still_find_something(parts, monkeypatch, adversary):
+    gone = AlignmentScore(0.0, 0.0, 0.0, 0.0)
+    monkeypatch.setattr(HeldOutCheck, "score", lambda *_: gone)
+    config = dataclasses.replace(WORST, adversary=adversary, check_seeds=1)
+    assert bool(run(parts, config).losses) is (adversary == "worst")
