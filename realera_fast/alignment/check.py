@@ -51,7 +51,7 @@ stayed, with 0.26 one in five went)."""
 _GAIN, GONE = 0.05, 0.1
 """Less of the concept than that is no gain, is nothing left: the measure is as noisy (ours)."""
 _THERE = 0.4
-"""Where the judge begins to see the concept (ours: as `scales`, which has it from the other end)."""
+"""Where the judge begins to see the concept (ours; `scales` has it from the other end)."""
 
 
 def is_better(before: AlignmentScore, after: AlignmentScore, *, worst: bool = False) -> bool:

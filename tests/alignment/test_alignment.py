@@ -126,7 +126,7 @@ def test_what_an_adversary_brings_back_counts_where_it_is_asked():
     # Holding an attack may cost something, and no more.
     dear = [dataclasses.replace(after, preserve=moved) for moved in (0.34, 0.36)]
     assert [check.is_better(before, each, worst=True) for each in dear] == [True, False]
-    # A longer attack finds more than the check's: as much may come back as before, or cannot be seen.
+    # A longer attack finds more: as much may come back as before, or as little as nobody sees.
     for first, then, kept in ((0.6, 0.6, True), (0.6, 0.61, False), (0.1, 0.4, True)):
         scores = (dataclasses.replace(before, worst=worst) for worst in (first, then))
         assert check.is_better(*scores, worst=True) is kept

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from tiny_models import tiny_pipeline
 import realera_fast
 from realera_fast import Erasure
 from realera_fast.cli import program as cli
+from realera_fast.cli import tables
 from realera_fast.runtime.files import MARKER
 
 FAST = ["--mining", "none", "--no-align"]
@@ -614,3 +615,21 @@ def test_reader_that_goes_away() -> None:
         timeout=120,
     )
     assert done.stderr == ""
+
+
+def test_the_summary_says_what_is_left_and_what_trains_against_attacks():
+    class Outcome:
+        report: ClassVar[dict] = {
+            "alignment": {
+                "closed_form": {"target": 0.1, "neighbor": 0.3, "preserve": 0.1, "worst": 0.6},
+                "aligned": {"target": 0.0, "neighbor": 0.02, "preserve": 0.1, "worst": 0.25},
+            }
+        }
+
+    text = tables.summary(Outcome)
+    assert "left after the closed form: 20%, under attack 60%" in text
+    assert "left after noise alignment: 1%, under attack 25%" in text
+    assert "--preset strict" in text
+    Outcome.report["attacks"] = {"cat": [{"first": 1.0, "last": 0.5}]}
+    assert "--preset strict" not in tables.summary(Outcome)
+    assert "attack" not in tables.summary(type("Closed", (), {"report": {"alignment": {}}}))
