@@ -70,6 +70,7 @@ class EraseConfig:
             mining=MiningConfig(attack_rounds=3),
             alignment=AlignmentConfig(
                 adversary="worst",
+                learning_rate=2e-3,
                 negative_guidance=0.5,
                 beyond_scale=0.0,
                 preserve_scale=4.0,
