@@ -89,12 +89,14 @@ def summary() -> list[str]:
         if m == own_method(objects) or all(m in found.methods for found in tables)
     ]
     counts = several.tasks[-2:]
+    more = {name: found for name in ("styles", "characters") if (found := Found(name)).rows}
     body = [
         [
             bold(method),
             percent(objects.by_seed(method, score("h_o"))),
             percent(objects.by_seed(method, near("h_o"))),
             *(percent(several.by_seed(method, score("h_o"), [count])) for count in counts),
+            *(percent(found.by_seed(method, score("h_o"))) for found in more.values()),
         ]
         for method in shared
     ]
@@ -107,7 +109,9 @@ def summary() -> list[str]:
         f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots "
         f"and what each number means: {QUALITY}.",
         "",
-        *table(("method", "objects", "relatives", *(f"{n} at once" for n in counts)), body),
+        *table(
+            ("method", "objects", "relatives", *(f"{n} at once" for n in counts), *more), body
+        ),
     ]
 
 

@@ -135,7 +135,7 @@ SCRIPT = """
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    script = tmp_path / "script.py"
+    script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
     found = []
     for count in (1, 2):
