@@ -315,7 +315,8 @@ def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Cl
     with clock.stage("alignment"):
         staying = [fill(_PROMPT, word) for word in selection.watched]
         prompts: Sequence[AlignedPrompts]
-        if config.alignment.adversary == "worst":
+        attacked = config.alignment.adversary == "worst"
+        if attacked:
             # An adversary finds what is near a name itself.
             prompts = WithFound(selection.named_prompts(shown.text), hard.found)
         else:
@@ -329,7 +330,7 @@ def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Cl
                 watched=selection.watched_prompts(shown.text),
                 preserve=shown.text.encode(staying or [""]),
                 empty=shown.empty,
-                attacked=None if hard.attacker is None else hard.attacker.probe,
+                attacked=hard.attacker.probe if attacked and hard.attacker else None,
                 latents=job.latents,
             ),
             config.alignment,
@@ -409,6 +410,7 @@ def _report(
             *_warn_of_members(job),
             *warn_of_no_words(selection),
             *_warn_of_alignment(job),
+            *_warn_of_attacks(job, hard),
         ),
         reading=job.family.explained(),
     )
@@ -460,6 +462,17 @@ def _warn_of_alignment(job: Job) -> Iterator[str]:
     """Warns of a model that can't be aligned."""
     if job.config.alignment.enabled and not job.denoising.alignable:
         text = f"{_NO_ALIGNMENT}: {job.denoising.why_not}"
+        logger.warning(text)
+        yield text
+
+
+def _warn_of_attacks(job: Job, hard: Hardened) -> Iterator[str]:
+    """Warns of attacks that were asked for and did not run."""
+    if job.config.mining.attack_rounds and hard.attacker is None:
+        text = (
+            "mining.attack_rounds: nothing was attacked, as the closed form or the noise alignment "
+            "does not run; the erasure is not trained against attacks"
+        )
         logger.warning(text)
         yield text
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from realera_fast.alignment import prepared
 from realera_fast.equations import Equations, Solved, add_mined_word, solve
 from realera_fast.inputs import DenoiserText, Job
 from realera_fast.mining import (
@@ -26,9 +27,9 @@ from realera_fast.mining import (
     attack,
     points_of,
 )
-from realera_fast.models import Stream, Structure
+from realera_fast.models import Stream
 from realera_fast.ops import philox
-from realera_fast.runtime import Execution, checkpoint, progress_bar, unwrapped
+from realera_fast.runtime import Execution, checkpoint, progress_bar
 from realera_fast.scales import Scales
 from realera_fast.selection import Selection
 from realera_fast.solver import ConceptMap
@@ -72,6 +73,7 @@ def hardened(
     if not (rounds and job.denoising.alignable):
         return Hardened(solved)
     shown = job.denoiser_text()
+    _check_encoders(shown)
     named = selection.named_prompts(shown.text)
     attacker = Attacker(job, shown, named, job.execution(run))
     found: dict[int, AlignedPrompts] = {}
@@ -91,6 +93,16 @@ def hardened(
                 _add(job, selection, equations, index, outcome.prompts)
             solved = {stream: solve(each, config, scales) for stream, each in equations.items()}
     return Hardened(solved, found, errors, attacker)
+
+
+def _check_encoders(shown: DenoiserText) -> None:
+    """Raises ValueError where a gradient can't reach the token vectors of an encoder."""
+    for model in shown.text.models:
+        if any(tensor.is_inference() for tensor in model.encoder.parameters()):
+            raise ValueError(
+                "text_encoders: one was made under torch.inference_mode(), so that an attack has "
+                "no gradient; load it outside of that, or set mining.attack_rounds=0"
+            )
 
 
 def _add(
@@ -125,14 +137,17 @@ class Attacker:
 
     def passes(self, rounds: int) -> int:
         """Steps of all attacks and of the trajectories that they need."""
-        options = self.job.config
-        steps = rounds * options.mining.attack_steps * self._parts()
-        return len(self.named.concepts) * (steps + options.alignment.sampling_steps)
+        options, parts = self.job.config, self._parts()
+        if not parts:
+            return 0
+        batches = -(-ATTACK_TRAJECTORIES // max(1, options.alignment.sampling_batch_size // 2))
+        steps = rounds * options.mining.attack_steps * parts
+        return len(self.named.concepts) * (steps + batches * options.alignment.sampling_steps)
 
-    @torch.no_grad()
-    def probe(self, shared: SharedUNet, variant: Variant) -> dict[int, Tensor]:
-        """`[j, t, d]` prompts that bring a concept back, by number of its name; of many concepts
-        an even sample.
+    def probe(self, shared: SharedUNet, variant: Variant) -> float:
+        """How near to the concept an attack on a variant comes, of the one it comes nearest to: 0
+        where its predictions are as far from the concept's as the anchor's are, 1 where they are
+        the same. Of many concepts an even sample.
 
         Args:
             shared: installed.
@@ -141,7 +156,7 @@ class Attacker:
         options, count = self.job.config, len(self.named.concepts)
         sampled = range(0, count, -(-count // options.alignment.check_words))
         parts = self._parts_of(range(options.mining.attack_prompts))
-        number, found = options.mining.attack_rounds, {}
+        number, near = options.mining.attack_rounds, [0.0]
         with progress_bar(
             total=len(sampled) * len(parts) * options.mining.attack_steps,
             desc=f"attack, {variant}",
@@ -150,16 +165,28 @@ class Attacker:
             for index in sampled:
                 start = self._start(index)
                 try:
-                    each = [
-                        self._part(shared, start, index, number, part, bar, variant).prompts
-                        for part in parts
-                    ]
+                    errors = torch.cat(
+                        [
+                            self._part(shared, start, index, number, part, bar, variant).errors[1]
+                            for part in parts
+                        ]
+                    )
                 except FloatingPointError as error:
-                    logger.warning("%s: %s; its attack does not count", self._target(index), error)
+                    logger.warning("%s: %s; nothing is known to hold", self._target(index), error)
+                    near.append(1.0)
                     continue
-                states = [self.shown.text.encode_free(prompts) for prompts in each]
-                found[self.named.numbers(index)[0]] = torch.cat(states)
-        return found
+                # Where word and anchor are one to the model, there is nothing to tell apart.
+                if distance := self._distance(shared, index):
+                    near.append(1.0 - float(errors.mean()) / distance)
+        return max(near)
+
+    def _distance(self, shared: SharedUNet, index: int) -> float:
+        """Mean squared error between what the original predicts for a concept and its anchor."""
+        points, word = self.points[index], self.named[self.named.numbers(index)[0]]
+        latents, timesteps = (x.to(shared.device) for x in (points.latents, points.timesteps))
+        states = word.anchor[word.plain].expand(len(latents), -1, -1)
+        found = self._sampler(shared).teacher(latents, timesteps, states)
+        return float((found.cpu() - points.shown).square().mean())
 
     def _start(self, index: int) -> FreePrompts:
         count = self.job.config.mining.attack_prompts
@@ -173,7 +200,9 @@ class Attacker:
         ]
 
     def _together(self) -> int:
-        return max(1, self.job.config.alignment.sampling_batch_size // ATTACK_POINTS)
+        # Gradients take the memory of a part of a training step, and no more.
+        options = self.job.config.alignment
+        return max(1, options.batch_size // options.gradient_accumulation_steps // ATTACK_POINTS)
 
     def _parts(self) -> int:
         count = self.job.config.mining.attack_prompts
@@ -189,8 +218,6 @@ class Attacker:
             number: of the round.
         """
         job, found = self.job, {}
-        model: Any = unwrapped(job.model)
-        structure = Structure(model)
         shared = SharedUNet(
             job.model,
             maps["sequence"],
@@ -198,15 +225,11 @@ class Attacker:
             pooled_map=maps.get("pooled"),
             mixed_precision=job.config.alignment.mixed_precision,
         )
-        try:
-            model.eval().requires_grad_(False)
-            with shared.installed():
-                for index in range(len(self.named.concepts)):
-                    outcome = self._attacked(shared, index, number, bar)
-                    if outcome is not None:
-                        found[index] = outcome
-        finally:
-            structure.restore()
+        with prepared(job.model, job.config.alignment), shared.installed():
+            for index in range(len(self.named.concepts)):
+                outcome = self._attacked(shared, index, number, bar)
+                if outcome is not None:
+                    found[index] = outcome
         return found
 
     def _attacked(self, shared: SharedUNet, index: int, number: int, bar: Any) -> Attacked | None:
@@ -214,7 +237,7 @@ class Attacker:
         name = f"{number}.{index}"
         if f"{name}.errors" not in self.tensors:
             share = range(len(start))[processes.share(len(start))]
-            whole = [torch.zeros_like(v) for v in start.vectors.values()]
+            whole = [torch.zeros_like(v, device=shared.device) for v in start.vectors.values()]
             errors = torch.zeros(2, len(start), dtype=torch.float32, device=shared.device)
             failed = torch.zeros(1, dtype=torch.float32, device=shared.device)
             try:
@@ -233,6 +256,8 @@ class Attacker:
             self.tensors[f"{name}.errors"] = errors
             if processes.is_main:
                 self.execution.checkpoint.save(checkpoint.ATTACK, self.tensors, {})
+        else:
+            bar.update(self._parts() * self.job.config.mining.attack_steps)
         errors = self.tensors[f"{name}.errors"].to(shared.device)
         if not bool(torch.isfinite(errors).all()):
             return None
@@ -272,9 +297,9 @@ class Attacker:
             bar=bar,
         )
 
-    def _points(self, shared: SharedUNet, index: int, seed: int, bar: Any) -> AttackPoints:
+    def _sampler(self, shared: SharedUNet) -> DDIMSampler:
         options = self.job.config.alignment
-        sampler = DDIMSampler(
+        return DDIMSampler(
             shared,
             self.job.denoising.scheduler,
             self.shown.empty,
@@ -283,9 +308,11 @@ class Attacker:
             latent_size=options.latent_size,
             batch_size=options.sampling_batch_size,
         )
+
+    def _points(self, shared: SharedUNet, index: int, seed: int, bar: Any) -> AttackPoints:
         word = self.named[self.named.numbers(index)[0]]
         seeds = [philox.fold_seed(seed, i) for i in range(ATTACK_TRAJECTORIES)]
-        return points_of(sampler, word.source[word.plain], seeds, bar)
+        return points_of(self._sampler(shared), word.source[word.plain], seeds, bar)
 
     def _target(self, index: int) -> str:
         return self.named.concepts[index].target

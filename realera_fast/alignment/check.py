@@ -30,17 +30,14 @@ class AlignmentScore:
     preserve: float
     """|x'(P) - x(P)|^2 over the spread of the original's images."""
     worst: float = 0.0
-    """The same as `target` of prompts that an attack on the model found, or where there is none to
-    ask, where an adversary moves the prompt at every time step."""
+    """What an attack brings back: how near its predictions come to those of the concept (1), from
+    as far as those of the anchor are (0). Where nobody attacks, the same as `target` where an
+    adversary moves the prompt at every time step."""
 
-    def left(self, *, worst: bool) -> float:
-        """What is left of the concept, named or not.
-
-        Args:
-            worst: whether what an adversary brings back counts.
-        """
-        left = (self.target + self.neighbor) / 2
-        return max(left, self.worst) if worst else left
+    @property
+    def left(self) -> float:
+        """What is left of the concept, named or not."""
+        return (self.target + self.neighbor) / 2
 
 
 _HARM = 0.1
@@ -58,15 +55,14 @@ def is_better(before: AlignmentScore, after: AlignmentScore, *, worst: bool = Fa
     """Whether less of the concept is left and the rest is not harmed.
 
     Args:
-        worst: whether what an adversary brings back counts. A longer attack finds more than the
-            check's: it is enough that no more comes back than before, or too little to be seen.
+        worst: whether it is what an attack brings back that has to fall; of the rest it is enough
+            that the concept is not seen.
     """
-    left = after.left(worst=worst)
     if worst:
-        allowed = max(before.left(worst=True), _THERE)
-        return left <= allowed and after.preserve <= before.preserve + _PRICE
-    gain = before.left(worst=False) - left
-    return gain > _GAIN and after.preserve <= max(before.preserve, _HARM)
+        falls = after.worst < before.worst or after.worst <= GONE
+        hidden = after.left <= max(before.left, _THERE)
+        return falls and hidden and after.preserve <= before.preserve + _PRICE
+    return before.left - after.left > _GAIN and after.preserve <= max(before.preserve, _HARM)
 
 
 class HeldOutCheck:
@@ -110,7 +106,6 @@ class HeldOutCheck:
         self._prompts = [repeat(states) for states in (source, near, kept)]
         self._anchors = [repeat(states) for states in (anchor, near_anchor)]
         self._first = seed + _CHECK_STARTS
-        self._plain = plain
 
     @functools.cached_property
     def _original(self) -> Sequence[Tensor]:
@@ -139,16 +134,7 @@ class HeldOutCheck:
             moved = functools.partial(self._moved, variant)
             attacked = self._draw(self._prompts[:1], variant, moved)
             return _place(self._margins(attacked)[0], *self._ends[0])
-        places = []
-        for number, found in self._attacked(self._sampler.shared, variant).items():
-            # One start each, of the model as it is, and of the original for word and anchor.
-            word, anchor = (x.to(found).expand_as(found) for x in self._plain([number]))
-            images = (
-                self._draw([found], variant)[0],
-                *self._draw([word, anchor], "original"),
-            )
-            places.append(_place(*(self._sampler.margin(x, word, anchor) for x in images)))
-        return max(places, default=0.0)
+        return self._attacked(self._sampler.shared, variant)
 
     def _moved(self, variant: Variant, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         shown = self._sampler.teacher(latents, times, states)

@@ -87,8 +87,8 @@ class AlignmentConfig:
     RealEra's neighborhood (`MiningConfig.neighbor_region`, arXiv 2410.09140); "worst": signed
     gradient steps from a random start to where the student still predicts what the original does,
     at the z_t that is trained on and within `adversary_distance` (after RACE, arXiv 2405.16341).
-    With "worst", what such prompts bring back counts when it is decided whether to train and
-    whether the factors stay."""
+    With "worst" the factors are trained whatever the closed form left, and stay where less of the
+    concept comes back so."""
 
     adversary_steps: int = 1
     """Signed gradient steps of "worst", each one more forward and backward pass of the targets

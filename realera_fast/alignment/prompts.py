@@ -22,9 +22,8 @@ class Prompts(Protocol):
     def __getitem__(self, number: int) -> AlignedPrompts: ...
 
 
-Attacked: TypeAlias = Callable[[SharedUNet, Variant], Mapping[int, Tensor]]
-"""`[j, t, d]` prompts that bring a concept back in a variant of the model, by number of its name
-among the watched words; of some concepts, where there are many."""
+Attacked: TypeAlias = Callable[[SharedUNet, Variant], float]
+"""How near to its concepts an attack on a variant of the model comes (`AlignmentScore.worst`)."""
 
 
 @dataclass(frozen=True)

@@ -136,18 +136,18 @@ def align_noise(
 
     check, counts_worst = check_of(config.check_seeds), config.adversary == "worst"
     before = after = None
-    with _prepared(unet, config), shared.installed():
+    with prepared(unet, config), shared.installed():
         saved = execution.checkpoint.load_together(checkpoint.ALIGNMENT, processes, shared.device)
         if config.check_seeds:
             # Most closed forms leave nothing; where it is plain, one start of each prompt shows it.
             # An adversary brings something back from each.
             brief = config.check_seeds > 1 and not counts_worst
             before = check_of(1).score("edited") if brief else None
-            if before is None or not before.left(worst=counts_worst) <= GONE / 2:
+            if before is None or not before.left <= GONE / 2:
                 before = check.score("edited")
         # Nothing can be better than nothing, but an attack longer than the check's finds more.
         # What is left decides for all processes alike.
-        nothing = before is not None and not counts_worst and before.left(worst=False) <= GONE
+        nothing = before is not None and not counts_worst and before.left <= GONE
         if processes.agreed(nothing, shared.device):
             stopped, kept = "the closed form left nothing to remove", False
         else:
@@ -223,7 +223,7 @@ def _sampler(
 
 
 @contextlib.contextmanager
-def _prepared(unet: Any, config: AlignmentConfig) -> Iterator[None]:
+def prepared(unet: Any, config: AlignmentConfig) -> Iterator[None]:
     """Evaluation mode, frozen weights and checkpointing as asked for; all as before afterwards."""
     model: Any = unwrapped(unet)
     structure = Structure(model)

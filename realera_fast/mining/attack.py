@@ -28,6 +28,7 @@ _LAST_STEP = 0.1
 """The last step's share of that; in between it falls linearly."""
 _APART = 0.1
 """Noise that tells prompts apart, in the same units (ours)."""
+_TINY = 2.0**-100
 ATTACK_POINTS = 2
 """Points of trajectories that a prompt is compared at in a step (count; ours)."""
 ATTACK_TRAJECTORIES = 24
@@ -36,7 +37,10 @@ ATTACK_TRAJECTORIES = 24
 
 @dataclass(frozen=True)
 class AttackPoints:
-    """Where an attack compares predictions, and what the original model predicts there."""
+    """Where an attack compares predictions, and what the original model predicts there.
+
+    On the CPU: there may be many concepts.
+    """
 
     latents: Tensor
     """`[e, c, h, w]` float32."""
@@ -55,9 +59,9 @@ def points_of(sampler: DDIMSampler, states: Tensor, seeds: Sequence[int], bar: A
     """
     way = sampler.run(states.expand(len(seeds), -1, -1), seeds, "original", bar)
     return AttackPoints(
-        way.latents[:-1].flatten(0, 1),
-        way.timesteps.repeat_interleave(len(seeds)),
-        way.predictions.flatten(0, 1),
+        way.latents[:-1].flatten(0, 1).cpu(),
+        way.timesteps.repeat_interleave(len(seeds)).cpu(),
+        way.predictions.flatten(0, 1).cpu(),
     )
 
 
@@ -97,7 +101,6 @@ def attack(
     Raises:
         FloatingPointError: a prediction or a gradient is not finite.
     """
-    device = points.latents.device
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     tables = {model.encoder: model.input_embeddings for model in text.models}
     vectors, sizes = [], []
@@ -117,22 +120,24 @@ def attack(
             torch.randint(len(points.latents), (ATTACK_POINTS,), device="cpu", generator=g)
             for g in generators
         ]
-        index = torch.cat(drawn).to(device)
+        index = torch.cat(drawn)
         with torch.enable_grad():
             states = text.encode_free(prompts.with_vectors(vectors))
         errors, gradient = shared.error_gradient(
-            points.latents[index],
-            points.timesteps[index],
+            points.latents[index].to(shared.device),
+            points.timesteps[index].to(shared.device),
             states.detach().repeat_interleave(ATTACK_POINTS, dim=0),
-            points.shown[index],
+            points.shown[index].to(shared.device),
             variant,
         )
         gradient = gradient.unflatten(0, (-1, ATTACK_POINTS)).mean(1)
         if not bool(torch.isfinite(gradient).all() and torch.isfinite(errors).all()):
             raise FloatingPointError("an attack's gradient is not finite")
-        found = torch.autograd.grad(states, vectors, gradient.to(states))
+        # A half-precision encoder would lose small numbers; a power of two loses none.
+        unit = torch.exp2(gradient.abs().amax().clamp_min(_TINY).log2().floor())
+        found = torch.autograd.grad(states, vectors, (gradient / unit).to(states))
         for vector, slope in zip(vectors, found, strict=True):
-            vector.grad = slope
+            vector.grad = slope * unit.to(slope)
         optimizer.step()
         schedule.step()
         measured.append(errors.unflatten(0, (-1, ATTACK_POINTS)).mean(1))

@@ -227,22 +227,11 @@ def test_the_check_reports_what_the_worst_brings_back(parts):
 
 
 def test_the_check_asks_an_attack_where_there_is_one(parts):
-    _, text = parts
-    asked = []
-
-    def attacked(shared, variant):
-        asked.append(variant)
-        prompt = {"edited": "a photo of a cat", "aligned": "a photo of a dog"}[variant]
-        return {0: text.encode([prompt] * 4)}
-
+    near = {"edited": 0.9, "aligned": 0.3}
     config = dataclasses.replace(WORST, check_seeds=1, check_sampling_steps=3)
-    result = run(parts, config, attacked=attacked)
-    # Nothing is edited: the word draws itself, and the anchor's prompt its anchor.
-    assert asked[0] == "edited" and result.closed_form.worst > 0.3
-    if result.aligned is not None:
-        assert result.aligned.worst < result.closed_form.worst
-    nothing = run(parts, config, attacked=lambda *_: {})
-    assert nothing.closed_form.worst == 0.0
+    result = run(parts, config, attacked=lambda shared, variant: near[variant])
+    assert result.closed_form.worst == 0.9
+    assert result.aligned is None or result.aligned.worst == 0.3
 
 
 @pytest.mark.parametrize("adversary", ["none", "worst"])

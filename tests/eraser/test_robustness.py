@@ -9,7 +9,7 @@ import pytest
 import torch
 from child import child_environment
 from model_state import same, weights
-from tiny_erase import ATTACKED, run
+from tiny_erase import ATTACKED, FAST, run
 from tiny_families import sdxl
 from tiny_models import tiny_pipeline
 
@@ -63,6 +63,17 @@ def test_it_repeats_itself_and_withdraws_what_it_found():
     assert torch.equal(first.map.left, again.map.left)
     assert all(torch.equal(first.lora[n].up, again.lora[n].up) for n in first.lora)
     assert first.system.remove("cat").remove("ship").solve().map.rank == 0
+
+
+def test_the_check_says_how_near_an_attack_comes():
+    checked = dataclasses.replace(ATTACKED.alignment, check_seeds=1, check_sampling_steps=2)
+    config = dataclasses.replace(ATTACKED, alignment=checked)
+    attacked, again = (run(tiny_pipeline(), ["cat=dog"], config) for _ in "ab")
+    worst = attacked.report["alignment"]["closed_form"]["worst"]
+    assert 0.0 <= worst <= 1.0 and worst == again.report["alignment"]["closed_form"]["worst"]
+    # Of a closed form that hardly erases, more is left to find.
+    weak = run(tiny_pipeline(), ["cat=dog"], dataclasses.replace(config, erase_scale=0.01))
+    assert weak.report["alignment"]["closed_form"]["worst"] >= worst
 
 
 def test_the_pooled_vector_is_attacked_too():
@@ -124,7 +135,7 @@ def test_a_stopped_run_goes_on_with_what_it_had_found(tmp_path, monkeypatch, cal
 SCRIPT = """
     import sys
     from accelerate import Accelerator
-    from tiny_erase import ATTACKED, run
+    from tiny_erase import ATTACKED, FAST, run
     from tiny_models import tiny_pipeline
 
     accelerator = Accelerator(cpu=True)
@@ -167,3 +178,27 @@ def test_two_processes_find_what_one_does(tmp_path):
 def test_settings_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         MiningConfig(**options)
+
+
+def test_attacks_that_do_not_run_are_said(caplog):
+    config = dataclasses.replace(ATTACKED, alignment=dataclasses.replace(FAST, enabled=False))
+    result = run(tiny_pipeline(), ["cat=dog"], config)
+    assert any("nothing was attacked" in text for text in result.report["warnings"])
+    assert "nothing was attacked" in caplog.text
+
+
+def test_encoders_without_gradients_are_refused():
+    pipe = tiny_pipeline()
+    with torch.inference_mode():
+        pipe.text_encoder = tiny_pipeline().text_encoder
+    before = weights(pipe.unet)
+    with pytest.raises(ValueError, match=r"inference_mode.*attack_rounds=0"):
+        run(pipe, ["cat=dog"], ATTACKED)
+    assert same(pipe.unet, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_attacked_too(dtype):
+    result = run(tiny_pipeline(dtype=dtype), ["cat=dog"], ATTACKED)
+    for found in result.report["attacks"]["cat"]:
+        assert 0 < found["last"] < 1.5 * found["first"]

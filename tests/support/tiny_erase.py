@@ -23,7 +23,7 @@ CLOSED = dataclasses.replace(CONFIG, alignment=dataclasses.replace(FAST, enabled
 ATTACKED = dataclasses.replace(
     CONFIG,
     mining=dataclasses.replace(CONFIG.mining, attack_rounds=2, attack_prompts=3, attack_steps=4),
-    alignment=dataclasses.replace(FAST, adversary="worst", sampling_batch_size=4),
+    alignment=dataclasses.replace(FAST, adversary="worst", batch_size=4),
 )
 
 
