@@ -109,9 +109,7 @@ def summary() -> list[str]:
         f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots "
         f"and what each number means: {QUALITY}.",
         "",
-        *table(
-            ("method", "objects", "relatives", *(f"{n} at once" for n in counts), *more), body
-        ),
+        *table(("method", "objects", "relatives", *(f"{n} at once" for n in counts), *more), body),
     ]
 
 
