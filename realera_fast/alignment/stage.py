@@ -4,7 +4,8 @@ The original U-Net teaches the edited one: one module, which is handed the text'
 either (`SharedUNet`). Training (`trainer`) takes its points from windows of trajectories
 (`windows`). At the end both variants, closed form alone and with the factors, generate images from
 held-out seeds of the *named* words (`check`): the factors stay only where they bring these closer
-to the anchor's images without moving the preserved ones further (docs/method.md, section 6.3).
+to the anchor's images, or with the adversary "worst" hold an attack better, and the preserved ones
+hardly move (docs/method.md, section 6.3).
 """
 
 from __future__ import annotations

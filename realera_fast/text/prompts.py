@@ -314,7 +314,7 @@ and those of one word in many templates tell little more."""
 _KEPT_BYTES = 1 << 28
 """Prompts of so many bytes are kept, so that the report need not encode them again."""
 _FREE_TOKENS = 3
-"""Vectors that an attack has at least (count; ours)."""
+"""Vectors that an attack has at least, where so many fit into the prompt (count; ours)."""
 _TOGETHER = 1 << 23
 """Numbers of embeddings of mined words that are read together: short prompts are slow alone."""
 
