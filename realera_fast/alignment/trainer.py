@@ -25,8 +25,6 @@ from realera_fast.ops import philox
 from realera_fast.runtime import Processes
 from realera_fast.unet import LoraParameters, SharedUNet
 
-_FP16_SCALE = 2.0**14
-"""Half precision holds no gradient below 6e-8: it travels scaled."""
 _MAX_NORM = 1.0
 _WORSE = 10.0
 """A held-back loss so many times that of the start is divergence."""
@@ -99,7 +97,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0
         )
-        self._scale = _FP16_SCALE if shared.dtype == torch.float16 else 1.0
+        self._scale = shared.gradient_scale
         self.best: dict[str, Tensor] = {}
         """Factors of the best held-back loss so far, by name."""
         self.held_back: list[float] = []
