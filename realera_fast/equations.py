@@ -49,11 +49,14 @@ class Leaving:
     named: NormalEquations
     """Of named words and of the noise around them, which go to the anchor, or past it."""
     mined: NormalEquations
-    """Of words that follow them to the anchor."""
+    """Of words that follow them to the anchor, of weight 1 each."""
+    attacks: NormalEquations
+    """Of prompts that attacks found, which go there as well."""
 
-    def total(self, guidance: float) -> NormalEquations:
-        """All of them, where named words go `guidance` of their way past the anchor."""
-        return self.named.scaled(1.0, 1.0 + guidance) + self.mined
+    def total(self, guidance: float, neighbors: float) -> NormalEquations:
+        """All of them, where named words go `guidance` of their way past the anchor and mined ones
+        weigh `neighbors`."""
+        return self.named.scaled(1.0, 1.0 + guidance) + self.mined.scaled(neighbors) + self.attacks
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Equations:
         scale = float(self.prior.diagonal().mean())
         if not scale:
             every = [self.staying.scaled(preserve_scale)]
-            every += [leaving.total(0.0) for leaving in self.leaving.values()]
+            every += [leaving.total(0.0, 1.0) for leaving in self.leaving.values()]
             scale = sum(float(sums.gram.diagonal().mean()) for sums in every) or 1.0
         return options.ridge * scale
 
@@ -128,7 +131,7 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
     staying.update_moments(prior)
     targets = [c.target for c in job.concepts] if config.closed_form.keep_system else [_EVERY]
     leaving = {
-        target: Leaving(*(NormalEquations(width, device=device) for _ in range(2)))
+        target: Leaving(*(NormalEquations(width, device=device) for _ in range(3)))
         for target in targets
     }
     if config.closed_form.keep_system:
@@ -148,14 +151,15 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
                             into.named, words[number], config, number=number, section=offset
                         )
                     else:
-                        add_mined_word(halves[(number - words.named) % 2], words[number], config)
+                        add_mined_word(halves[(number - words.named) % 2], words[number])
                         if config.closed_form.keep_system:
-                            add_mined_word(into.mined, words[number], config)
+                            add_mined_word(into.mined, words[number])
             if checkpoint.is_due(stream, always=index + 1 == count):
                 checkpoint.save(stream, *_kept(sums, index + 1))
             bar.update(1)
     if not config.closed_form.keep_system:
-        leaving = {_EVERY: Leaving(leaving[_EVERY].named, sum_of(halves))}
+        every = leaving[_EVERY]
+        leaving = {_EVERY: Leaving(every.named, sum_of(halves), every.attacks)}
     return Equations(staying, leaving, halves, prior)
 
 
@@ -211,7 +215,9 @@ def solve(equations: Equations, config: EraseConfig, scales: Scales) -> Solved:
     staying = equations.staying.scaled(preserve)
     # Noise went past the anchor when it was gathered.
     guidance = 0.0 if config.mining.mode in mining.NOISE else scales.guidance
-    totals = {name: part.total(guidance) for name, part in equations.leaving.items()}
+    totals = {
+        name: part.total(guidance, scales.neighbors) for name, part in equations.leaving.items()
+    }
     if not options.keep_system:
         total = staying + totals[_EVERY]
         solution = total.solve(ridge=ridge, rank_tolerance=options.rank_tolerance)
@@ -259,10 +265,10 @@ def add_named_word(
 
 
 def add_mined_word(
-    equations: NormalEquations, prompts: AlignedPrompts, config: EraseConfig
+    equations: NormalEquations, prompts: AlignedPrompts, scale: float = 1.0
 ) -> NormalEquations:
     """Adds the rows of a word that was mined, which has no neighbors. Returns the equations."""
-    return _add_rows(equations, prompts, config.mining.neighbor_scale)
+    return _add_rows(equations, prompts, scale)
 
 
 def _add_rows(equations: NormalEquations, prompts: AlignedPrompts, scale: float) -> NormalEquations:

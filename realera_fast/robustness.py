@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -117,9 +117,8 @@ def _add(
         for section in sections:
             words = selection.prompts(section, whole=job.config.mining.mode in NOISE)
             rows = words.found(words.numbers(index)[0], prompts)
-            rows = replace(rows, weight=job.config.mining.attack_scale * rows.weight)
             leaving = equations[stream].of(words.concepts[index].target)
-            add_mined_word(leaving.mined, rows, job.config)
+            add_mined_word(leaving.attacks, rows, job.config.mining.attack_scale)
 
 
 class Attacker:

@@ -1,8 +1,9 @@
-"""How much weighs what stays, and how far what leaves goes: chosen by what each choice does."""
+"""What rows of the closed form weigh, and how far names go: chosen by what each choice does."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import statistics
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 PRESERVE = (640.0, 320.0, 160.0, 80.0, 40.0, 20.0, 10.0, 5.0, 2.0, 1.0, 0.5)
 GUIDANCE = (0.0, 0.25, 0.5, 0.75, 1.0)
 """What is compared; of equals the first, which moves less, is taken (ours)."""
+NEIGHBORS = (1.0, 0.3, 0.1)
+"""Weights of a mined word that are compared where several concepts go: there the words of one stand
+in the way of the names of others (ours; of one concept nothing is gained)."""
 _FIXED = 40.0
 """Where nothing can be chosen (ours)."""
 _FEWEST = 64
@@ -45,12 +49,14 @@ _SOFT = 0.05
 
 @dataclass(frozen=True)
 class Scales:
-    """Two numbers of the closed form, and why they are so."""
+    """Three numbers of the closed form, and why they are so."""
 
     preserve: float
     """Weight of the prior's mean row, and of each preserved word (`preserve_scale`)."""
     guidance: float
     """How far past the anchor named words go (`negative_guidance`)."""
+    neighbors: float = 1.0
+    """Weight of each mined word (`neighbor_scale`)."""
     width: int | None = None
     """Features of the text on which `preserve` was chosen; None where the user gave it."""
     curve: tuple[dict[str, float], ...] = ()
@@ -66,6 +72,7 @@ class Scales:
         return {
             "preserve_scale": self.preserve,
             "negative_guidance": self.guidance,
+            "neighbor_scale": self.neighbors,
             "curve": [dict(point) for point in self.curve],
         }
 
@@ -96,14 +103,17 @@ def scales_of(
 ) -> Scales:
     """The scales of an erasure: the user's, or those that do best."""
     preserve, guidance = config.vocabulary.preserve_scale, config.pairs.negative_guidance
-    if guidance == "auto" and config.mining.mode in NOISE:
+    noisy, neighbors = config.mining.mode in NOISE, config.mining.neighbor_scale
+    if guidance == "auto" and noisy:
         guidance = 0.0
-    if not isinstance(preserve, str) and not isinstance(guidance, str):
-        return Scales(preserve, guidance)
+    if neighbors == "auto" and (noisy or len(selection.concepts) == 1):
+        neighbors = 1.0
+    if not (isinstance(preserve, str) or isinstance(guidance, str) or isinstance(neighbors, str)):
+        return Scales(preserve, guidance, neighbors)
     if not config.closed_form.enabled:
         return Scales(_FIXED, 0.0)
     # Rows that noise is mined around are sent past the anchor before they are summed.
-    summed = guidance if config.mining.mode in NOISE and not isinstance(guidance, str) else None
+    summed = guidance if noisy and not isinstance(guidance, str) else None
     amounts = GUIDANCE if isinstance(guidance, str) else (guidance,)
     if summed is not None:
         amounts = (0.0,)
@@ -113,6 +123,7 @@ def scales_of(
         looked_at(known, selection),
         preserve=PRESERVE if isinstance(preserve, str) else (preserve,),
         guidance=amounts,
+        neighbors=NEIGHBORS if isinstance(neighbors, str) else (neighbors,),
         options=config.closed_form,
     )
     return found if summed is None else dataclasses.replace(found, guidance=summed)
@@ -167,25 +178,27 @@ def choose_scales(
     *,
     preserve: Sequence[float],
     guidance: Sequence[float],
+    neighbors: Sequence[float] = (1.0,),
     options: ClosedFormConfig,
 ) -> Scales:
-    """The preserve scale and the guidance at which words go and others stay best.
+    """The preserve scale s, the guidance g and the weight m of mined words at which words go and
+    others stay best.
 
-    With A(s) = s P + Q and D(g) = (1 + g) D_named + D_mined every scale is a small solve for the
-    rows that are looked at. A word that goes is gone when less than `_EDGE` of its way to the
-    anchor is left, one that stays has stayed when it moved less than that of the way to the mean
-    word, both in the metric of what attention writes (`WordSpace`), with a soft edge. Mined words
-    are judged by what the names and the other half of them do, as words are that nobody lists. The
-    best choice has the largest harmonic mean of named words gone, mined words gone, relatives kept
-    and things kept.
+    With A(s, m) = s P + Q_named + m Q_mined and D(g, m) = (1 + g) D_named + m D_mined every choice
+    is a small solve for the rows that are looked at. A word that goes is gone when less than
+    `_EDGE` of its way to the anchor is left, one that stays has stayed when it moved less than that
+    of the way to the mean word, both in the metric of what attention writes (`WordSpace`), with a
+    soft edge. Mined words are judged by what the names and the other half of them do, as words are
+    that nobody lists. The best choice has the largest harmonic mean of named words gone, mined
+    words gone, relatives kept and things kept.
     """
     width = len(equations.prior) if len(preserve) > 1 else None
     if not len(looked.things):
         logger.warning("%s", _NOTHING_STAYS)
-        return Scales(_FIXED if len(preserve) > 1 else preserve[0], guidance[0])
-    named = _Moments(equations.named)
-    halves = tuple(_Moments(half) for half in equations.halves)
-    mined = _Moments(equations.halves[0] + equations.halves[1])
+        return Scales(_FIXED if len(preserve) > 1 else preserve[0], guidance[0], neighbors[0])
+    named = _Moments.of(equations.named)
+    halves = tuple(_Moments.of(half) for half in equations.halves)
+    mined = _Moments.of(equations.halves[0] + equations.halves[1])
     staying = equations.staying.scaled(1.0).gram
     odd = looked.mined_odd
     # Mined words are judged by the other half of them.
@@ -202,11 +215,11 @@ def choose_scales(
         (halves[1], {"unlisted": (looked.mined[~odd], looked.mined_aims[~odd])}),
     )
     curve = []
-    for scale in preserve:
+    for weight, scale in itertools.product(neighbors, preserve):
         held = scale * staying
         held.diagonal().add_(equations.ridge(options, scale))
         found = [
-            _moves(held, (named, part), torch.cat([rows for rows, _ in groups.values()]))
+            _moves(held, (named, part.scaled(weight)), torch.cat([r for r, _ in groups.values()]))
             for part, groups in judged
         ]
         moves = [move for move in found if move is not None]
@@ -215,24 +228,37 @@ def choose_scales(
         for amount in guidance:
             point = _point(space, judged, moves, amount)
             curve.append(
-                {"preserve_scale": scale, "negative_guidance": amount}
+                {
+                    "preserve_scale": scale,
+                    "negative_guidance": amount,
+                    "neighbor_scale": weight,
+                }
                 | {name: round(value, 4) for name, value in point.items()}
                 | {"worth": round(_worth(point), 4)}
             )
     if not curve:
         # The solver says what is wrong, and tries more.
-        return Scales(preserve[0], guidance[0], width)
+        return Scales(preserve[0], guidance[0], neighbors[0], width)
     best = max(curve, key=lambda point: point["worth"])
     logger.info("scales: %s", ", ".join(f"{name} {value:g}" for name, value in best.items()))
-    return Scales(best["preserve_scale"], best["negative_guidance"], width, tuple(curve))
+    chosen = best["preserve_scale"], best["negative_guidance"], best["neighbor_scale"]
+    return Scales(*chosen, width, tuple(curve))
 
 
+@dataclass(frozen=True)
 class _Moments:
     """Sums of rows that move, apart from the accumulator that goes on."""
 
-    def __init__(self, equations: NormalEquations) -> None:
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, equations: NormalEquations) -> _Moments:
         copy = equations.scaled(1.0)
-        self.gram, self.cross = copy.gram, copy.cross
+        return cls(copy.gram, copy.cross)
+
+    def scaled(self, weight: float) -> _Moments:
+        return self if weight == 1.0 else _Moments(weight * self.gram, weight * self.cross)
 
 
 def _moves(held: Tensor, parts: Sequence[_Moments], rows: Tensor) -> list[Tensor] | None:

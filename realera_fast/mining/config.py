@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from realera_fast.mining.region import BEYOND_OFFSET, Region
-from realera_fast.runtime import check_types, clean_names
+from realera_fast.runtime import check_scale, check_types, clean_names
 
 NOISE = ("gaussian", "offset")
 """Modes that draw noise around a concept."""
@@ -45,10 +45,12 @@ class MiningConfig:
     beyond_distance: float = 1.6
     """D2, in units of the embedding's norm: longest step of a beyond sample. Default (ours): equal
     to D1."""
-    neighbor_scale: float = 1.0
+    neighbor_scale: float | str = "auto"
     """Weight of all noise neighbors of a prompt together, in units of the prompt's own weight; in
-    vocabulary mode of each mined word, where a named one has `erase_scale`. Default (ours): as much
-    as the target itself."""
+    vocabulary mode of each mined word, where a named one has `erase_scale`. "auto": as much as the
+    target itself, or less where several concepts go together and the names and what stays would
+    give way to mined words (`scales.choose_scales`). Default (ours): of 10 to 60 concepts of the
+    embedded model more went and more stayed, of one nothing changed."""
     beyond_scale: float = 0.1
     """Weight of all beyond samples of a prompt together, in units of the prompt's own weight.
     Default (ours): enough to hold directions that no other row defends, too little to hold the
@@ -117,7 +119,8 @@ class MiningConfig:
             raise ValueError(
                 f"MiningConfig.samples must be from 1 to 2**31, or None, got {self.samples}"
             )
-        for name in ("neighbor_scale", "beyond_scale", "relative_scale", "attack_scale"):
+        check_scale(self.neighbor_scale, "MiningConfig.neighbor_scale")
+        for name in ("beyond_scale", "relative_scale", "attack_scale"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"MiningConfig.{name} must be finite and at least 0, got {value}")
@@ -137,6 +140,11 @@ class MiningConfig:
                 )
         # Both regions are built once here, so that a bad window fails where it was written.
         _ = self.neighbor_region, self.beyond_region
+
+    @property
+    def noise_scale(self) -> float:
+        """`neighbor_scale` of noise, of which nothing is chosen."""
+        return 1.0 if isinstance(self.neighbor_scale, str) else self.neighbor_scale
 
     @property
     def neighbor_region(self) -> Region:

@@ -89,8 +89,8 @@ class _Term(NamedTuple):
 
 def _terms(config: MiningConfig) -> Iterator[_Term]:
     """The terms that have weight."""
-    if config.neighbor_scale > 0:
-        yield _Term(config.neighbor_region, config.neighbor_scale, anchored=True)
+    if config.noise_scale > 0:
+        yield _Term(config.neighbor_region, config.noise_scale, anchored=True)
     if config.beyond_scale > 0:
         yield _Term(config.beyond_region, config.beyond_scale, anchored=False)
 

@@ -238,9 +238,9 @@ def test_mined_words_are_halved_as_the_choice_of_scales_takes_them(monkeypatch):
     add = equations_module.add_mined_word
     choose = scales.choose_scales
 
-    def added(sums, word, config):
+    def added(sums, word):
         found.setdefault(id(sums), []).append(word.word)
-        return add(sums, word, config)
+        return add(sums, word)
 
     def chosen(equations, space, looked, **options):
         found["halves"] = [found.get(id(half), []) for half in equations.halves]

@@ -12,7 +12,15 @@ from realera_fast import EraseConfig
 from realera_fast.equations import Equations, Leaving
 from realera_fast.mining import MiningConfig
 from realera_fast.mining.word_space import WordSpace
-from realera_fast.scales import GUIDANCE, PRESERVE, Looked, Scales, choose_scales, scales_of
+from realera_fast.scales import (
+    GUIDANCE,
+    NEIGHBORS,
+    PRESERVE,
+    Looked,
+    Scales,
+    choose_scales,
+    scales_of,
+)
 from realera_fast.solver import ClosedFormConfig, NormalEquations, Pairs
 from realera_fast.text import PairsConfig, VocabularyConfig
 
@@ -38,7 +46,7 @@ def equations(crowd):
     staying = sums().update_moments(prior)
     named = sums((rows(0), rows(1)))
     halves = (sums((rows(2), rows(1))), sums((rows(3), rows(1))))
-    return Equations(staying, {"": Leaving(named, halves[0] + halves[1])}, halves, prior)
+    return Equations(staying, {"": Leaving(named, halves[0] + halves[1], sums())}, halves, prior)
 
 
 def looked(relatives=(), mined=(2, 3)):
@@ -59,7 +67,7 @@ def test_every_choice_is_what_the_solver_does():
     """Shares of the curve from the map that the library's own solver finds."""
     given, seen = equations(1.0), looked()
     for point in chosen(given, seen, (2.0,), (0.5,)).curve:
-        total = given.staying.scaled(2.0) + given.leaving[""].total(0.5)
+        total = given.staying.scaled(2.0) + given.leaving[""].total(0.5, 1.0)
         found = total.solve(ridge=given.ridge(RIDGE, 2.0), rank_tolerance=0.0, dtype=F64).map
         left = found(rows(0).double()) - rows(1).double()
         way = (rows(0) - rows(1)).double()
@@ -85,14 +93,54 @@ def test_the_curve_holds_every_choice_and_the_best_is_taken():
     assert found.to_dict()["curve"][0] == found.curve[0]
 
 
+def test_mined_words_weigh_less_where_they_stand_in_the_way():
+    """A prior that holds the name firmly, and mined words near a thing that stays: at a scale at
+    which the name goes, words of full weight take the thing along."""
+    given = equations(8.0)
+    near = (rows(4) + 0.5 * rows(2)) / 1.25**0.5
+    crossing = NormalEquations(WIDTH).update(Pairs(near, rows(1), torch.ones(1)))
+    halves = (crossing, crossing.scaled(1.0))
+    leaving = Leaving(given.named, halves[0] + halves[1], NormalEquations(WIDTH))
+    given = dataclasses.replace(given, leaving={"": leaving}, halves=halves)
+    seen = dataclasses.replace(looked(mined=()), things=rows(4))
+    found = choose_scales(
+        given,
+        SPACE,
+        seen,
+        preserve=PRESERVE,
+        guidance=(0.0,),
+        neighbors=NEIGHBORS,
+        options=RIDGE,
+    )
+    assert found.neighbors == NEIGHBORS[-1]
+    best = {
+        weight: max(p["worth"] for p in found.curve if p["neighbor_scale"] == weight)
+        for weight in NEIGHBORS
+    }
+    assert best[0.1] > best[1.0]
+    total = leaving.total(0.5, found.neighbors)
+    wanted = given.named.scaled(1.0, 1.5) + leaving.mined.scaled(found.neighbors)
+    assert torch.equal(total.gram, wanted.gram) and torch.equal(total.cross, wanted.cross)
+
+
+@pytest.mark.parametrize(("count", "weights"), [(1, (1.0,)), (2, NEIGHBORS)])
+def test_of_one_concept_mined_words_weigh_what_they_are(monkeypatch, count, weights):
+    monkeypatch.setattr("realera_fast.scales.looked_at", lambda known, selection: looked())
+    selection = SimpleNamespace(concepts=("name",) * count)
+    found = scales_of(EraseConfig(), equations(1.0), SimpleNamespace(space=SPACE), selection)
+    assert dict.fromkeys(point["neighbor_scale"] for point in found.curve) == dict.fromkeys(weights)
+
+
 def test_a_user_s_scales_are_taken_as_they_are():
     config = EraseConfig(
-        vocabulary=VocabularyConfig(preserve_scale=3.0), pairs=PairsConfig(negative_guidance=0.25)
+        vocabulary=VocabularyConfig(preserve_scale=3.0),
+        pairs=PairsConfig(negative_guidance=0.25),
+        mining=MiningConfig(neighbor_scale=0.5),
     )
-    assert scales_of(config, None, None, None) == Scales(3.0, 0.25)
+    assert scales_of(config, None, None, None) == Scales(3.0, 0.25, 0.5)
     noise = dataclasses.replace(config.mining, mode="gaussian")
     config = dataclasses.replace(config, mining=noise, pairs=PairsConfig())
-    assert scales_of(config, None, None, None) == Scales(3.0, 0.0)
+    assert scales_of(config, None, None, None) == Scales(3.0, 0.0, 0.5)
 
 
 def test_rows_of_noise_that_are_past_the_anchor_are_not_sent_past_it_again(monkeypatch):
