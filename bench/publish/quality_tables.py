@@ -75,11 +75,11 @@ def kept_lines() -> list[str]:
     if not done:
         return []
     kept = sum(row["aligned"] for row in done)
-    nothing = sum(row["stopped"] == "the closed form left nothing to remove" for row in done)
+    nothing = sum(row["stopped"] == "the closed form left nothing that shows" for row in done)
     return [
         f"Over all tables of this page, noise alignment was trained in {len(done) - nothing} of "
         f"the default's {len(done)} erasures and its factors stayed in {kept}; in the others the "
-        "check found that the closed form had left nothing to remove. What alignment does where "
+        "check found that the closed form had left nothing that shows. What alignment does where "
         "the closed form leaves something is in the ablation.",
         "",
     ]

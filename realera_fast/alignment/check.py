@@ -39,15 +39,20 @@ class AlignmentScore:
         """What is left of the concept, named or not."""
         return (self.target + self.neighbor) / 2
 
+    @property
+    def shows(self) -> float:
+        """The same of whichever shows more."""
+        return max(self.target, self.neighbor)
+
 
 _HARM = 0.1
 """So much drift of preserved images is taken for unharmed, in units of their spread (ours)."""
 _PRICE = 0.15
 """So much more drift is what holding an attack may cost (ours: with it relatives of tuning things
 stayed, with 0.26 one in five went)."""
-_GAIN, GONE = 0.05, 0.1
+_GAIN, _GONE = 0.05, 0.1
 """Less of the concept than that is no gain, is nothing left: the measure is as noisy (ours)."""
-_THERE = 0.4
+THERE = 0.4
 """Where the judge begins to see the concept (ours; `scales` has it from the other end)."""
 
 
@@ -59,8 +64,8 @@ def is_better(before: AlignmentScore, after: AlignmentScore, *, worst: bool = Fa
             that the concept is not seen.
     """
     if worst:
-        falls = after.worst < before.worst or after.worst <= GONE
-        hidden = after.left <= max(before.left, _THERE)
+        falls = after.worst < before.worst or after.worst <= _GONE
+        hidden = after.left <= max(before.left, THERE)
         return falls and hidden and after.preserve <= before.preserve + _PRICE
     return before.left - after.left > _GAIN and after.preserve <= max(before.preserve, _HARM)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from realera_fast import mining
 from realera_fast.alignment.adversary import adversary_of, worst_neighbor
-from realera_fast.alignment.check import GONE, AlignmentScore, HeldOutCheck, is_better
+from realera_fast.alignment.check import THERE, AlignmentScore, HeldOutCheck, is_better
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.alignment.trainer import DivergedError, Terms, Trainer
@@ -144,13 +144,13 @@ def align_noise(
             # An adversary brings something back from each.
             brief = config.check_seeds > 1 and not counts_worst
             before = check_of(1).score("edited") if brief else None
-            if before is None or not before.left <= GONE / 2:
+            if before is None or not before.shows <= THERE / 2:
                 before = check.score("edited")
-        # Nothing can be better than nothing, but an attack longer than the check's finds more.
+        # What does not show is not worth minutes, but an attack finds what does not.
         # What is left decides for all processes alike.
-        nothing = before is not None and not counts_worst and before.left <= GONE
+        nothing = before is not None and not counts_worst and before.shows <= THERE
         if processes.agreed(nothing, shared.device):
-            stopped, kept = "the closed form left nothing to remove", False
+            stopped, kept = "the closed form left nothing that shows", False
         else:
             stopped = _train(trainer, filler, execution, saved)
             trainer.use_best()

@@ -187,13 +187,20 @@ def test_scores_of_a_model_that_draws_the_anchor():
     assert result.closed_form.target < 0.1
 
 
-def test_nothing_is_trained_where_nothing_is_left(parts, monkeypatch):
-    gone = AlignmentScore(0.0, 0.1, 0.3)
+@pytest.mark.parametrize("gone", [AlignmentScore(0.0, 0.4, 0.3), AlignmentScore(0.4, 0.0, 0.3)])
+def test_nothing_is_trained_where_nothing_shows(parts, monkeypatch, gone):
     monkeypatch.setattr(check.HeldOutCheck, "score", lambda self, model: gone)
     result = run(parts)
     assert not result.kept and not result.losses and result.aligned is None
-    assert result.stopped == "the closed form left nothing to remove"
+    assert result.stopped == "the closed form left nothing that shows"
     assert result.to_dict()["steps"] == 0
+
+
+def test_it_is_trained_where_a_word_near_the_name_shows(parts, monkeypatch):
+    monkeypatch.setattr(
+        check.HeldOutCheck, "score", lambda self, model: AlignmentScore(0.0, 0.41, 0.3)
+    )
+    assert run(parts).losses
 
 
 def test_training_stops_where_held_back_prompts_improve_no_more(parts):
