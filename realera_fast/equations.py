@@ -207,7 +207,7 @@ def _resumed(parts: Mapping[str, NormalEquations], checkpoint: Checkpoint, strea
 def solve(equations: Equations, config: EraseConfig, scales: Scales) -> Solved:
     """The concept map T, and the system that it is from if that is kept."""
     options, prior = config.closed_form, equations.prior
-    if not options.enabled:
+    if not options.enabled or options.space == "values":
         identity = NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0)
         return Solved(identity, None)
     preserve = scales.preserve_of(prior.shape[0])

@@ -44,6 +44,7 @@ from realera_fast.text import (
     preserved_words,
     read_text_rows,
 )
+from realera_fast.values import value_factors
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,12 @@ def erase(
     with transaction(job.model, layers):
         with clock.stage("attacks"):
             hard = hardened(job, selection, equations, scales, solved, run)
-        aligned = _aligned(job, selection, hard, run, clock)
+        if job.moves_values:
+            with clock.stage("closed form"):
+                moved = value_factors(job, selection, known, equations["sequence"])
+            aligned = replace(NOT_ALIGNED, lora=moved)
+        else:
+            aligned = _aligned(job, selection, hard, run, clock)
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
@@ -378,7 +384,7 @@ def _report(
         warnings: those that were given before the report.
     """
     edited = erasure.edited_weights(before)
-    words = _measured_words(job, selection, before, edited)
+    words = _measured_words(job, selection, erasure, before, edited)
     outcome, solved = aligned.to_dict(), hard.solved
     info = asdict(solved["sequence"].solution.info)
     if "pooled" in solved:
@@ -419,12 +425,16 @@ def _report(
 def _measured_words(
     job: Job,
     selection: Selection,
+    erasure: Erasure,
     before: Mapping[str, Tensor],
     edited: Mapping[str, Tensor],
 ) -> list[report.WordReport]:
-    """How far words moved, by the layers that take the token sequence."""
+    """How far words moved, by the layers that take the token sequence, or those of them whose
+    outputs are moved."""
     kinds = streams(job.model, job.family.maps)
     names = [name for name in before if kinds.get(name) == "sequence"]
+    if job.moves_values:
+        names = [name for name in names if name in erasure.lora]
     movement = report.Movement(*([w[name] for name in names] for w in (before, edited)))
     prompts = selection.prompts(job.text, whole=job.config.mining.mode in NOISE)
     measured: dict[int, report.WordReport] = {}

@@ -55,6 +55,9 @@ from realera_fast.runtime import (
 from realera_fast.text import Concept, Text, TextWithPooled, check_names, parse_concepts
 from realera_fast.unet import config_of, ddim_of
 
+VALUES = ".to_v"
+"""How the names of value projections end."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -137,6 +140,12 @@ class Job:
         """Whose encoder finds neighbors: one that reads words without padding, where there is."""
         found = [s for s, sections in self.texts.items() if sections[0].reads_unpadded]
         return found[0] if found else "sequence"
+
+    @property
+    def moves_values(self) -> bool:
+        """Whether the closed form is solved for the outputs of value projections."""
+        options = self.config.closed_form
+        return options.enabled and options.space == "values"
 
     def known_words(self) -> KnownWords:
         """What the model may know."""
@@ -249,6 +258,8 @@ def checked(given: Arguments) -> Job:
         for section in sections:
             check_width(given.model, stream, section.width, family.maps)
     check_tokens(texts, concepts, preserve, config)
+    if config.closed_form.enabled and config.closed_form.space == "values":
+        _check_values(layers, texts)
     family = as_read(family, encoders, texts)
     return Job(
         model=given.model,
@@ -266,6 +277,19 @@ def checked(given: Arguments) -> Job:
         folder=None if given.checkpoint_dir is None else Path(given.checkpoint_dir),
         resume=given.resume,
         progress=given.progress,
+    )
+
+
+def _check_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[Text]]) -> None:
+    """Makes sure that the closed form can be solved for the outputs of value projections."""
+    sections = texts["sequence"]
+    if any(name.endswith(VALUES) for name in layers) and len(sections) == 1:
+        if sections[0].reads_unpadded:
+            return
+    raise ValueError(
+        'config: closed_form.space="values" runs on models whose cross-attention reads one text '
+        "encoder's tokens in value projections of its own (Stable Diffusion 1, 2 and XL), and this "
+        'model has none such; set closed_form.space="text"'
     )
 
 

@@ -150,7 +150,7 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
     things = things[:: max(1, math.ceil(len(things) / _THINGS))]
 
     def aims(pairs: Sequence[tuple[str, Concept]]) -> Tensor:
-        found = {c.target: _aim(known, selection, c) for c in selection.concepts}
+        found = {c.target: selection.anchor_row(known, c) for c in selection.concepts}
         rows = [found[concept.target] for _, concept in pairs]
         return torch.stack(rows) if rows else known.rows_of([])
 
@@ -163,12 +163,6 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
         known.rows_of(selection.relatives),
         known.rows_of(things),
     )
-
-
-def _aim(known: KnownWords, selection: Selection, concept: Concept) -> Tensor:
-    """`[d]` row of what a concept becomes."""
-    words = selection.anchor_words(concept)
-    return known.rows_of(words).mean(dim=0) if words else known.space.mean.float()
 
 
 def choose_scales(

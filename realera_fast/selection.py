@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from realera_fast.inputs import Job, name_key
 from realera_fast.mining import (
     Anchor,
@@ -104,6 +106,11 @@ class Selection:
         if chosen:
             return chosen.words
         return () if concept.destination is None else (concept.destination,)
+
+    def anchor_row(self, known: KnownWords, concept: Concept) -> Tensor:
+        """`[d]` float32 row of what a concept becomes."""
+        words = self.anchor_words(concept)
+        return known.rows_of(words).mean(dim=0) if words else known.space.mean.float()
 
     def anchor_name(self, concept: Concept) -> str:
         """What a concept becomes, in words."""

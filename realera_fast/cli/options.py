@@ -18,7 +18,7 @@ SAVED = ("pipeline", "delta", "lora", "kohya", "weights", "single-file")
 
 # What the library knows as well; said here, a mistake costs no import of torch.
 KIND_NAMES = ("object", "style", "person", "explicit")
-PRESETS = ("fast", "paper", "strict")
+PRESETS = ("adversarial", "fast", "paper", "strict")
 MINING_MODES = ("vocabulary", "gaussian", "offset", "none")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 DEVICE_TYPES = (
@@ -92,8 +92,9 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="fast: the closed form alone; paper: RealEra as published; strict: trained against "
-        "attacks on the erased model (default: both stages, with scales that the model chooses).",
+        help="fast: the closed form alone; strict: the same where value projections speak, which "
+        "holds against attacks; adversarial: trained against attacks; paper: RealEra as published "
+        "(default: both stages, with scales that the model chooses).",
     ),
 ]
 NoAlign = Annotated[

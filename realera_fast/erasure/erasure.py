@@ -382,12 +382,14 @@ class Erasure:
         """The same erasure as a small module on prompt embeddings; the weights stay as they are.
 
         Raises:
-            ValueError: noise alignment changed the layers one by one, which no map of prompts can.
+            ValueError: layers were changed one by one, by noise alignment or where values are moved
+                (`ClosedFormConfig.space`), which no map of prompts can.
         """
         if self.lora:
             raise ValueError(
-                "this erasure has alignment factors, which act layer by layer and not on the "
-                "prompt; erase with EraseConfig(alignment=AlignmentConfig(enabled=False))"
+                "this erasure has factors that act layer by layer and not on the prompt; erase "
+                "with EraseConfig(alignment=AlignmentConfig(enabled=False)), whose "
+                'closed_form.space is "text"'
             )
         return PromptMap(self.map, self.pooled_map)
 

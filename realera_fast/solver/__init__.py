@@ -12,6 +12,7 @@ from realera_fast.solver.incremental import IncrementalSystem
 from realera_fast.solver.least_squares import SingularSystemError
 from realera_fast.solver.prompt_map import PromptMap
 from realera_fast.solver.rows import Pairs
+from realera_fast.solver.value_space import move_values
 
 __all__ = [
     "ClosedFormConfig",
@@ -23,5 +24,6 @@ __all__ = [
     "SingularSystemError",
     "Solution",
     "fit_values_",
+    "move_values",
     "solve_layers",
 ]

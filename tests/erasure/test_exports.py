@@ -420,7 +420,7 @@ def test_prompt_maps_compose_and_refuse_alignment():
         edited(flux()).prompt_map()(torch.zeros(1, 2, 48))
     with pytest.raises(ValueError, match="for the same model"):
         both.compose(edited(flux()).prompt_map())
-    with pytest.raises(ValueError, match="alignment factors, which act layer by layer"):
+    with pytest.raises(ValueError, match="factors that act layer by layer"):
         random_erasure(tiny_unet()).prompt_map()
 
 
