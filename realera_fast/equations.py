@@ -204,10 +204,13 @@ def _resumed(parts: Mapping[str, NormalEquations], checkpoint: Checkpoint, strea
     return done
 
 
-def solve(equations: Equations, config: EraseConfig, scales: Scales) -> Solved:
-    """The concept map T, and the system that it is from if that is kept."""
+def solve(equations: Equations, stream: Stream, config: EraseConfig, scales: Scales) -> Solved:
+    """The concept map T, and the system that it is from if that is kept.
+
+    Where the outputs of value projections are moved, the token sequence is not: T is the identity.
+    """
     options, prior = config.closed_form, equations.prior
-    if not options.enabled or options.space == "values":
+    if not options.enabled or (options.space == "values" and stream == "sequence"):
         identity = NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0)
         return Solved(identity, None)
     preserve = scales.preserve_of(prior.shape[0])

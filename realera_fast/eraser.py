@@ -149,17 +149,15 @@ def erase(
         equations = {s: gather(job, selection, s, checkpoints) for s in job.texts}
     with clock.stage("closed form"):
         scales = scales_of(job.config, equations[job.stream_of_words], known, selection)
-        solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
+        solved = {s: solve(each, s, job.config, scales) for s, each in equations.items()}
     layers = job.trained_layers
     with transaction(job.model, layers):
         with clock.stage("attacks"):
             hard = hardened(job, selection, equations, scales, solved, run)
+        aligned = _aligned(job, selection, hard, run, clock)
         if job.moves_values:
-            with clock.stage("closed form"):
-                moved = value_factors(job, selection, known, equations["sequence"])
-            aligned = replace(NOT_ALIGNED, lora=moved)
-        else:
-            aligned = _aligned(job, selection, hard, run, clock)
+            moved = value_factors(job, selection, known, equations["sequence"])
+            aligned = replace(aligned, lora=moved)
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
@@ -408,7 +406,7 @@ def _report(
         alignment=outcome,
         seconds={},
         warnings=(
-            *report.warnings_of(words, outcome),
+            *report.warnings_of(words, outcome, values=job.moves_values),
             *job.denoising.warnings,
             *warn_of_surplus(selection),
             *warnings,

@@ -163,15 +163,25 @@ def _sum(left: Tensor, matrix: Tensor, right: Tensor) -> float:
     return float(((left @ matrix) * right).sum())
 
 
-def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a user should look at, in words."""
+def warnings_of(
+    words: Sequence[WordReport], alignment: Mapping[str, Any], *, values: bool = False
+) -> tuple[str, ...]:
+    """What a user should look at, in words.
+
+    Args:
+        values: whether the outputs of value projections were moved, and not the text.
+    """
+    further = "raise erase_scale, lower preserve_scale or choose a nearer anchor"
+    narrower = "narrow the neighborhood (mining.word_cosine, of a category mining.member_cosine)"
+    if values:
+        further = "raise closed_form.value_guidance or choose another anchor"
+        narrower = "lower closed_form.value_guidance or closed_form.value_ridge"
     found = []
     for word in words:
         if word.moved is not None and word.role != "neighbor" and word.moved < MOVED_ENOUGH:
             found.append(
                 f"{word.role} {word.word!r} went only {word.moved:.0%} of the way to what it is to "
-                f"become ({word.anchor}): raise erase_scale, lower preserve_scale or choose a "
-                "nearer anchor"
+                f"become ({word.anchor}): {further}"
             )
     far = [(w.drift, w.word) for w in words if w.drift is not None and w.drift > DRIFTED]
     if far:
@@ -180,8 +190,7 @@ def warnings_of(words: Sequence[WordReport], alignment: Mapping[str, Any]) -> tu
         more = f" and {len(far) - _NAMED} more" if len(far) > _NAMED else ""
         found.append(
             f"words that should stay moved, in distances between words: {some}{more}; name those "
-            "that matter in preserve=, or narrow the neighborhood (mining.word_cosine, of a "
-            "category mining.member_cosine)"
+            f"that matter in preserve=, or {narrower}"
         )
     if str(alignment.get("stopped", "")).startswith("diverged"):
         found.append(

@@ -1,12 +1,12 @@
 """The closed form: rows into normal equations, solved for all layers at once."""
 
 from realera_fast.solver.closed_form import (
-    ClosedFormConfig,
     NormalEquations,
     Solution,
     solve_layers,
 )
 from realera_fast.solver.concept_map import ConceptMap
+from realera_fast.solver.config import ClosedFormConfig
 from realera_fast.solver.fit_values import fit_values_
 from realera_fast.solver.incremental import IncrementalSystem
 from realera_fast.solver.least_squares import SingularSystemError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.solver.closed_form import NormalEquations, SolveInfo, check_ridge
+from realera_fast.solver.closed_form import NormalEquations, SolveInfo
+from realera_fast.solver.config import check_ridge
 from realera_fast.solver.least_squares import (
     Factored,
     Scaled,

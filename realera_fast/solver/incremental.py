@@ -24,10 +24,10 @@ from realera_fast.solver.closed_form import (
     Solution,
     SolveInfo,
     check_options,
-    check_ridge,
     finish,
 )
 from realera_fast.solver.concept_map import ConceptMap
+from realera_fast.solver.config import check_ridge
 from realera_fast.solver.least_squares import (
     Factored,
     Scaled,

@@ -1,0 +1,124 @@
+"""The closed form where value projections speak: what it edits, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from model_state import same, weights
+from tiny_erase import CLOSED, run
+from tiny_families import pixart_alpha, sd3, sdxl
+from tiny_models import tiny_pipeline
+from torch.testing import assert_close
+
+import realera_fast
+from realera_fast import Concept, EraseConfig, Erasure, embedded
+from realera_fast.alignment import AlignmentConfig
+from realera_fast.mining import MiningConfig
+from realera_fast.mining.known_words import read_words
+from realera_fast.solver import ClosedFormConfig
+from realera_fast.text import TextModel
+
+VALUES = dataclasses.replace(CLOSED, closed_form=ClosedFormConfig(space="values"))
+
+
+def guided(guidance):
+    closed_form = dataclasses.replace(VALUES.closed_form, value_guidance=guidance)
+    return dataclasses.replace(VALUES, closed_form=closed_form)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_named_words_say_what_their_anchors_say(guidance):
+    pipe = tiny_pipeline()
+    before = weights(pipe.unet)
+    result = run(pipe, [Concept("cat", "dog"), Concept("ship", "tree")], guided(guidance))
+    text = TextModel(pipe.text_encoder, pipe.tokenizer)
+    rows = read_words(text, ["cat", "dog", "ship", "tree"]).float()
+    for (name, layer), old in zip(pipe.unet.named_parameters(), before.values(), strict=True):
+        if not name.endswith(".to_v.weight") or ".attn2." not in name:
+            assert torch.equal(layer, old)
+            continue
+        for word, anchor in ((0, 1), (2, 3)):
+            goal = (1 + guidance / 2) * rows[anchor] - guidance * rows[word]
+            assert_close(layer @ rows[word], old @ goal, rtol=2e-2, atol=2e-2)
+    assert result.map.rank == 0 and len(result.lora) == sum(".to_v" in name for name in result.lora)
+    assert all(factors.rank == 2 for factors in result.lora.values())
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_it_is_saved_exported_and_applied_as_any_erasure(tmp_path):
+    pipe = tiny_pipeline()
+    result = run(pipe, ["cat=dog"], guided(1.0))
+    edited = weights(pipe.unet)
+    result.save(tmp_path / "delta.safetensors")
+    result.restore_(pipe.unet)
+    Erasure.load(tmp_path / "delta.safetensors").apply_(pipe.unet)
+    assert same(pipe.unet, edited)
+    with pytest.raises(ValueError, match="factors that act layer by layer"):
+        result.prompt_map()
+
+
+def test_the_report_measures_the_layers_that_speak():
+    pipe = embedded.load_pipeline()
+    result = realera_fast.erase(pipe, ["cat"], config=EraseConfig.strict(), progress=False)
+    word = next(w for w in result.report["words"] if w["role"] == "target")
+    # Half of an anchor and all of the word past the anchor.
+    assert word["word"] == "cat" and word["moved"] > 1.0
+    assert result.report["alignment"]["stopped"] == "not run"
+    moved = {name for name, share in result.report["layers"].items() if share}
+    assert moved and all(name.endswith(".to_v") for name in moved)
+
+
+def test_warnings_name_the_settings_that_count():
+    result = run(tiny_pipeline(), ["cat=dog"], VALUES)
+    # Random layers say of a prompt little of what they say of its word.
+    assert any("raise closed_form.value_guidance" in text for text in result.report["warnings"])
+    assert not any("erase_scale" in text for text in result.report["warnings"])
+
+
+def test_sdxl_moves_the_pooled_vector_by_its_own_map():
+    pipe = sdxl()
+    before = weights(pipe.unet)
+    result = realera_fast.erase(pipe, ["cat=dog"], config=VALUES, progress=False)
+    assert result.map.rank == 0 and result.pooled_map.rank > 0
+    assert all(name.endswith(".to_v") for name in result.lora)
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_the_preset_runs():
+    config = dataclasses.replace(EraseConfig.strict(), vocabulary=VALUES.vocabulary)
+    assert config.closed_form.space == "values" and not config.alignment.enabled
+    pipe = tiny_pipeline()
+    assert run(pipe, ["cat=dog"], config).lora
+
+
+@pytest.mark.parametrize("make", [sd3, pixart_alpha])
+def test_a_model_without_value_projections_of_text_is_refused(make):
+    pipe = make()
+    before = weights(pipe.transformer)
+    with pytest.raises(ValueError, match='space="values" runs on models whose cross-attention'):
+        realera_fast.erase(pipe, ["cat=dog"], config=VALUES, progress=False)
+    assert same(pipe.transformer, before)
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    values = ClosedFormConfig(space="values")
+    with pytest.raises(ValueError, match="goes without noise alignment and attacks"):
+        EraseConfig(closed_form=values)
+    off = AlignmentConfig(enabled=False)
+    with pytest.raises(ValueError, match="goes without noise alignment and attacks"):
+        EraseConfig(closed_form=values, alignment=off, mining=MiningConfig(attack_rounds=1))
+    with pytest.raises(ValueError, match="takes no noise"):
+        EraseConfig(closed_form=values, alignment=off, mining=MiningConfig(mode="gaussian"))
+    with pytest.raises(ValueError, match="keep_system"):
+        ClosedFormConfig(space="values", keep_system=True)
+    with pytest.raises(ValueError, match="ClosedFormConfig.space must be one of"):
+        ClosedFormConfig(space="keys")
+    for guidance in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="value_guidance"):
+            ClosedFormConfig(value_guidance=guidance)
+    with pytest.raises(ValueError, match="value_ridge"):
+        ClosedFormConfig(value_ridge=0.0)
