@@ -44,7 +44,7 @@ from realera_fast.text import (
     preserved_words,
     read_text_rows,
 )
-from realera_fast.values import value_factors
+from realera_fast.values import moved_values
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,9 @@ def erase(
             hard = hardened(job, selection, equations, scales, solved, run)
         aligned = _aligned(job, selection, hard, run, clock)
         if job.moves_values:
-            moved = value_factors(job, selection, known, equations["sequence"])
-            aligned = replace(aligned, lora=moved)
+            moved = moved_values(job, selection, known, equations["sequence"])
+            aligned = replace(aligned, lora=moved.factors)
+            scales = replace(scales, values=moved.guidance)
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):

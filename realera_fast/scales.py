@@ -40,7 +40,7 @@ _MINED = 256
 """Words that follow and that are looked at (count; ours)."""
 _THINGS = 256
 """Words that should stay and that are looked at (count; ours)."""
-_EDGE = 0.6
+EDGE = 0.6
 """A word that stays is there while it moved less of its length, one that goes is gone when less of
 its way is left (ours: where pictures of 16 tuning things of the embedded model change)."""
 _SOFT = 0.05
@@ -61,6 +61,9 @@ class Scales:
     """Features of the text on which `preserve` was chosen; None where the user gave it."""
     curve: tuple[dict[str, float], ...] = ()
     """What each choice does; empty where the user chose."""
+    values: float | None = None
+    """How far past the anchor outputs of value projections go (`value_guidance`); None where the
+    text moves."""
 
     def preserve_of(self, width: int) -> float:
         """The preserve scale for text of another width: at scale s a typical word goes q / (1 + q)
@@ -69,12 +72,13 @@ class Scales:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
+        found: dict[str, Any] = {
             "preserve_scale": self.preserve,
             "negative_guidance": self.guidance,
             "neighbor_scale": self.neighbors,
             "curve": [dict(point) for point in self.curve],
         }
+        return found if self.values is None else found | {"value_guidance": self.values}
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def choose_scales(
 
     With A(s, m) = s P + Q_named + m Q_mined and D(g, m) = (1 + g) D_named + m D_mined every choice
     is a small solve for the rows that are looked at. A word that goes is gone when less than
-    `_EDGE` of its way to the anchor is left, one that stays has stayed when it moved less than that
+    `EDGE` of its way to the anchor is left, one that stays has stayed when it moved less than that
     of the way to the mean word, both in the metric of what attention writes (`WordSpace`), with a
     soft edge. Mined words are judged by what the names and the other half of them do, as words are
     that nobody lists. The best choice has the largest harmonic mean of named words gone, mined
@@ -289,13 +293,13 @@ def _gone(space: WordSpace, rows: Tensor, aims: Tensor, step: Tensor) -> Tensor:
     way = rows.double() - aims.double()
     # Who went past the anchor is not more gone than who reached it.
     left = space.shares(way + step, way).clamp_min(0.0)
-    return torch.sigmoid((_EDGE - left) / _SOFT)
+    return torch.sigmoid((EDGE - left) / _SOFT)
 
 
 def _kept(space: WordSpace, rows: Tensor, step: Tensor) -> Tensor:
     """`[n]` how well words are kept, 0 to 1: by how far they moved of the way to the mean word."""
     own = space.sizes(space.seen(rows)).clamp_min(1e-300)
-    return torch.sigmoid((_EDGE - space.sizes(step) / own) / _SOFT)
+    return torch.sigmoid((EDGE - space.sizes(step) / own) / _SOFT)
 
 
 _NOTHING_STAYS = (

@@ -42,9 +42,10 @@ class ClosedFormConfig:
     """Of "values": weight of ``|R - I|_F^2``, in units of the mean second moment of outputs that
     stay. Greater reaches more words that nobody lists, and more of the rest. Default (ours)."""
     value_guidance: float = 0.0
-    """Of "values": g of the goal a + g (a / 2 - c) for outputs c of a named word and a of its
-    anchor. 0 draws the anchor; from 1 on attacks with free token vectors found nothing
-    (docs/alignment.md). Default (ours)."""
+    """Of "values": greatest g of the goal a + g (a / 2 - c) for outputs c of a named word and a of
+    its anchor; less is taken where things that should stay would move (`values.moved_values`). 0
+    draws the anchor; at 1 attacks with free token vectors found nothing (docs/alignment.md).
+    Default (ours)."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -29,7 +29,9 @@ def guided(guidance):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-def test_named_words_say_what_their_anchors_say(guidance):
+def test_named_words_say_what_their_anchors_say(guidance, monkeypatch):
+    # Random encoders see all words alike: nothing would stay.
+    monkeypatch.setattr("realera_fast.values._kept", lambda *arguments: 1.0)
     pipe = tiny_pipeline()
     before = weights(pipe.unet)
     result = run(pipe, [Concept("cat", "dog"), Concept("ship", "tree")], guided(guidance))
@@ -85,6 +87,25 @@ def test_sdxl_moves_the_pooled_vector_by_its_own_map():
     assert result.map.rank == 0 and result.pooled_map.rank > 0
     assert all(name.endswith(".to_v") for name in result.lora)
     result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_of_several_words_less_is_taken_and_of_too_many_none():
+    """Rather than the rest of the model."""
+    table = embedded.words()
+    pipe = embedded.load_pipeline()
+    before = weights(pipe.unet)
+    names = [thing.name for thing in table.things if thing.split == "tuning"]
+    taken = []
+    for count in (1, 5):
+        result = realera_fast.erase(
+            pipe, names[:count], config=EraseConfig.strict(), progress=False
+        )
+        taken.append(result.report["scales"]["value_guidance"])
+        result.restore_(pipe.unet)
+    assert taken[0] == 1.0 and taken[1] < 1.0
+    with pytest.raises(ValueError, match="40 words go together; erase fewer at once"):
+        realera_fast.erase(pipe, names[:40], config=EraseConfig.strict(), progress=False)
     assert same(pipe.unet, before)
 
 
