@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from harness.rows import committed  # noqa: E402
-from harness.tables import DEFAULT, FAST, UNERASED  # noqa: E402
+from harness.tables import DEFAULT, FAST, STRICT, UNERASED  # noqa: E402
 
 from publish.quality_rows import Found, score  # noqa: E402
 
@@ -26,7 +26,7 @@ OWN, OTHER, VARIANT = "#0072B2", "#999999", "#56B4E9"
 
 
 def _color(method: str) -> str:
-    if method in (DEFAULT, FAST):
+    if method in (DEFAULT, STRICT, FAST):
         return OWN
     return VARIANT if method.startswith(("closed form", "RealEra")) else OTHER
 
@@ -48,7 +48,7 @@ def bars(path: Path) -> None:
     shared = [
         m
         for m in first.ranked()
-        if m in (DEFAULT, FAST) or sum(m in found.methods for found in tables.values()) > 1
+        if m in (DEFAULT, STRICT, FAST) or sum(m in found.methods for found in tables.values()) > 1
     ]
     figure, panels = plt.subplots(
         1,
@@ -101,7 +101,7 @@ def scatter(path: Path) -> None:
         for number, method in enumerate(shown):
             gone = [100 - 100 * v for v in found.by_seed(method, score(key))]
             kept = [100 * v for v in found.by_seed(method, score("acc_s"))]
-            own = method in (DEFAULT, FAST)
+            own = method in (DEFAULT, STRICT, FAST)
             panel.errorbar(
                 statistics.mean(gone),
                 statistics.mean(kept),
@@ -145,8 +145,8 @@ def seconds(path: Path) -> None:
             x,
             statistics.mean(values),
             yerr=_spread(values),
-            fmt="*" if method in (DEFAULT, FAST) else "o",
-            markersize=13 if method in (DEFAULT, FAST) else 6,
+            fmt="*" if method in (DEFAULT, STRICT, FAST) else "o",
+            markersize=13 if method in (DEFAULT, STRICT, FAST) else 6,
             color=_color(method),
             linewidth=0.8,
         )

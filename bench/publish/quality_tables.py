@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from harness.rows import committed_object
-from harness.tables import DEFAULT, UNERASED, percent, table
+from harness.tables import DEFAULT, STRICT, UNERASED, percent, table
 
 from publish.quality_rows import (
     FURTHER,
@@ -207,7 +207,8 @@ def summary_lines() -> list[str]:
     shared = [
         m
         for m in objects.ranked()
-        if m == own_method(objects) or all(m in found.methods for found in columns.values())
+        if m in (own_method(objects), STRICT)
+        or all(m in found.methods for found in columns.values())
     ]
     several = Found("several").tasks[-2:]
     header = ["method", "objects", "relatives"]

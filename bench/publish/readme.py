@@ -6,7 +6,7 @@ import statistics
 
 from harness.provenance import where
 from harness.rows import committed
-from harness.tables import FAST, percent, table
+from harness.tables import FAST, STRICT, percent, table
 from quality.methods import BASELINES
 
 from publish.quality_rows import Found, bold, near, own_method, score
@@ -78,7 +78,7 @@ def size_headline() -> str:
 
 
 def summary() -> list[str]:
-    """Mean H_o of the methods that are in every table."""
+    """Mean H_o of the methods that are in every table, and of the strict preset."""
     objects, several = Found("objects"), Found("several")
     if not objects.rows:
         return []
@@ -86,7 +86,7 @@ def summary() -> list[str]:
     shared = [
         m
         for m in objects.ranked()
-        if m == own_method(objects) or all(m in found.methods for found in tables)
+        if m in (own_method(objects), STRICT) or all(m in found.methods for found in tables)
     ]
     counts = several.tasks[-2:]
     more = {name: found for name in ("styles", "characters") if (found := Found(name)).rows}
