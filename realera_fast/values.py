@@ -96,7 +96,7 @@ def _kept(
     """
     if not len(rows):
         return 1.0
-    moved, whole = torch.zeros(len(rows)), torch.zeros(len(rows))
+    moved, whole = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
     for name, part in factors.items():
         weight = layers[name].weight.detach()[:, : rows.shape[1]].to("cpu", torch.float32)
         moved += ((rows @ part.down.mT) @ part.up.mT).square().sum(1)

@@ -2,7 +2,7 @@
 
 ``W' = W T`` can take a concept out of the text, but a layer that narrows the text lets others say
 the same: where W has fewer outputs than features, every output can still be reached. Here the
-outputs y = W x are moved themselves, ``W' = R W``, so that what R takes away no text brings back.
+outputs y = W x are moved themselves, ``W' = R W``: text that says the same gets what R makes of it.
 
 With B = W C W^T / mean(diag) + ridge I, where C is the second moment of what stays, and outputs
 Y = W X of the named words with goals Z, R minimises
