@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from realera_fast.config import EraseConfig
-    from realera_fast.eraser import erase, preview
+    from realera_fast.dry_run import preview
+    from realera_fast.eraser import erase
     from realera_fast.erasure import Erasure
     from realera_fast.text import Concept
     from realera_fast.unet import fuse, unfuse
@@ -20,7 +21,7 @@ _HOMES = {
     "Erasure": "erasure",
     "erase": "eraser",
     "fuse": "unet",
-    "preview": "eraser",
+    "preview": "dry_run",
     "unfuse": "unet",
 }
 _ROOMS = (

@@ -44,17 +44,30 @@ class EraseConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"EraseConfig.seed must be from 0 to 2**32 - 1, got {self.seed}")
         if self.closed_form.enabled and self.closed_form.space == "values":
-            if self.alignment.enabled or self.mining.attack_rounds:
+            if self.mining.attack_rounds:
                 raise ValueError(
-                    'EraseConfig: closed_form.space="values" goes without noise alignment and '
-                    "attacks; set alignment=AlignmentConfig(enabled=False) and "
-                    "mining.attack_rounds=0"
+                    'EraseConfig: closed_form.space="values" takes no prompts that attacks find; '
+                    'set mining.attack_rounds=0, or closed_form.space="text"'
                 )
             if self.mining.mode in NOISE:
                 raise ValueError(
                     f'EraseConfig: closed_form.space="values" takes no noise, and mining.mode is '
                     f'{self.mining.mode!r}; set it to "vocabulary" or "none"'
                 )
+
+    @property
+    def asks_for_text(self) -> bool:
+        """Whether a setting asks for what only the closed form of the text has: equations that are
+        kept, rows of noise or attacks, or weights of its own. Then `closed_form.space` "auto" is
+        the text."""
+        return bool(
+            self.closed_form.keep_system
+            or self.mining.mode in NOISE
+            or self.mining.attack_rounds
+            or self.vocabulary.preserve_scale != "auto"
+            or self.pairs.negative_guidance != "auto"
+            or self.erase_scale != 1.0
+        )
 
     @classmethod
     def paper(cls) -> EraseConfig:

@@ -204,15 +204,11 @@ def _resumed(parts: Mapping[str, NormalEquations], checkpoint: Checkpoint, strea
     return done
 
 
-def solve(equations: Equations, stream: Stream, config: EraseConfig, scales: Scales) -> Solved:
-    """The concept map T, and the system that it is from if that is kept.
-
-    Where the outputs of value projections are moved, the token sequence is not: T is the identity.
-    """
+def solve(equations: Equations, config: EraseConfig, scales: Scales) -> Solved:
+    """The concept map T, and the system that it is from if that is kept."""
     options, prior = config.closed_form, equations.prior
-    if not options.enabled or (options.space == "values" and stream == "sequence"):
-        identity = NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0)
-        return Solved(identity, None)
+    if not options.enabled:
+        return unsolved(equations)
     preserve = scales.preserve_of(prior.shape[0])
     ridge = equations.ridge(options, preserve)
     staying = equations.staying.scaled(preserve)
@@ -229,6 +225,13 @@ def solve(equations: Equations, stream: Stream, config: EraseConfig, scales: Sca
     for name, sums in totals.items():
         system.add(name, sums)
     return Solved(system.solve(rank_tolerance=options.rank_tolerance), system)
+
+
+def unsolved(equations: Equations) -> Solved:
+    """The map that changes nothing, for a stream that is edited in another way or not at all."""
+    prior = equations.prior
+    identity = NormalEquations(prior.shape[0], device=prior.device).solve(ridge=1.0)
+    return Solved(identity, None)
 
 
 def add_named_word(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ from torch import Tensor
 from realera_fast.alignment import (
     NOT_ALIGNED,
     Alignment,
-    AlignmentConfig,
     AlignmentPrompts,
+    ClosedForm,
     align_noise,
 )
 from realera_fast.config import EraseConfig
-from realera_fast.equations import Solved, gather, solve
+from realera_fast.equations import Solved, gather, solve, unsolved
 from realera_fast.erasure import Erasure, report
 from realera_fast.inputs import Arguments, Job, checked, takes_members
-from realera_fast.mining import NOISE, Anchor, Line
+from realera_fast.mining import NOISE
 from realera_fast.models import Family, Stream, streams, transaction, weights_hash
 from realera_fast.robustness import Hardened, hardened
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
@@ -44,7 +44,7 @@ from realera_fast.text import (
     preserved_words,
     read_text_rows,
 )
-from realera_fast.values import moved_values
+from realera_fast.values import MovedValues, joined, moved_values
 
 logger = logging.getLogger(__name__)
 
@@ -149,116 +149,29 @@ def erase(
         equations = {s: gather(job, selection, s, checkpoints) for s in job.texts}
     with clock.stage("closed form"):
         scales = scales_of(job.config, equations[job.stream_of_words], known, selection)
-        solved = {s: solve(each, s, job.config, scales) for s, each in equations.items()}
+        solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
+        moved = None
+        if job.may_move_values:
+            moved = moved_values(job, selection, known, equations["sequence"], scales)
+        if moved:
+            solved["sequence"] = unsolved(equations["sequence"])
     layers = job.trained_layers
     with transaction(job.model, layers):
         with clock.stage("attacks"):
             hard = hardened(job, selection, equations, scales, solved, run)
-        aligned = _aligned(job, selection, hard, run, clock)
-        if job.moves_values:
-            moved = moved_values(job, selection, known, equations["sequence"])
-            aligned = replace(aligned, lora=moved.factors)
-            scales = replace(scales, values=moved.guidance)
+        aligned = _aligned(job, selection, hard, moved, run, clock)
+        if moved:
+            aligned = replace(aligned, lora=joined(moved.factors, aligned.lora))
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
-            measured = _report(job, selection, scales, hard, aligned, erasure, before, slow)
+            measured = _report(job, selection, scales, moved, hard, aligned, erasure, before, slow)
         measured = replace(measured, seconds=clock.seconds)
         erasure = replace(erasure, report=measured.to_dict())
         erasure.apply_(job.model)
     for stage in (*job.texts, checkpoint.MEMBERS, checkpoint.ATTACK):
         job.checkpoint(run).remove(stage)
     return erasure
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What an erasure would do with words."""
-
-    neighbors: Mapping[str, tuple[str, ...]]
-    """Words that would go with each target."""
-    sources: Mapping[str, str]
-    """Why: "inflection" of a name, by the "lexicon", or a "token" that the model sees alike."""
-    relatives: Mapping[str, tuple[str, ...]]
-    """Other kinds of the same thing, which would stay."""
-    beyond: Mapping[str, tuple[str, ...]]
-    """The nearest words of which nothing is known that would stay."""
-    borderline: Mapping[str, tuple[str, ...]]
-    """Of these the ones that are near the line."""
-    anchors: Mapping[str, Anchor]
-    """What targets would become that name no anchor."""
-    line: Line
-    """How near is near in this model."""
-
-
-@exclusive
-def preview(
-    model: Any,
-    text_encoders: Any = None,
-    concepts: str | Concept | Iterable[str | Concept] | None = None,
-    *,
-    tokenizer: Any = None,
-    preserve: Iterable[str] | None = (),
-    reading: Family | None = None,
-    config: EraseConfig | None = None,
-    progress: bool | None = None,
-) -> Preview:
-    """Which words `erase` would move, before anything is edited: in seconds.
-
-    Words that should stay are struck out with `MiningConfig.spare`, others are added as synonyms of
-    their concept. Nothing is drawn: members of a category (kind "explicit") are not found, and
-    words in doubt (`MiningConfig.borderline`) are listed as such.
-
-    Args:
-        model, text_encoders, concepts, tokenizer, preserve, reading, config, progress: as those of
-            `erase`.
-
-    Raises:
-        ValueError, TypeError: as `erase`.
-    """
-    job = checked(
-        Arguments(
-            model=model,
-            text_encoders=text_encoders,
-            concepts=concepts,
-            tokenizer=tokenizer,
-            preserve=preserve,
-            scheduler=None,
-            reading=reading,
-            config=_without_denoiser(config),
-            latents=None,
-            accelerator=None,
-            checkpoint_dir=None,
-            resume=False,
-            progress=progress,
-        )
-    )
-    known = job.known_words()
-    nothing = encode_vocabulary(job.text, job.config.vocabulary, words=())
-    selection = select(job, known, nothing, drawn=False)
-    around = selection.neighborhood
-    return Preview(
-        selection.mined,
-        around.sources,
-        around.relatives,
-        around.beyond,
-        around.borderline,
-        selection.anchors,
-        selection.line,
-    )
-
-
-def _without_denoiser(config: EraseConfig | None) -> EraseConfig:
-    """The same words, chosen without the denoiser."""
-    config = EraseConfig() if config is None else config
-    if not isinstance(config, EraseConfig):
-        return config  # refused where `erase` refuses it
-    return replace(
-        config,
-        mining=replace(config.mining, borderline=0, attack_rounds=0),
-        closed_form=replace(config.closed_form, enabled=True),
-        alignment=AlignmentConfig(enabled=False),
-    )
 
 
 def _nothing_erased(job: Job) -> Erasure:
@@ -311,9 +224,16 @@ def _run_of(job: Job, selection: Selection) -> str:
     )
 
 
-def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Clock) -> Alignment:
+def _aligned(
+    job: Job,
+    selection: Selection,
+    hard: Hardened,
+    moved: MovedValues | None,
+    run: str,
+    clock: Clock,
+) -> Alignment:
     config, solved = job.config, hard.solved
-    moves = solved["sequence"].solution.map.rank or not config.closed_form.enabled
+    moves = moved or solved["sequence"].solution.map.rank or not config.closed_form.enabled
     if not (job.denoising.alignable and moves):
         return NOT_ALIGNED
     shown = job.denoiser_text()
@@ -329,7 +249,10 @@ def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Cl
         return align_noise(
             job.model,
             job.denoising.scheduler,
-            {stream: each.solution.map for stream, each in solved.items()},
+            ClosedForm(
+                {stream: each.solution.map for stream, each in solved.items()},
+                moved.factors if moved else {},
+            ),
             AlignmentPrompts(
                 trained=prompts,
                 watched=selection.watched_prompts(shown.text),
@@ -370,6 +293,7 @@ def _report(
     job: Job,
     selection: Selection,
     scales: Scales,
+    moved: MovedValues | None,
     hard: Hardened,
     aligned: Alignment,
     erasure: Erasure,
@@ -383,7 +307,7 @@ def _report(
         warnings: those that were given before the report.
     """
     edited = erasure.edited_weights(before)
-    words = _measured_words(job, selection, erasure, before, edited)
+    words = _measured_words(job, selection, moved, before, edited)
     outcome, solved = aligned.to_dict(), hard.solved
     info = asdict(solved["sequence"].solution.info)
     if "pooled" in solved:
@@ -397,7 +321,7 @@ def _report(
         sources=selection.neighborhood.sources,
         line=selection.line.to_dict(),
         anchors={target: asdict(anchor) for target, anchor in selection.anchors.items()},
-        scales=scales.to_dict(),
+        scales=scales.to_dict() | {"values": moved.to_dict() if moved else None},
         solve=info,
         layers={
             name: float((edited[name].float() - weight.float()).norm() / weight.float().norm())
@@ -407,7 +331,7 @@ def _report(
         alignment=outcome,
         seconds={},
         warnings=(
-            *report.warnings_of(words, outcome, values=job.moves_values),
+            *report.warnings_of(words, outcome, values=moved is not None),
             *job.denoising.warnings,
             *warn_of_surplus(selection),
             *warnings,
@@ -424,7 +348,7 @@ def _report(
 def _measured_words(
     job: Job,
     selection: Selection,
-    erasure: Erasure,
+    moved: MovedValues | None,
     before: Mapping[str, Tensor],
     edited: Mapping[str, Tensor],
 ) -> list[report.WordReport]:
@@ -432,8 +356,8 @@ def _measured_words(
     outputs are moved."""
     kinds = streams(job.model, job.family.maps)
     names = [name for name in before if kinds.get(name) == "sequence"]
-    if job.moves_values:
-        names = [name for name in names if name in erasure.lora]
+    if moved:
+        names = [name for name in names if name in moved.factors]
     movement = report.Movement(*([w[name] for name in names] for w in (before, edited)))
     prompts = selection.prompts(job.text, whole=job.config.mining.mode in NOISE)
     measured: dict[int, report.WordReport] = {}

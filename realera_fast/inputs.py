@@ -142,10 +142,13 @@ class Job:
         return found[0] if found else "sequence"
 
     @property
-    def moves_values(self) -> bool:
-        """Whether the closed form is solved for the outputs of value projections."""
+    def may_move_values(self) -> bool:
+        """Whether the closed form may be solved for the outputs of value projections."""
         options = self.config.closed_form
-        return options.enabled and options.space == "values"
+        if not options.enabled or options.space == "text":
+            return False
+        left_open = options.space == "auto" and not self.config.asks_for_text
+        return options.space == "values" or (left_open and has_values(self.layers, self.texts))
 
     def known_words(self) -> KnownWords:
         """What the model may know."""
@@ -259,7 +262,8 @@ def checked(given: Arguments) -> Job:
             check_width(given.model, stream, section.width, family.maps)
     check_tokens(texts, concepts, preserve, config)
     if config.closed_form.enabled and config.closed_form.space == "values":
-        _check_values(layers, texts)
+        if not has_values(layers, texts):
+            raise ValueError(_NO_VALUES)
     family = as_read(family, encoders, texts)
     return Job(
         model=given.model,
@@ -280,17 +284,18 @@ def checked(given: Arguments) -> Job:
     )
 
 
-def _check_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[Text]]) -> None:
-    """Makes sure that the closed form can be solved for the outputs of value projections."""
+def has_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[Text]]) -> bool:
+    """Whether the closed form can be solved for the outputs of value projections."""
     sections = texts["sequence"]
-    if any(name.endswith(VALUES) for name in layers) and len(sections) == 1:
-        if sections[0].reads_unpadded:
-            return
-    raise ValueError(
-        'config: closed_form.space="values" runs on models whose cross-attention reads one text '
-        "encoder's tokens in value projections of its own (Stable Diffusion 1, 2 and XL), and this "
-        'model has none such; set closed_form.space="text"'
-    )
+    speak = any(name.endswith(VALUES) for name in layers)
+    return speak and len(sections) == 1 and sections[0].reads_unpadded
+
+
+_NO_VALUES = (
+    'config: closed_form.space="values" runs on models whose cross-attention reads one text '
+    "encoder's tokens in value projections of its own (Stable Diffusion 1, 2 and XL), and this "
+    'model has none such; set closed_form.space="text"'
+)
 
 
 def _with_parts(given: Arguments) -> Arguments:

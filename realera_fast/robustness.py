@@ -91,7 +91,7 @@ def hardened(
                 rows = named.found(word, outcome.prompts)
                 found[word] = found[word].with_found(rows) if word in found else rows
                 _add(job, selection, equations, index, outcome.prompts)
-            solved = {s: solve(each, s, config, scales) for s, each in equations.items()}
+            solved = {s: solve(each, config, scales) for s, each in equations.items()}
     return Hardened(solved, found, errors, attacker)
 
 

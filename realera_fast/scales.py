@@ -61,9 +61,11 @@ class Scales:
     """Features of the text on which `preserve` was chosen; None where the user gave it."""
     curve: tuple[dict[str, float], ...] = ()
     """What each choice does; empty where the user chose."""
-    values: float | None = None
-    """How far past the anchor outputs of value projections go (`value_guidance`); None where the
-    text moves."""
+
+    @property
+    def worth(self) -> float:
+        """Of the best choice, 0 to 1; 1 where nothing was compared."""
+        return max((point["worth"] for point in self.curve), default=1.0)
 
     def preserve_of(self, width: int) -> float:
         """The preserve scale for text of another width: at scale s a typical word goes q / (1 + q)
@@ -72,13 +74,12 @@ class Scales:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        found: dict[str, Any] = {
+        return {
             "preserve_scale": self.preserve,
             "negative_guidance": self.guidance,
             "neighbor_scale": self.neighbors,
             "curve": [dict(point) for point in self.curve],
         }
-        return found if self.values is None else found | {"value_guidance": self.values}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class Looked:
     things: Tensor
     """`[t, d]` of an even sample of things that should stay, where there are enough of such as the
     prior does not hold."""
+    mean: Tensor
+    """`[d]` float64 of the mean word."""
+    stride: int
+    """Of so many words that follow one is looked at."""
 
 
 def scales_of(
@@ -140,7 +145,8 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
     for concept in selection.concepts:
         named += [(word, concept) for word in concept.words]
         mined += [(word, concept) for word in selection.mined[concept.target]]
-    numbers = range(len(mined))[:: max(1, math.ceil(len(mined) / _MINED))]
+    stride = max(1, math.ceil(len(mined) / _MINED))
+    numbers = range(len(mined))[::stride]
     mined = [mined[number] for number in numbers]
     gone = {folded(word) for word in selection.leaving}
     things = [word for word in known.read.things if folded(word) not in gone]
@@ -166,6 +172,8 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
         torch.tensor([number % 2 == 1 for number in numbers], dtype=torch.bool, device="cpu"),
         known.rows_of(selection.relatives),
         known.rows_of(things),
+        known.space.mean,
+        stride,
     )
 
 
@@ -232,7 +240,7 @@ def choose_scales(
                     "neighbor_scale": weight,
                 }
                 | {name: round(value, 4) for name, value in point.items()}
-                | {"worth": round(_worth(point), 4)}
+                | {"worth": round(worth(point), 4)}
             )
     if not curve:
         # The solver says what is wrong, and tries more.
@@ -291,15 +299,24 @@ def _point(
 def _gone(space: WordSpace, rows: Tensor, aims: Tensor, step: Tensor) -> Tensor:
     """`[n]` how far words are gone, 0 to 1: by what is left of the way to their aims."""
     way = rows.double() - aims.double()
+    return gone(space.shares(way + step, way))
+
+
+def gone(left: Tensor) -> Tensor:
+    """How far words are gone, 0 to 1, of whose way to the anchor so much is left."""
     # Who went past the anchor is not more gone than who reached it.
-    left = space.shares(way + step, way).clamp_min(0.0)
-    return torch.sigmoid((EDGE - left) / _SOFT)
+    return torch.sigmoid((EDGE - left.clamp_min(0.0)) / _SOFT)
 
 
 def _kept(space: WordSpace, rows: Tensor, step: Tensor) -> Tensor:
     """`[n]` how well words are kept, 0 to 1: by how far they moved of the way to the mean word."""
     own = space.sizes(space.seen(rows)).clamp_min(1e-300)
-    return torch.sigmoid((EDGE - space.sizes(step) / own) / _SOFT)
+    return stays(space.sizes(step) / own)
+
+
+def stays(moved: Tensor) -> Tensor:
+    """How well words are kept, 0 to 1, that moved so much of the way to the mean word."""
+    return torch.sigmoid((EDGE - moved) / _SOFT)
 
 
 _NOTHING_STAYS = (
@@ -308,6 +325,6 @@ _NOTHING_STAYS = (
 )
 
 
-def _worth(point: Mapping[str, float]) -> float:
+def worth(point: Mapping[str, float]) -> float:
     """The harmonic mean; 0 if one is 0."""
     return 0.0 if min(point.values()) <= 0 else statistics.harmonic_mean(point.values())

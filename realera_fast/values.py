@@ -1,30 +1,43 @@
-"""The closed form where value projections speak: their factors for all named words together."""
+"""The closed form where value projections speak: whether it is taken, how far, its factors."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from realera_fast.equations import Equations
+from realera_fast.erasure import originals_of
 from realera_fast.inputs import VALUES, Job
 from realera_fast.mining import KnownWords
-from realera_fast.models import LoraFactors
-from realera_fast.scales import EDGE, looked_at
+from realera_fast.models import LoraFactors, output_maps
+from realera_fast.runtime import full_precision
+from realera_fast.scales import Looked, Scales, gone, looked_at, stays, worth
 from realera_fast.selection import Selection
-from realera_fast.solver import move_values
+from realera_fast.solver import NAMED_WEIGHT, ValueSystem
 
 logger = logging.getLogger(__name__)
 
+RIDGES = (1.0, 0.1, 0.01, 0.001)
+"""What is compared (ours): few words have room for a great one, which reaches what nobody lists."""
+NEIGHBORS = (1.0, 0.3, 0.1, 0.03, 0.0)
+"""What is compared (ours)."""
+GUIDANCE = (0.0, 0.25, 0.5)
+"""What is compared (ours)."""
 _SHARES = (1.0, 0.5, 0.25, 0.0)
 """Of the guidance that was asked for, what is tried (ours)."""
 _ENOUGH = 0.95
-"""Share of things that should stay, and do, with which a guidance is taken (ours: one concept of
-the embedded model leaves 98 % and more with all of it, five 98 % with a quarter, ten 96 % without
-any)."""
+"""Share of things that should stay, and do, with which a guidance that was asked for is taken
+(ours: one concept of the embedded model leaves 98 % and more with all of 1, five 98 % with a
+quarter, ten 96 % without any)."""
+_MARGIN = 0.02
+"""By so much the text has to do better to be taken (ours: of one and five things pictures judge the
+values better where the measure is so near)."""
 _TOO_FEW = 0.5
 """Fewer than that: what is left is not the user's model (ours: pictures of thirty concepts, which
 leave less than 1 %, show one other thing in three)."""
@@ -35,70 +48,231 @@ class MovedValues:
     """Updates of value projections, and how they were chosen."""
 
     factors: Mapping[str, LoraFactors]
-    """By layer name, of one rank for each named word."""
+    """By layer name, of at most one rank for each word that moves."""
+    ridge: float
+    """`ClosedFormConfig.value_ridge`, or what was chosen."""
     guidance: float
-    """How far past the anchor named words go, at most `ClosedFormConfig.value_guidance`."""
+    """How far past the anchor named words go (`ClosedFormConfig.value_guidance`)."""
+    neighbors: float
+    """Weight of each mined word (`MiningConfig.neighbor_scale`)."""
+    curve: tuple[dict[str, float], ...]
+    """What each choice does."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the factors."""
+        return {
+            "value_ridge": self.ridge,
+            "value_guidance": self.guidance,
+            "neighbor_scale": self.neighbors,
+            "curve": [dict(point) for point in self.curve],
+        }
+
+
+def joined(
+    one: Mapping[str, LoraFactors], other: Mapping[str, LoraFactors]
+) -> dict[str, LoraFactors]:
+    """Additions to weights that do both."""
+    both = {name: part + other[name] for name, part in one.items() if name in other}
+    return {**one, **other, **both}
 
 
 def moved_values(
-    job: Job, selection: Selection, known: KnownWords, equations: Equations
-) -> MovedValues:
-    """Moves the outputs of named words as far past their anchors as leaves things in place.
+    job: Job, selection: Selection, known: KnownWords, equations: Equations, scales: Scales
+) -> MovedValues | None:
+    """Moves the outputs of words to those of their anchors, and of named words past them.
 
-    A named word's outputs c become a + g (a / 2 - c) with those of its anchor a; a is what the
-    mean word's are where nothing else is chosen. What stays is the prior, words that were named to
-    stay and words at risk. Of several words together g is less than was asked for, until things
-    that should stay move less than `scales.EDGE` of their way to the mean word.
+    The outputs c of a named word become a + g (a / 2 - c) with those of its anchor a, those of a
+    mined word a; a is what the mean word's are where nothing else is chosen. What stays is the
+    prior, words that were named to stay and words at risk. What is not given is chosen as the
+    scales of the text are, by the same measure of words that go and that stay.
 
     Args:
         known: reads words of the token sequence.
         equations: of the token sequence.
+        scales: those of the text, with what they do.
+
+    Returns:
+        None where the text does better, if that is left open.
 
     Raises:
         ValueError: so many words go together that what should stay goes with them.
     """
-    options = job.config.closed_form
-    pairs = [(word, concept) for concept in selection.concepts for word in concept.words]
-    named = known.rows_of([word for word, _ in pairs])
-    anchors = torch.stack([selection.anchor_row(known, concept) for _, concept in pairs])
-    things = looked_at(known, selection).things
-    moment = equations.staying.scaled(1.0).gram
+    config = job.config
+    options, neighbors = config.closed_form, config.mining.neighbor_scale
+    looked = looked_at(known, selection)
     layers = {name: layer for name, layer in job.layers.items() if name.endswith(VALUES)}
-    kept = 0.0
-    for share in _SHARES if options.value_guidance else (0.0,):
-        guidance = share * options.value_guidance
-        goals = (1.0 + guidance / 2) * anchors - guidance * named
-        found = {}
-        for name, layer in layers.items():
-            weight = layer.weight[:, : named.shape[1]]
-            up, down = move_values(weight, moment, named, goals, ridge=options.value_ridge)
-            found[name] = LoraFactors(down, up)
-        kept = _kept(layers, found, things - known.space.mean.to(things), things)
-        logger.info("values: guidance %g keeps %.1f %% of things", guidance, 100 * kept)
-        if kept >= _ENOUGH:
-            break
-    if kept < _TOO_FEW and len(pairs) > 1:
-        raise ValueError(
-            f'config: closed_form.space="values" would move {1 - kept:.0%} of the things that '
-            f"should stay, as {len(pairs)} words go together; erase fewer at once, or set "
-            'closed_form.space="text"'
+    trials = _Trials(job.model, layers, equations.staying.scaled(1.0).gram, looked)
+    asked = options.value_guidance
+    guidance = GUIDANCE if isinstance(asked, str) else tuple(asked * s for s in _SHARES)
+    curve = trials.curve(
+        RIDGES if isinstance(options.value_ridge, str) else (options.value_ridge,),
+        NEIGHBORS if isinstance(neighbors, str) else (neighbors,),
+        tuple(dict.fromkeys(guidance)),
+    )
+    best = max(curve, key=lambda point: point["worth"])
+    if not isinstance(asked, str):
+        # The furthest of what leaves enough in place.
+        enough = [point for point in curve if _staying(point) >= _ENOUGH]
+        last = enough or curve[-1:]
+        furthest = max(point["value_guidance"] for point in last)
+        best = max(
+            (point for point in last if point["value_guidance"] == furthest),
+            key=lambda point: point["worth"],
         )
-    return MovedValues(found, guidance)
+    logger.info("values: %s", ", ".join(f"{name} {value:g}" for name, value in best.items()))
+    if options.space == "auto" and best["worth"] < scales.worth - _MARGIN:
+        return None
+    if _staying(best) < _TOO_FEW and len(looked.named) > 1:
+        raise ValueError(
+            f'config: closed_form.space="values" would move {1 - _staying(best):.0%} of the things '
+            f"that should stay, as {len(looked.named)} words go together; erase fewer at once, or "
+            'set closed_form.space="text"'
+        )
+    chosen = best["value_ridge"], best["value_guidance"], best["neighbor_scale"]
+    factors = _factors(selection, known, trials, *chosen, options.rank_tolerance)
+    return MovedValues(factors, *chosen, curve)
 
 
-def _kept(
-    layers: Mapping[str, nn.Linear], factors: Mapping[str, LoraFactors], own: Tensor, rows: Tensor
-) -> float:
-    """Share of `[n, d]` rows that stay; all where there are none.
+def _staying(point: Mapping[str, float]) -> float:
+    """Share of things that should stay and do; all where there are none."""
+    return point.get("things", 1.0)
 
-    Args:
-        own: `[n, d]` the rows seen from the mean word.
-    """
-    if not len(rows):
-        return 1.0
-    moved, whole = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
-    for name, part in factors.items():
-        weight = layers[name].weight.detach()[:, : rows.shape[1]].to("cpu", torch.float32)
-        moved += ((rows @ part.down.mT) @ part.up.mT).square().sum(1)
-        whole += (own @ weight.mT).square().sum(1)
-    return float((moved.sqrt() < EDGE * whole.sqrt()).float().mean())
+
+def _factors(
+    selection: Selection,
+    known: KnownWords,
+    trials: _Trials,
+    ridge: float,
+    guidance: float,
+    neighbors: float,
+    rank_tolerance: float,
+) -> dict[str, LoraFactors]:
+    """Of all words, not only of those that were looked at."""
+    named, mined = [], []
+    for concept in selection.concepts:
+        named += [(word, concept) for word in concept.words]
+        if neighbors:
+            mined += [(word, concept) for word in selection.mined[concept.target]]
+    aims = {c.target: selection.anchor_row(known, c) for c in selection.concepts}
+    rows = known.rows_of([word for word, _ in (*named, *mined)])
+    goals = torch.stack([aims[concept.target] for _, concept in (*named, *mined)])
+    count = len(named)
+    goals[:count] = (1.0 + guidance / 2) * goals[:count] - guidance * rows[:count]
+    weights = torch.full((len(rows),), neighbors, dtype=torch.float64, device=rows.device)
+    weights[:count] = NAMED_WEIGHT
+    found = {}
+    for name, layer in trials.layers.items():
+        weight = layer.weight[:, : rows.shape[1]]
+        system = ValueSystem(weight, trials.moment, rows, ridge=ridge)
+        up, down = system.factors(goals, weights, rank_tolerance=rank_tolerance)
+        found[name] = LoraFactors(down, up)
+    return found
+
+
+class _Trials:
+    """What choices of ridge, weight and guidance do to the words that are looked at."""
+
+    def __init__(
+        self, model: Any, layers: Mapping[str, nn.Linear], moment: Tensor, looked: Looked
+    ) -> None:
+        """
+        Args:
+            layers: value projections, by name.
+            moment: `[d, d]` of what stays.
+        """
+        self.layers, self.moment, self.looked = layers, moment, looked
+        self._originals = originals_of(model)
+        self._outward = output_maps(model, layers, self._originals)
+
+    def curve(
+        self, ridges: Sequence[float], neighbors: Sequence[float], guidance: Sequence[float]
+    ) -> tuple[dict[str, float], ...]:
+        """All choices, and the mean shares of words that are where they should be."""
+        choices = list(itertools.product(ridges, neighbors))
+        sums = {choice: _Shares(self.looked) for choice in choices}
+        for name in self.layers:
+            for ridge in ridges:
+                self._add(name, ridge, {m: sums[ridge, m] for m in neighbors})
+        return tuple(
+            {"value_ridge": ridge, "value_guidance": amount, "neighbor_scale": m}
+            | {group: round(share, 4) for group, share in point.items()}
+            | {"worth": round(worth(point), 4)}
+            for ridge, m in choices
+            for amount in guidance
+            for point in [sums[ridge, m].point(amount)]
+        )
+
+    @torch.no_grad()
+    @full_precision()
+    def _add(self, name: str, ridge: float, sums: Mapping[float, _Shares]) -> None:
+        """Adds what a layer says to the sums of each weight of mined words."""
+        looked, layer = self.looked, self.layers[name]
+        rows = torch.cat([looked.named, looked.mined])
+        goals = torch.cat([looked.named_aims, looked.mined_aims])
+        width, count = rows.shape[1], len(looked.named)
+        system = ValueSystem(layer.weight[:, :width], self.moment, rows, ridge=ridge)
+        outward = self._outward.get(name)
+
+        def writes(text: Tensor, weight: Tensor) -> Tensor:
+            said = weight[:, :width].to(system.weight) @ text.to(system.weight).mT
+            return (said if outward is None else outward.to(said) @ said).float()
+
+        ahead = writes(goals - rows, layer.weight)
+        past = writes(looked.named_aims / 2 - looked.named, layer.weight)
+        before = self._originals.get(name, layer.weight).to(system.weight)
+        own = writes(torch.cat([looked.relatives, looked.things]) - looked.mean.to(rows), before)
+        ways = writes(rows - goals, before)
+        staying = system.answers(torch.cat([looked.relatives, looked.things]))
+        leaving = system.answers(rows)
+        odd = torch.cat([torch.zeros(count, dtype=torch.bool), looked.mined_odd])
+        for m, part in sums.items():
+            weights = torch.full((len(rows),), NAMED_WEIGHT, dtype=torch.float64)
+            weights[count:] = m * looked.stride
+            stays, goes = system.moves(staying, weights), system.moves(leaving, weights)
+            for half in (odd, ~odd):
+                half[:count] = False
+                # Mined words are judged by what the names and the other half of them do.
+                goes[:, half] = system.moves(leaving[:, half], weights.masked_fill(half, 0.0))
+            part.add_staying(own, *_steps(ahead, past, stays))
+            part.add_leaving(ways, *_steps(ahead, past, goes))
+
+
+def _steps(ahead: Tensor, past: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """`[p, m]` what is written of rows to the anchors, and for each unit of guidance."""
+    asked = asked.to(ahead)
+    return ahead @ asked, past @ asked[: past.shape[1]]
+
+
+class _Shares:
+    """Sums over layers, of rows that go and of rows that stay, for any guidance."""
+
+    def __init__(self, looked: Looked) -> None:
+        self._counts = [len(looked.relatives), len(looked.things)]
+        self._named = len(looked.named)
+        staying = torch.zeros(sum(self._counts), dtype=torch.float64, device=looked.things.device)
+        leaving = staying.new_zeros(self._named + len(looked.mined))
+        self._own, self._moved = staying, [staying] * 3
+        self._way, self._gone = leaving, [leaving] * 2
+
+    def add_staying(self, own: Tensor, ahead: Tensor, past: Tensor) -> None:
+        """Adds a layer's `[p, m]` of rows that stay: their own, and their moves."""
+        products = (ahead * ahead, 2.0 * ahead * past, past * past)
+        self._own = self._own + own.square().sum(0).double()
+        self._moved = [a + b.sum(0).double() for a, b in zip(self._moved, products, strict=True)]
+
+    def add_leaving(self, way: Tensor, ahead: Tensor, past: Tensor) -> None:
+        """Adds a layer's `[p, n]` of rows that go: from their anchors, and their moves."""
+        self._way = self._way + way.square().sum(0).double()
+        products = (ahead * way, past * way)
+        self._gone = [a + b.sum(0).double() for a, b in zip(self._gone, products, strict=True)]
+
+    def point(self, guidance: float) -> dict[str, float]:
+        """Mean share of each group of rows that are where they should be."""
+        a, b, c = self._moved
+        size = (a + guidance * b + guidance**2 * c).clamp_min(0.0).sqrt()
+        kept = stays(size / self._own.sqrt().clamp_min(1e-300)).split(self._counts)
+        way = self._way.clamp_min(1e-300)
+        left = 1.0 + (self._gone[0] + guidance * self._gone[1]) / way
+        named, mined = gone(left).split([self._named, len(left) - self._named])
+        found = {"named": named, "relatives": kept[0], "things": kept[1], "unlisted": mined}
+        return {name: float(share.mean()) for name, share in found.items() if len(share)}

@@ -3,7 +3,7 @@
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.alignment.scheduler import ASSUMED, assumed_scheduler, distilled, find_scheduler
-from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, align_noise, prepared
+from realera_fast.alignment.stage import NOT_ALIGNED, Alignment, ClosedForm, align_noise, prepared
 from realera_fast.alignment.trainer import DivergedError, Trainer, loss_of
 from realera_fast.alignment.windows import Points, Window, WindowFiller
 
@@ -12,6 +12,7 @@ __all__ = [
     "Alignment",
     "AlignmentConfig",
     "AlignmentPrompts",
+    "ClosedForm",
     "DivergedError",
     "NOT_ALIGNED",
     "Points",

@@ -16,7 +16,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +74,16 @@ class Alignment:
         }
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """What the student of the stage starts from."""
+
+    maps: Mapping[Stream, ConceptMap]
+    """Of each text stream, T = I + L R."""
+    moved: Mapping[str, LoraFactors] = field(default_factory=dict)
+    """What is added to single projections, by name."""
+
+
 NOT_ALIGNED = Alignment({}, False, None, None, (), (), "not run", 0.0)
 """The outcome where the stage is off."""
 
@@ -81,7 +91,7 @@ NOT_ALIGNED = Alignment({}, False, None, None, (), (), "not run", 0.0)
 def align_noise(
     unet: Any,
     scheduler: Any,
-    maps: Mapping[Stream, ConceptMap],
+    closed_form: ClosedForm,
     prompts: AlignmentPrompts,
     config: AlignmentConfig,
     mining_config: mining.MiningConfig,
@@ -96,8 +106,8 @@ def align_noise(
     Args:
         unet: the original `UNet2DConditionModel`.
         scheduler: its noise scheduler (a diffusers one; only its config is used).
-        maps: the closed form of each text stream, T = I + L R. With one of the pooled vector (SDXL)
-            every prompt has the vector as its last row (`text.TextWithPooled`).
+        closed_form: what the weights are edited by; with a map of the pooled vector (SDXL) every
+            prompt has the vector as its last row (`text.TextWithPooled`).
         seed: all randomness comes from it.
         execution: its processes share the work, and the accelerator's trackers get the losses; its
             checkpoint is replaced as training goes on.
@@ -109,7 +119,7 @@ def align_noise(
     started = time.perf_counter()
     processes = execution.processes
     _check_batch(config, processes)
-    shared = _shared_unet(unet, maps, config, seed)
+    shared = _shared_unet(unet, closed_form, config, seed)
     sampler = functools.partial(_sampler, shared, scheduler, prompts.empty, config)
     adversary = adversary_of(shared, config, mining_config)
     trainer = Trainer(shared, config, adversary, seed=seed, processes=processes)
@@ -185,7 +195,7 @@ def _check_batch(config: AlignmentConfig, processes: Processes) -> None:
 
 
 def _shared_unet(
-    unet: Any, maps: Mapping[Stream, ConceptMap], config: AlignmentConfig, seed: int
+    unet: Any, closed_form: ClosedForm, config: AlignmentConfig, seed: int
 ) -> SharedUNet:
     """The U-Net as the original, as the edited one, and with new factors."""
     leaves = tuple(f".{leaf}" for leaf in config.target_modules)
@@ -201,9 +211,10 @@ def _shared_unet(
     )
     return SharedUNet(
         unet,
-        maps["sequence"],
+        closed_form.maps["sequence"],
         lora,
-        pooled_map=maps.get("pooled"),
+        pooled_map=closed_form.maps.get("pooled"),
+        moved=closed_form.moved,
         mixed_precision=config.mixed_precision,
         compiled=config.compile,
     )

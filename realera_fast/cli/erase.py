@@ -164,8 +164,8 @@ def erase(
         spare=spare or (),
     )
     from realera_fast.cli.loading import load_pipeline
+    from realera_fast.dry_run import preview
     from realera_fast.eraser import erase as erase_concepts
-    from realera_fast.eraser import preview
     from realera_fast.models import component_name, components_of
 
     start_logging(quiet)

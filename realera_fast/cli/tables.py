@@ -16,7 +16,7 @@ from realera_fast import __version__
 
 if TYPE_CHECKING:
     from realera_fast.config import EraseConfig
-    from realera_fast.eraser import Preview
+    from realera_fast.dry_run import Preview
     from realera_fast.erasure import Erasure
     from realera_fast.text import Concept
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from realera_fast.erasure import export, file, history
@@ -446,10 +445,8 @@ class Erasure:
             down = factors.down
             if taken is not None:
                 down = down + (down @ taken.left.to(down)) @ taken.right.to(down)
-            up = factors.up
-            if name in lora:
-                down, up = torch.cat((down, lora[name].down)), torch.cat((up, lora[name].up), 1)
-            lora[name] = LoraFactors(down.contiguous(), up.contiguous())
+            moved = LoraFactors(down.contiguous(), factors.up)
+            lora[name] = moved + lora[name] if name in lora else moved
         maps = {
             # Weights are edited from the right: W T T' is the later map first.
             stream: edit.maps[stream].compose(concept_map).compressed()

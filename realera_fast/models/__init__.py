@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from realera_fast.models.reading import Family, Reading
     from realera_fast.models.refusals import RefusedModelError, refuse_adapters
     from realera_fast.models.transactions import Structure, transaction, write_
-    from realera_fast.models.value_metric import value_gram
+    from realera_fast.models.value_metric import output_maps, value_gram
 else:
     __getattr__ = on_demand(
         __name__,
@@ -53,7 +53,7 @@ else:
             "reading": ("Family", "Reading"),
             "refusals": ("RefusedModelError", "refuse_adapters"),
             "transactions": ("Structure", "transaction", "write_"),
-            "value_metric": ("value_gram",),
+            "value_metric": ("output_maps", "value_gram"),
         },
     )
 
@@ -81,6 +81,7 @@ __all__ = [
     "find_device",
     "is_pipeline",
     "load_pipeline",
+    "output_maps",
     "projections",
     "queries_and_outputs",
     "refuse_adapters",

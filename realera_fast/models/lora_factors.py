@@ -28,6 +28,12 @@ class LoraFactors:
                 f"down, up: expected float32, got {self.down.dtype} and {self.up.dtype}"
             )
 
+    def __add__(self, other: LoraFactors) -> LoraFactors:
+        """Both additions as one."""
+        return LoraFactors(
+            torch.cat((self.down, other.down)), torch.cat((self.up, other.up), dim=1).contiguous()
+        )
+
     @property
     def rank(self) -> int:
         """Number r of rows of ``down``."""

@@ -36,14 +36,31 @@ def value_gram(
     """
     originals = originals or {}
     values = {n: layer for n, layer in layers.items() if n.endswith(_VALUE)} or dict(layers)
-    modules = dict(unwrapped(model).named_modules())
+    outward = output_maps(model, values, originals)
     device = next(iter(values.values())).weight.device
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
     for name, layer in values.items():
         weight = originals.get(name, layer.weight).to(device)[:, :width].float()
-        output = modules.get(name.removesuffix(_VALUE) + _OUTPUT)
-        if isinstance(output, nn.Linear) and output.in_features == len(weight):
-            outward = originals.get(name.removesuffix(_VALUE) + _OUTPUT, output.weight)
-            weight = outward.to(device).float() @ weight
+        if name in outward:
+            weight = outward[name].to(device).float() @ weight
         total += (weight.mT @ weight).double()
     return total
+
+
+def output_maps(
+    model: Any, values: Mapping[str, nn.Linear], originals: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`[p, o]` weights W_o behind value projections, by the names of these, where there are any.
+
+    Args:
+        values: of `[o, d]` weights, by module name.
+        originals: weights of layers that erasures have changed, before them.
+    """
+    modules = dict(unwrapped(model).named_modules())
+    found = {}
+    for name, layer in values.items():
+        behind = name.removesuffix(_VALUE) + _OUTPUT
+        output = modules.get(behind)
+        if isinstance(output, nn.Linear) and output.in_features == layer.out_features:
+            found[name] = originals.get(behind, output.weight).detach()
+    return found

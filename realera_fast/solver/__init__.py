@@ -12,9 +12,10 @@ from realera_fast.solver.incremental import IncrementalSystem
 from realera_fast.solver.least_squares import SingularSystemError
 from realera_fast.solver.prompt_map import PromptMap
 from realera_fast.solver.rows import Pairs
-from realera_fast.solver.value_space import move_values
+from realera_fast.solver.value_space import NAMED_WEIGHT, ValueSystem
 
 __all__ = [
+    "NAMED_WEIGHT",
     "ClosedFormConfig",
     "ConceptMap",
     "IncrementalSystem",
@@ -23,7 +24,7 @@ __all__ = [
     "PromptMap",
     "SingularSystemError",
     "Solution",
+    "ValueSystem",
     "fit_values_",
-    "move_values",
     "solve_layers",
 ]

@@ -208,7 +208,9 @@ def _decomposed(update: Tensor, tolerance: float) -> _Decomposition:
     generator = torch.Generator("cpu").manual_seed(0)
     probes = RANGE_START
     while tolerance > 0 and 4 * probes <= width:
-        noise = torch.randn(width, probes, dtype=update.dtype, device="cpu", generator=generator)
+        noise = torch.randn(
+            update.shape[1], probes, dtype=update.dtype, device="cpu", generator=generator
+        )
         basis, _ = torch.linalg.qr(update @ noise.to(update.device))
         small = basis.mT @ update
         residual = float(torch.linalg.matrix_norm(update - basis @ small))

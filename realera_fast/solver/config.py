@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from realera_fast.runtime import check_types
 from realera_fast.solver.concept_map import check_rank_tolerance
 from realera_fast.solver.value_space import check_value_ridge
 
-SPACES = ("text", "values")
+SPACES = ("auto", "text", "values")
 """Where the closed form is solved; see `ClosedFormConfig.space`."""
 
 
@@ -33,19 +34,21 @@ class ClosedFormConfig:
     later (`Erasure.without`). They are saved with it: up to 16 d^2 bytes of rows for each concept
     and 16 d^2 bytes once (9.4 MB each for Stable Diffusion 1). Default (ours): not kept."""
 
-    space: str = "text"
-    """Where it is solved. "text": one map of the text for all layers. "values": the outputs of each
-    value projection are moved themselves (`value_space`), which text that an attacker looks for
-    does not undo; on Stable Diffusion 1, 2 and XL, by the named words alone, and without noise
-    alignment. Default (ours): the map, which prompts, withdrawal and other models can take."""
-    value_ridge: float = 1.0
+    space: str = "auto"
+    """Where it is solved. "text": one map of the text for all layers, which prompts, withdrawal and
+    other models can take. "values": the outputs of each value projection are moved themselves
+    (`value_space`), which free token vectors undo less; on Stable Diffusion 1, 2 and XL. "auto"
+    (default): where more words go and stay, of the two; the text where a setting asks for what only
+    that has (`EraseConfig.asks_for_text`)."""
+    value_ridge: float | Literal["auto"] = "auto"
     """Of "values": weight of ``|R - I|_F^2``, in units of the mean second moment of outputs that
-    stay. Greater reaches more words that nobody lists, and more of the rest. Default (ours)."""
-    value_guidance: float = 0.0
-    """Of "values": greatest g of the goal a + g (a / 2 - c) for outputs c of a named word and a of
-    its anchor; less is taken where things that should stay would move (`values.moved_values`). 0
-    draws the anchor; at 1 attacks with free token vectors found nothing (docs/alignment.md).
-    Default (ours)."""
+    stay. Greater reaches more words that nobody lists, and more of the rest. "auto" (default): what
+    serves most words (`values.moved_values`)."""
+    value_guidance: float | Literal["auto"] = "auto"
+    """Of "values": g of the goal a + g (a / 2 - c) for outputs c of a named word and a of its
+    anchor. 0 draws the anchor; at 1 attacks with free token vectors found nothing
+    (docs/alignment.md). A number is the greatest that is taken: less where things that should stay
+    would move. "auto" (default): what serves most words."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -53,8 +56,10 @@ class ClosedFormConfig:
         check_rank_tolerance(self.rank_tolerance)
         if self.space not in SPACES:
             raise ValueError(f"ClosedFormConfig.space must be one of {SPACES}, got {self.space!r}")
-        check_value_ridge(self.value_ridge)
-        if not 0.0 <= self.value_guidance < math.inf:
+        if not isinstance(self.value_ridge, str):
+            check_value_ridge(self.value_ridge)
+        guidance = self.value_guidance
+        if not (isinstance(guidance, str) or 0.0 <= guidance < math.inf):
             raise ValueError(
                 "ClosedFormConfig.value_guidance must be finite and at least 0, "
                 f"got {self.value_guidance}"

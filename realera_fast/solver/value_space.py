@@ -4,14 +4,14 @@
 the same: where W has fewer outputs than features, every output can still be reached. Here the
 outputs y = W x are moved themselves, ``W' = R W``: text that says the same gets what R makes of it.
 
-With B = W C W^T / mean(diag) + ridge I, where C is the second moment of what stays, and outputs
-Y = W X of the named words with goals Z, R minimises
+With B = W C W^T / mean(diag) + ridge I, where C is the second moment of what stays, outputs
+Y = W X of the words that move with goals Z, and their weights D, R minimises
 
-    weight |R Y - Z|^2 + tr((R - I) B (R - I)^T)
+    tr((R Y - Z) D (R Y - Z)^T) + tr((R - I) B (R - I)^T)
 
-and by the matrix inversion lemma R - I = (Z - Y) (I / weight + Y^T B^-1 Y)^-1 Y^T B^-1: one rank
-for each named word. The ridge is what makes the edit reach words that nobody lists: a direction in
-which the layer says much is worth more than one that tells listed words apart.
+and by the matrix inversion lemma R - I = (Z - Y) (D^-1 + Y^T B^-1 Y)^-1 Y^T B^-1: one rank for each
+word. The ridge is what makes the edit reach words that nobody lists: a direction in which the layer
+says much is worth more than one that tells listed words apart.
 
 That values are edited in the space of the layer's outputs follows OCE (Sun et al., arXiv
 2605.28902), which rotates them; least squares with a ridge and goals are this library's.
@@ -23,53 +23,94 @@ import torch
 from torch import Tensor
 
 from realera_fast.runtime import full_precision
+from realera_fast.solver.concept_map import compressed
 
-_FIRMNESS = 1e4
-"""Weight of the named words' outputs, of mean length 1, beside what stays (ours: they arrive)."""
+NAMED_WEIGHT = 1e4
+"""Weight of a named word's outputs, of mean length 1, beside what stays (ours: they arrive)."""
 
 
-@full_precision()
-def move_values(
-    weight: Tensor, moment: Tensor, named: Tensor, goals: Tensor, *, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """Factors of R W - W, the update of one layer.
+class ValueSystem:
+    """The words that move and what stays, as one layer speaks of them; factored once.
 
-    Args:
-        weight: `[o, d]` W of any floating dtype; computed in float64.
-        moment: `[d, d]` second moment C of text that stays, of any scale.
-        named: `[n, d]` text of the named words.
-        goals: `[n, d]` text whose outputs theirs become.
-        ridge: in units of the mean second moment of the outputs that stay; greater than 0.
-
-    Returns:
-        `[o, n]` up and `[n, d]` down, float32 on the CPU: W' = W + up @ down.
-
-    Raises:
-        ValueError: shapes that do not fit, or a ridge that is not finite and greater than 0.
+    Float64 on the layer's device.
     """
-    width = weight.shape[1]
-    if named.shape != goals.shape or named.dim() != 2 or named.shape[1] != width:
-        raise ValueError(
-            f"named, goals: expected [n, {width}] of the same n, got {list(named.shape)} and "
-            f"{list(goals.shape)}"
-        )
-    if moment.shape != (width, width):
-        raise ValueError(f"moment: expected [{width}, {width}], got {list(moment.shape)}")
-    check_value_ridge(ridge)
-    wide = weight.detach().to(torch.float64)
-    staying, x, z = (part.to(wide) for part in (moment, named, goals))
-    held = wide @ staying @ wide.mT
-    # Nothing stays, or nothing of it passes the layer: the ridge alone holds.
-    held /= held.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    held.diagonal().add_(ridge)
-    outputs = wide @ x.mT
-    size = outputs.norm(dim=0).mean().clamp_min(torch.finfo(torch.float64).tiny)
-    outputs, aims = outputs / size, wide @ z.mT / size
-    solved = torch.cholesky_solve(outputs, torch.linalg.cholesky(held))
-    small = outputs.mT @ solved
-    small.diagonal().add_(1.0 / _FIRMNESS)
-    down = torch.linalg.solve(small, solved.mT @ wide)
-    return (aims - outputs).to("cpu", torch.float32), down.to("cpu", torch.float32)
+
+    @full_precision()
+    def __init__(self, weight: Tensor, moment: Tensor, words: Tensor, *, ridge: float) -> None:
+        """
+        Args:
+            weight: `[o, d]` W of any floating dtype.
+            moment: `[d, d]` second moment C of text that stays, of any scale.
+            words: `[n, d]` text of the words that move.
+            ridge: in units of the mean second moment of the outputs that stay; greater than 0.
+
+        Raises:
+            ValueError: shapes that do not fit, or a ridge that is not finite and greater than 0.
+        """
+        width = weight.shape[1]
+        if words.dim() != 2 or words.shape[1] != width:
+            raise ValueError(f"words: expected [n, {width}], got {list(words.shape)}")
+        if moment.shape != (width, width):
+            raise ValueError(f"moment: expected [{width}, {width}], got {list(moment.shape)}")
+        check_value_ridge(ridge)
+        self.weight = weight.detach().to(torch.float64)
+        held = self.weight @ moment.to(self.weight) @ self.weight.mT
+        # Nothing stays, or nothing of it passes the layer: the ridge alone holds.
+        held /= held.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        held.diagonal().add_(ridge)
+        self._factor = torch.linalg.cholesky(held)
+        self.outputs = self.weight @ words.to(self.weight).mT
+        """`[o, n]` Y, in the layer's own units."""
+        length = self.outputs.norm(dim=0).mean().clamp_min(torch.finfo(torch.float64).tiny)
+        self._inverse = torch.cholesky_solve(self.outputs, self._factor) / length.square()
+        self._gram = self.outputs.mT @ self._inverse
+
+    @full_precision()
+    def answers(self, rows: Tensor) -> Tensor:
+        """`[n, m]` Y^T B^-1 W x of `[m, d]` rows x: how much each word's move is asked of them."""
+        return self._inverse.mT @ (self.weight @ rows.to(self.weight).mT)
+
+    @full_precision()
+    def moves(self, answers: Tensor, weights: Tensor) -> Tensor:
+        """`[n, m]` in how far each row makes the move of each word.
+
+        Args:
+            answers: `[n, m]` those of the rows.
+            weights: `[n]` of the words; 0 leaves one out.
+        """
+        used = weights > 0
+        small = self._gram[used][:, used].clone()
+        small.diagonal().add_(1.0 / weights[used].to(small))
+        found = torch.zeros_like(answers)
+        found[used] = torch.linalg.solve(small, answers[used])
+        return found
+
+    @full_precision()
+    def factors(
+        self, goals: Tensor, weights: Tensor, *, rank_tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Factors of R W - W, the update of the layer.
+
+        Args:
+            goals: `[n, d]` text whose outputs the words' become.
+            weights: `[n]` of the words, whose outputs have mean length 1; 0 leaves one out.
+            rank_tolerance: singular values at or below this fraction of the greatest are dropped.
+
+        Returns:
+            `[o, k]` up and `[k, d]` down of the least rank, float32 on the CPU: W' = W + up @ down.
+
+        Raises:
+            ValueError: goals of another shape than the words.
+        """
+        if goals.shape != (self.outputs.shape[1], self.weight.shape[1]):
+            raise ValueError(
+                f"goals: expected {[self.outputs.shape[1], self.weight.shape[1]]}, "
+                f"got {list(goals.shape)}"
+            )
+        down = self.moves(self._inverse.mT @ self.weight, weights)
+        up = self.weight @ goals.to(self.weight).mT - self.outputs
+        least = compressed(up, down, rank_tolerance)
+        return least.left.to("cpu", torch.float32), least.right.to("cpu", torch.float32)
 
 
 def check_value_ridge(ridge: float) -> None:

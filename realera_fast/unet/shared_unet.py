@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realera_fast import ops
-from realera_fast.models import projections, stream_of
+from realera_fast.models import LoraFactors, projections, stream_of
 from realera_fast.runtime import uncompiled, unwrapped
 from realera_fast.solver import ConceptMap
 from realera_fast.unet import attention
@@ -74,6 +74,7 @@ class SharedUNet:
         lora: LoraParameters,
         *,
         pooled_map: ConceptMap | None = None,
+        moved: Mapping[str, LoraFactors] | None = None,
         mixed_precision: Literal["no", "bf16"] = "no",
         compiled: bool = False,
     ) -> None:
@@ -83,6 +84,7 @@ class SharedUNet:
             concept_map: the closed form, T = I + L R.
             pooled_map: that of the pooled vector, for SDXL: prompts then have it as their last row
                 (`text.TextWithPooled`). An edited map of it is an edited vector.
+            moved: what the closed form adds to single projections, by name.
             lora: the factors; their text layers are some of the U-Net's projections.
             mixed_precision: "bf16" computes a float32 U-Net under autocast.
             compiled: run the student through `torch.compile`.
@@ -107,6 +109,7 @@ class SharedUNet:
         self._names = [*lora.names, *rest]
         self._heights = [self._layers[name].out_features for name in self._names]
         self._map = concept_map
+        self._moved = moved or {}
         self._handed: Conditioning | None = None
         self._thread = threading.get_ident()
         self._forward = torch.compile(self.unet) if compiled else self.unet
@@ -118,6 +121,9 @@ class SharedUNet:
         if self._map.rank:
             left, right = self._map.left.to(self.device), self._map.right.to(self.device)
             ops.low_rank_update_([edited], left, right)
+        for name, part in zip(self._names, edited.split(self._heights), strict=True):
+            if name in self._moved:
+                part += self._moved[name].delta.to(part)
         return edited.to(self.dtype)
 
     @contextlib.contextmanager

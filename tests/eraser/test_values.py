@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure, embedded
-from realera_fast.alignment import AlignmentConfig
 from realera_fast.mining import MiningConfig
 from realera_fast.mining.known_words import read_words
 from realera_fast.solver import ClosedFormConfig
@@ -31,7 +30,8 @@ def guided(guidance):
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_named_words_say_what_their_anchors_say(guidance, monkeypatch):
     # Random encoders see all words alike: nothing would stay.
-    monkeypatch.setattr("realera_fast.values._kept", lambda *arguments: 1.0)
+    monkeypatch.setattr("realera_fast.values._ENOUGH", 0.0)
+    monkeypatch.setattr("realera_fast.values._TOO_FEW", 0.0)
     pipe = tiny_pipeline()
     before = weights(pipe.unet)
     result = run(pipe, [Concept("cat", "dog"), Concept("ship", "tree")], guided(guidance))
@@ -101,7 +101,7 @@ def test_of_several_words_less_is_taken_and_of_too_many_none():
         result = realera_fast.erase(
             pipe, names[:count], config=EraseConfig.strict(), progress=False
         )
-        taken.append(result.report["scales"]["value_guidance"])
+        taken.append(result.report["scales"]["values"]["value_guidance"])
         result.restore_(pipe.unet)
     assert taken[0] == 1.0 and taken[1] < 1.0
     with pytest.raises(ValueError, match="40 words go together; erase fewer at once"):
@@ -127,13 +127,10 @@ def test_a_model_without_value_projections_of_text_is_refused(make):
 
 def test_settings_that_do_not_go_together_are_refused():
     values = ClosedFormConfig(space="values")
-    with pytest.raises(ValueError, match="goes without noise alignment and attacks"):
-        EraseConfig(closed_form=values)
-    off = AlignmentConfig(enabled=False)
-    with pytest.raises(ValueError, match="goes without noise alignment and attacks"):
-        EraseConfig(closed_form=values, alignment=off, mining=MiningConfig(attack_rounds=1))
+    with pytest.raises(ValueError, match="takes no prompts that attacks find"):
+        EraseConfig(closed_form=values, mining=MiningConfig(attack_rounds=1))
     with pytest.raises(ValueError, match="takes no noise"):
-        EraseConfig(closed_form=values, alignment=off, mining=MiningConfig(mode="gaussian"))
+        EraseConfig(closed_form=values, mining=MiningConfig(mode="gaussian"))
     with pytest.raises(ValueError, match="keep_system"):
         ClosedFormConfig(space="values", keep_system=True)
     with pytest.raises(ValueError, match="ClosedFormConfig.space must be one of"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from realera_fast.alignment import AlignmentConfig, AlignmentPrompts, align_noise
+from realera_fast.alignment import AlignmentConfig, AlignmentPrompts, ClosedForm, align_noise
 from realera_fast.mining import MiningConfig
 from realera_fast.runtime import Checkpoint, Execution, Processes
 from realera_fast.solver import ConceptMap
@@ -48,6 +48,7 @@ def trained_on(
     mode="none",
     preserve=("a ship", "a tree", "a horse"),
     concept_map=None,
+    moved=None,
     execution=QUIET,
     **options,
 ):
@@ -57,7 +58,7 @@ def trained_on(
     return align_noise(
         pipe.unet,
         pipe.scheduler,
-        {"sequence": ConceptMap.identity(text.width) if concept_map is None else concept_map},
+        ClosedForm({"sequence": concept_map or ConceptMap.identity(text.width)}, moved or {}),
         AlignmentPrompts(**given | {"preserve": text.encode(list(preserve))} | options),
         config,
         MiningConfig(mode=mode),
