@@ -93,8 +93,8 @@ class EraseConfig:
         erased name seldom looks like anything. On Stable Diffusion 1, 2 and XL; what it reaches:
         docs/alignment.md."""
         return cls(
-            mining=MiningConfig(member_words=0),
-            closed_form=ClosedFormConfig(space="values", value_guidance=1.0),
+            mining=MiningConfig(member_words=0, neighbor_scale=0.0),
+            closed_form=ClosedFormConfig(space="values", value_ridge=1.0, value_guidance=1.0),
             alignment=AlignmentConfig(enabled=False),
         )
 

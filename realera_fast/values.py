@@ -31,10 +31,10 @@ GUIDANCE = (0.0, 0.25, 0.5)
 """What is compared (ours)."""
 _SHARES = (1.0, 0.5, 0.25, 0.0)
 """Of the guidance that was asked for, what is tried (ours)."""
-_ENOUGH = 0.95
+_ENOUGH = 0.85
 """Share of things that should stay, and do, with which a guidance that was asked for is taken
-(ours: one concept of the embedded model leaves 98 % and more with all of 1, five 98 % with a
-quarter, ten 96 % without any)."""
+(ours: one tuning thing of the embedded model leaves 0.89 and more with all of 1, five 0.90 with a
+quarter, ten 0.74 without any)."""
 _MARGIN = 0.02
 """By so much the text has to do better to be taken (ours: of one and five things pictures judge the
 values better where the measure is so near)."""
