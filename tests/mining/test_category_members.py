@@ -99,21 +99,24 @@ def plainly(pipe, name, words, dtype):
         added = None
         if seen["pooled_width"] is not None:
             vector, prompt = prompt[:, -1, : seen["pooled_width"]], prompt[:, :-1]
-            sizes = torch.tensor([[64, 64, 0, 0, 64, 64]], dtype=dtype)
+            sizes = torch.tensor([[64, 64, 0, 0, 64, 64]], dtype=dtype).expand(len(prompt), -1)
             added = {"text_embeds": vector.to(dtype), "time_ids": sizes}
-        out = unet(x.to(dtype), t, prompt.to(dtype), added_cond_kwargs=added).sample
+        x = x.to(dtype).expand(len(prompt), -1, -1, -1)
+        out = unet(x, t, prompt.to(dtype), added_cond_kwargs=added).sample
         return out.to(torch.promote_types(dtype, torch.float32))
 
-    asked = seen["text"].encode([f"a photo of {name}"])
-    found = []
+    def encode(word):
+        return seen["text"].encode([f"a photo of {word}"])
+
+    asked, found = encode(name), []
     for word in words:
-        prompt, cosines = seen["text"].encode([f"a photo of {word}"]), []
+        prompts, cosines = torch.cat((seen["empty"], encode(word), asked)), []
         for seed in (40_000, 40_001):
             x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
             x = x.to(torch.promote_types(dtype, torch.float32))
             pushes = []
             for t in scheduler.timesteps:
-                free, own, named = (predict(x, t, p) for p in (seen["empty"], prompt, asked))
+                free, own, named = predict(x, t, prompts).split(1)
                 x = scheduler.step(free + 5.0 * (own - free), t, x).prev_sample
                 pushes.append((own - free, named - free))
             own, named = (torch.cat(part).flatten() for part in zip(*pushes, strict=True))
