@@ -18,7 +18,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from tiles import TILE_SETS, using_tiles
 
-
 LONGEST = (
     "ops/test_native_library.py",
     "runtime/test_states.py",

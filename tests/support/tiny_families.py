@@ -73,10 +73,15 @@ def t5_tokenizer(length: int = 128) -> T5Tokenizer:
 
 @functools.cache
 def _gemma_merges() -> list[tuple[str, str]]:
+    """Merges that make one token of every piece and of every line of Sana's instruction."""
     default = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
-    texts = [f"{start}{piece}" for piece in PIECES for start in ("", "\u2581")]
-    texts += [line.strip().replace(" ", "\u2581") for line in default.default]
-    return byte_pair_merges(texts)
+    merges: dict[tuple[str, str], None] = {}
+    for piece in PIECES:
+        for letters in ([*piece], ["\u2581", *piece]):
+            for count in range(1, len(letters)):
+                merges["".join(letters[:count]), letters[count]] = None
+    lines = (line.strip().replace(" ", "\u2581") for line in default.default)
+    return byte_pair_merges(lines, after=[*merges])
 
 
 def gemma_tokenizer(length: int = 512) -> GemmaTokenizer:

@@ -33,9 +33,15 @@ def _byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def byte_pair_merges(texts: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
-    """Merges, in order, that make one token of each text, which comes as its letters."""
-    ranks: dict[tuple[str, str], int] = {}
+def byte_pair_merges(
+    texts: Iterable[Sequence[str]], after: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, str]]:
+    """Merges, in order, that make one token of each text, which comes as its letters.
+
+    Args:
+        after: merges that come before them.
+    """
+    ranks = {pair: rank for rank, pair in enumerate(after)}
     for text in texts:
         parts = list(text)
         while len(parts) > 1:
