@@ -32,14 +32,15 @@ demo:
 
 # Side by side: Triton's interpreter, which the kernels' tests need where there is no GPU, is a choice
 # for the whole process, and the tests in tests/aot compile instead. What these say is shown at the
-# end. The others are shared by two processes, file by file: one thread each. The slowest twenty show
-# a regression.
+# end. The others are shared by two processes, file by file: one thread each. The longest files come
+# first (tests/conftest.py), so that both end together. The slowest twenty show a regression.
 test: export OMP_NUM_THREADS ?= 1
 test:
 	@mkdir -p out
 	@$(call with_environment,{ \
 	  env -u TRITON_INTERPRET "$$python" -m pytest -q --durations=5 tests/aot > out/aot.log 2>&1 & aot=$$!; \
-	  "$$python" -m pytest -q -n 2 --dist loadfile --benchmark-disable --durations=20 tests; \
+	  "$$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	    --benchmark-disable --durations=20 tests; \
 	  status=$$?; \
 	  wait $$aot || status=$$?; cat out/aot.log; exit $$status; })
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,44 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from tiles import TILE_SETS, using_tiles
+
+LONGEST = (
+    "ops/test_native_library.py",
+    "runtime/test_states.py",
+    "packaging/test_docs.py",
+    "models/test_entrances.py",
+    "ops/test_cuda_sources.py",
+    "eraser/test_equations.py",
+    "erasure/test_erasure.py",
+    "models/test_families.py",
+    "erasure/test_exports.py",
+    "cli/test_demo.py",
+    "mining/test_category_members.py",
+    "eraser/test_eraser.py",
+    "runtime/test_processes.py",
+    "alignment/test_alignment.py",
+    "packaging/test_lint.py",
+    "bench/test_baselines_erase.py",
+)
+"""Files that take longest, about in this order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: of two processes none is left with it at the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: ranks.get(os.path.relpath(item.path, here), len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector, which tests of models wake often, need not look."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At its end a process frees everything."""
+    gc.unfreeze()
 
 
 @pytest.fixture(params=TILE_SETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def run(family, concepts, folder, kill_at):
 """
 
 
-KILLED = [("sd1", 1), ("sd1", 33), ("flux", 25), ("flux", 61)]
+KILLED = [("sd1", 1), ("sd1", 17), ("flux", 13), ("flux", 31)]
 """A family, and after how many checkpoints its run is killed."""
 
 
@@ -82,14 +83,21 @@ for family, kill_at, folder in CASES:
     return folders
 
 
+@functools.cache
+def never_killed(family):
+    return erase(FAMILIES[family](), LIST, config=ONE, progress=False)
+
+
 @pytest.mark.parametrize(("family", "kill_at"), KILLED)
 def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
     folder = killed[family, kill_at]
     left = sorted(p.name for p in folder.iterdir())
     assert left == (
-        ["pooled.safetensors", "sequence.safetensors"] if kill_at > 40 else ["sequence.safetensors"]
+        ["pooled.safetensors", "sequence.safetensors"]
+        if kill_at > len(LIST)
+        else ["sequence.safetensors"]
     )
-    resumed, whole = FAMILIES[family](), FAMILIES[family]()
+    resumed = FAMILIES[family]()
     seen = []
     original = equations_module.add_named_word
 
@@ -104,7 +112,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(killed, family, kill_at):
         equations_module.add_named_word = original
     streams = 2 if family == "flux" else 1
     assert len(seen) == streams * len(LIST) - kill_at, "what was read is not read again"
-    expected = erase(whole, LIST, config=ONE, progress=False)
+    expected = never_killed(family)
     assert torch.equal(got.map.left, expected.map.left)
     assert torch.equal(got.map.right, expected.map.right)
     if got.pooled_map is not None and expected.pooled_map is not None:
@@ -126,31 +134,26 @@ def test_a_checkpoint_of_another_list_is_refused(tmp_path, monkeypatch):
     erase(sd1(), LIST[:6], config=ONE, checkpoint_dir=tmp_path, progress=False)
 
 
-def test_three_thousand_concepts_take_no_more_memory_than_ten(tmp_path):
+def test_five_hundred_concepts_take_no_more_memory_than_ten(tmp_path):
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [a + b + c + "q" for a in letters for b in letters for c in letters]
-    for count in (10, 3_000):
+    for count in (10, 500):
         (tmp_path / f"{count}.csv").write_text(
             "target,anchor\n" + "".join(f"{word},dog\n" for word in words[:count])
         )
     code = """
-from tiny_models import tiny_text_encoder, tiny_tokenizer
 from realera_fast.text import prompts
 # What is kept so that the report need not encode it again has a budget of its own.
 prompts._KEPT_BYTES = 1 << 20
 name, target = sys.argv[1:3]
-pipe = FAMILIES["sd1"]()
-# Prompts of few tokens: it is their number that counts here.
-pipe.tokenizer = tiny_tokenizer(length=16)
-pipe.text_encoder = tiny_text_encoder(tokenizer=pipe.tokenizer)
-found = erase(pipe, read_concepts(name), config=ONE, progress=True)
+found = erase(FAMILIES["sd1"](), read_concepts(name), config=ONE, progress=True)
 found.save(target)
 print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     script = tmp_path / "run.py"
     script.write_text(RUN + code)
     peaks = {}
-    for count in (10, 3_000):
+    for count in (10, 500):
         result = subprocess.run(
             [
                 sys.executable,
@@ -169,13 +172,13 @@ print(len(found.concepts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         number, peak = result.stdout.split()
         assert int(number) == count
         peaks[count] = int(peak) / 1024
-        if count == 3_000:
-            assert "concepts:" in result.stderr and "/3000" in result.stderr
-    # The prompts alone would be 3,000 x 16 x 32 float32, 6 MB, and their float64 rows, what they
-    # move by, their anchors and the word's neighbors several times that.
-    assert peaks[3_000] < peaks[10] + 12
-    loaded = Erasure.load(tmp_path / "3000.safetensors")
-    assert len(loaded.concepts) == 3_000 and loaded.map.rank <= 32
+        if count == 500:
+            assert "concepts:" in result.stderr and "/500" in result.stderr
+    # The prompts alone would be 500 x 77 x 32 float32, 5 MB, and their float64 rows, what they
+    # move by, their anchors and the word's neighbors several times that; it takes 6 MB in all.
+    assert peaks[500] < peaks[10] + 10
+    loaded = Erasure.load(tmp_path / "500.safetensors")
+    assert len(loaded.concepts) == 500 and loaded.map.rank <= 32
 
 
 def test_a_bad_line_stops_before_anything_is_written(tmp_path):

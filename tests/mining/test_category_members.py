@@ -21,6 +21,7 @@ from realera_fast.text import TextWithPooled
 from realera_fast.unet import SharedUNet
 
 CLOSED_FORM = EraseConfig(alignment=AlignmentConfig(enabled=False))
+CATEGORY = [Concept("dog", kind="explicit")]
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +99,24 @@ def plainly(pipe, name, words, dtype):
         added = None
         if seen["pooled_width"] is not None:
             vector, prompt = prompt[:, -1, : seen["pooled_width"]], prompt[:, :-1]
-            sizes = torch.tensor([[64, 64, 0, 0, 64, 64]], dtype=dtype)
+            sizes = torch.tensor([[64, 64, 0, 0, 64, 64]], dtype=dtype).expand(len(prompt), -1)
             added = {"text_embeds": vector.to(dtype), "time_ids": sizes}
-        out = unet(x.to(dtype), t, prompt.to(dtype), added_cond_kwargs=added).sample
+        x = x.to(dtype).expand(len(prompt), -1, -1, -1)
+        out = unet(x, t, prompt.to(dtype), added_cond_kwargs=added).sample
         return out.to(torch.promote_types(dtype, torch.float32))
 
-    asked = seen["text"].encode([f"a photo of {name}"])
-    found = []
+    def encode(word):
+        return seen["text"].encode([f"a photo of {word}"])
+
+    asked, found = encode(name), []
     for word in words:
-        prompt, cosines = seen["text"].encode([f"a photo of {word}"]), []
+        prompts, cosines = torch.cat((seen["empty"], encode(word), asked)), []
         for seed in (40_000, 40_001):
             x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
             x = x.to(torch.promote_types(dtype, torch.float32))
             pushes = []
             for t in scheduler.timesteps:
-                free, own, named = (predict(x, t, p) for p in (seen["empty"], prompt, asked))
+                free, own, named = predict(x, t, prompts).split(1)
                 x = scheduler.step(free + 5.0 * (own - free), t, x).prev_sample
                 pushes.append((own - free, named - free))
             own, named = (torch.cat(part).flatten() for part in zip(*pushes, strict=True))
@@ -174,7 +178,8 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "pixart_sigma"])
 def test_every_family_takes_a_category(name, asked):
     """Drawn where the noise alignment runs, by the text alone elsewhere."""
-    erase(FAMILIES[name](), [Concept("dog", kind="explicit")], config=CLOSED_FORM, progress=False)
+    config = dataclasses.replace(CLOSED_FORM, mining=MiningConfig(member_words=16))
+    erase(FAMILIES[name](), CATEGORY, config=config, progress=False)
     assert bool(asked) == (name in ("sd1", "sdxl"))
 
 
@@ -186,7 +191,7 @@ def test_what_takes_more_than_a_prompt_goes_by_the_text(asked, change):
     pipe = FAMILIES["sd1"]()
     options = {name: x for name, x in pipe.unet.config.items() if not name.startswith("_")}
     pipe.unet = type(pipe.unet)(**options | change)
-    result = erase(pipe, [Concept("dog", kind="explicit")], config=CLOSED_FORM, progress=False)
+    result = erase(pipe, CATEGORY, config=CLOSED_FORM, progress=False)
     assert not asked
     assert any("members of a category" in text for text in result.report["warnings"])
 
@@ -198,7 +203,7 @@ def test_foreign_attention_goes_by_the_text(asked):
 
     pipe = FAMILIES["sd1"]()
     pipe.unet.set_attn_processor(Own())
-    erase(pipe, [Concept("dog", kind="explicit")], config=CLOSED_FORM, progress=False)
+    erase(pipe, CATEGORY, config=CLOSED_FORM, progress=False)
     assert not asked
 
 
@@ -208,9 +213,6 @@ def test_numbers_that_are_not_finite_are_said_and_left_to_the_text(caplog):
         pipe.unet.conv_out.bias.fill_(torch.inf)
     assert torch.equal(cosines(pipe, ["dog"], ["cat", "ship"]), torch.full((2,), -torch.inf))
     assert "not finite" in caplog.text
-
-
-CATEGORY = [Concept("dog", kind="explicit")]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -248,6 +250,7 @@ def test_a_search_that_was_cut_off_goes_on(asked, monkeypatch, tmp_path):
     """Every word is drawn once, and what comes out is what an uninterrupted run gives."""
     config = dataclasses.replace(
         CLOSED_FORM,
+        mining=MiningConfig(member_words=16),
         alignment=dataclasses.replace(CLOSED_FORM.alignment, sampling_batch_size=8),
         vocabulary=dataclasses.replace(CLOSED_FORM.vocabulary, preserve_scale=5.0),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -255,7 +256,9 @@ def sanitized(sanitizer: str, folder: Path, **where: Path) -> subprocess.Complet
     if "undefined" in sanitizer:
         options.append("-fno-sanitize-recover=undefined")
     program = compiled(folder / "program", *options, **where)
-    return subprocess.run([str(program)], capture_output=True, text=True)
+    # One report is enough: the rest of a run under ThreadSanitizer takes seconds.
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([str(program)], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])

@@ -76,7 +76,9 @@ ERASE = """
     accelerator.trackers = []
     pipe = tiny_pipeline()
     config = dataclasses.replace(
-        tiny_erase.CONFIG, alignment=dataclasses.replace(tiny_erase.FAST, check_seeds=0, steps=3)
+        tiny_erase.CONFIG,
+        mining=dataclasses.replace(tiny_erase.CONFIG.mining, member_words=16),
+        alignment=dataclasses.replace(tiny_erase.FAST, check_seeds=0, steps=3),
     )
     concepts = ["cat=dog", Concept("ship", kind="explicit")]
     tiny_erase.run(pipe, concepts, config, accelerator=accelerator)

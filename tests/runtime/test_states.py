@@ -39,6 +39,7 @@ from realera_fast import Concept, EraseConfig, Erasure, erase
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.erasure import applied
 from realera_fast.evaluation import verification, verify
+from realera_fast.mining import MiningConfig
 from realera_fast.models import components_of, projections, transaction
 from realera_fast.text import TextModel
 from realera_fast.unet import ddim_of
@@ -46,6 +47,8 @@ from realera_fast.unet import ddim_of
 PAGE = Path(__file__).parents[2] / "docs" / "states.md"
 ALIGNED = replace(
     CLOSED,
+    # Of a category few words are drawn.
+    mining=MiningConfig(member_words=16),
     alignment=AlignmentConfig(
         steps=2, batch_size=2, trajectories=2, sampling_steps=2, evaluation_steps=0, check_seeds=0
     ),

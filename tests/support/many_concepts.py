@@ -11,4 +11,4 @@ from realera_fast.text import PairsConfig
 ONE = replace(CLOSED, pairs=PairsConfig(templates={"object": ("a photo of a {}",)}))
 
 
-LIST = [f"{'abcdefgh'[i % 8]}{'ijklmnop'[i // 8]}=dog" for i in range(40)]
+LIST = [f"{'abcdefgh'[i % 8]}{'ijklmnop'[i // 8]}=dog" for i in range(20)]

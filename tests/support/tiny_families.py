@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +39,7 @@ from diffusers import (
 from tiny_models import (
     WORDS,
     _seeded,
+    byte_pair_merges,
     tiny_pipeline,
     tiny_text_encoder,
     tiny_tokenizer,
@@ -70,24 +71,27 @@ def t5_tokenizer(length: int = 128) -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
+@functools.cache
+def _gemma_merges() -> list[tuple[str, str]]:
+    """Merges that make one token of every piece and of every line of Sana's instruction."""
+    default = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
+    merges: dict[tuple[str, str], None] = {}
+    for piece in PIECES:
+        for letters in ([*piece], ["\u2581", *piece]):
+            for count in range(1, len(letters)):
+                merges["".join(letters[:count]), letters[count]] = None
+    lines = (line.strip().replace(" ", "\u2581") for line in default.default)
+    return byte_pair_merges(lines, after=[*merges])
+
+
 def gemma_tokenizer(length: int = 512) -> GemmaTokenizer:
     """A stock ``GemmaTokenizer`` with `PIECES`, in front of a space or not, as whole tokens.
 
-    So are the words of Sana's instruction, which would be two thousand letters.
+    So are the lines of Sana's instruction, which would be two thousand letters in every prompt.
     """
-    default = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
-    spoken = dict.fromkeys(re.findall(r"[A-Za-z]{2,}", " ".join(default.default)))
+    merges = _gemma_merges()
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *_LETTERS]
-    merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys((*PIECES, *spoken)):
-        for start in (word[0], "\u2581"):
-            parts = [start, *(word[1:] if start == word[0] else word)]
-            while len(parts) > 1:
-                pair = (parts[0], parts[1])
-                if pair not in merges:
-                    merges.append(pair)
-                parts[:2] = ["".join(pair)]
-                vocabulary.append(parts[0])
+    vocabulary += ["".join(merge) for merge in merges]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=length)
     tokenizer.add_bos_token = True

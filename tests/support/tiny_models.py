@@ -5,7 +5,7 @@ Import as ``from tiny_models import tiny_pipeline``. Nothing here touches the gl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,27 @@ def _byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
+def byte_pair_merges(
+    texts: Iterable[Sequence[str]], after: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, str]]:
+    """Merges, in order, that make one token of each text, which comes as its letters.
+
+    Args:
+        after: merges that come before them.
+    """
+    ranks = {pair: rank for rank, pair in enumerate(after)}
+    for text in texts:
+        parts = list(text)
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            # The lowest rank merges first, so a merge added later never changes an earlier text.
+            pair = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            at = pairs.index(pair)
+            parts[at : at + 2] = ["".join(pair)]
+    return list(ranks)
+
+
 def tiny_tokenizer(words: Sequence[str] = WORDS, *, length: int = 77) -> CLIPTokenizer:
     """A stock ``CLIPTokenizer`` with `words` as whole tokens, built offline.
 
@@ -41,20 +62,8 @@ def tiny_tokenizer(words: Sequence[str] = WORDS, *, length: int = 77) -> CLIPTok
         length: Tokens per prompt, padding included.
     """
     letters = _byte_characters()
-    entries = letters + [letter + "</w>" for letter in letters]
-    ranks: dict[tuple[str, str], int] = {}
-    for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
-            # The lowest rank merges first, so a merge added later never changes an earlier word.
-            pair = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-            if pair not in ranks:
-                ranks[pair] = len(ranks)
-                entries.append("".join(pair))
-            at = pairs.index(pair)
-            parts[at : at + 2] = ["".join(pair)]
-    merges = list(ranks)
+    merges = byte_pair_merges((*word[:-1], word[-1] + "</w>") for word in words)
+    entries = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges]
     entries += ["<|startoftext|>", "<|endoftext|>"]
     # Two merge paths may end in the same string: keep the first.
     vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
