@@ -9,7 +9,7 @@ import logging
 import math
 import pickle
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +207,17 @@ class Text(Protocol):
         ...
 
 
+def _remembered(split: Any) -> Callable[[str], tuple[int, ...]]:
+    """Tokens of a text without special ones: a name is asked about tens of times in a call."""
+
+    # It holds the tokenizer alone: a cycle with the encoder would keep its memory.
+    @functools.lru_cache(maxsize=1 << 14)
+    def plain_ids(text: str) -> tuple[int, ...]:
+        return tuple(split(text, add_special_tokens=False, verbose=False).input_ids)
+
+    return plain_ids
+
+
 class TextModel:
     """A frozen text encoder with its tokenizer, read as one family of pipelines reads it.
 
@@ -276,9 +287,7 @@ class TextModel:
         # Only what is set for a call is in the copy for sure: decoding stays with the original.
         fast = getattr(self.tokenizer, "is_fast", False)
         self._split = copy.deepcopy(self.tokenizer) if fast else self.tokenizer
-        # A name is asked about some ten times in a call, and each answer takes a tenth of a
-        # millisecond.
-        self._plain_ids = functools.lru_cache(maxsize=1 << 14)(self._read_plain_ids)
+        self._plain_ids = _remembered(self._split)
         # Packed weights are no parameters.
         tensors = (*text_encoder.parameters(), *text_encoder.buffers())
         self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
@@ -638,9 +647,6 @@ class TextModel:
 
     def _count(self, text: str) -> int:
         return len(self._plain_ids(self._instruction + self._prepared(text)))
-
-    def _read_plain_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._split(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._split(text, verbose=False).input_ids)
