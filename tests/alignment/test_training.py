@@ -17,7 +17,7 @@ from realera_fast.alignment import AlignmentConfig, DivergedError, Points, Train
 from realera_fast.alignment.adversary import adversary_of
 from realera_fast.alignment.trainer import Batch
 from realera_fast.mining import MiningConfig
-from realera_fast.models import projections, queries_and_outputs
+from realera_fast.models import LoraFactors, projections, queries_and_outputs
 from realera_fast.runtime import Processes
 from realera_fast.solver import ConceptMap
 from realera_fast.unet import LoraParameters, SharedUNet
@@ -337,3 +337,34 @@ def test_a_held_back_loss_that_explodes_is_divergence():
 def test_config_names_the_bad_field(field, value):
     with pytest.raises(ValueError, match=field):
         AlignmentConfig(**{field: value})
+
+
+def test_the_student_has_what_the_closed_form_adds_to_single_projections():
+    """Beside its map; and the factors that are trained come on top."""
+    unet = tiny_unet(WIDTH)
+    generator = torch.Generator().manual_seed(8)
+    layers = {n: x for n, x in projections(unet).items() if n.endswith("to_v")}
+    moved = {
+        name: LoraFactors(
+            torch.randn(2, WIDTH, generator=generator),
+            torch.randn(layer.out_features, 2, generator=generator),
+        )
+        for name, layer in layers.items()
+    }
+    shared = shared_unet(unet, moved=moved)
+    student = copy.deepcopy(unet)
+    factors = shared.lora.factors()
+    latents, timesteps, states, _ = (x.float() if x.is_floating_point() else x for x in inputs())
+    for variant in ("original", "edited", "aligned"):
+        for name, layer in projections(student).items():
+            weight = projections(unet)[name].weight
+            if variant != "original":
+                weight = weight @ concept_map().matrix
+                weight = weight + moved[name].delta if name in moved else weight
+            if variant == "aligned":
+                weight = weight + factors[name].delta
+            layer.weight.data = weight.detach().clone()
+        with torch.no_grad(), shared.installed():
+            found = shared.predict(latents, timesteps, shared.condition(states, variant))
+            wanted = student(latents, timesteps, encoder_hidden_states=states).sample
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from model_state import same, weights
-from tiny_erase import CLOSED, run
+from tiny_erase import CLOSED, CONFIG, run
 from tiny_families import pixart_alpha, sd3, sdxl
 from tiny_models import tiny_pipeline
 from torch.testing import assert_close
@@ -17,7 +17,7 @@ from realera_fast import Concept, EraseConfig, Erasure, embedded
 from realera_fast.mining import MiningConfig
 from realera_fast.mining.known_words import read_words
 from realera_fast.solver import ClosedFormConfig
-from realera_fast.text import TextModel
+from realera_fast.text import PairsConfig, TextModel, VocabularyConfig
 
 VALUES = dataclasses.replace(CLOSED, closed_form=ClosedFormConfig(space="values"))
 
@@ -104,8 +104,8 @@ def test_of_several_words_less_is_taken_and_of_too_many_none():
         taken.append(result.report["scales"]["values"]["value_guidance"])
         result.restore_(pipe.unet)
     assert taken[0] == 1.0 and taken[1] < 1.0
-    with pytest.raises(ValueError, match="40 words go together; erase fewer at once"):
-        realera_fast.erase(pipe, names[:40], config=EraseConfig.strict(), progress=False)
+    with pytest.raises(ValueError, match="16 words go together; erase fewer at once"):
+        realera_fast.erase(pipe, names[:16], config=EraseConfig.strict(), progress=False)
     assert same(pipe.unet, before)
 
 
@@ -140,3 +140,62 @@ def test_settings_that_do_not_go_together_are_refused():
             ClosedFormConfig(value_guidance=guidance)
     with pytest.raises(ValueError, match="value_ridge"):
         ClosedFormConfig(value_ridge=0.0)
+
+
+def test_few_words_leave_their_names_to_the_values_and_many_to_the_text():
+    pipe = embedded.load_pipeline()
+    names = [thing.name for thing in embedded.words().things if thing.split == "tuning"]
+    for count, moves in ((1, True), (16, False)):
+        result = realera_fast.erase(pipe, names[:count], config=EraseConfig.fast(), progress=False)
+        chosen = result.report["scales"]["values"]
+        assert (chosen is not None) == (result.map.rank == 0) == bool(result.lora) == moves
+        if moves:
+            best = max(point["worth"] for point in chosen["curve"])
+            taken = [p for p in chosen["curve"] if all(p[k] == chosen[k] for k in KEYS)]
+            assert [p["worth"] for p in taken] == [best] and best > 0.9
+        result.restore_(pipe.unet)
+
+
+KEYS = ("value_ridge", "value_guidance", "neighbor_scale")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"pairs": PairsConfig(negative_guidance=0.75)},
+        {"vocabulary": VocabularyConfig(preserve_scale=5.0)},
+        {"mining": MiningConfig(mode="gaussian")},
+        {"mining": MiningConfig(attack_rounds=1)},
+        {"closed_form": ClosedFormConfig(keep_system=True)},
+        {"erase_scale": 2.0},
+    ],
+)
+def test_what_only_the_text_has_is_solved_in_the_text(asked):
+    assert not EraseConfig().asks_for_text and not EraseConfig.strict().asks_for_text
+    assert EraseConfig(**asked).asks_for_text
+
+
+def test_the_second_stage_starts_from_moved_values():
+    """Its factors are added to them."""
+    pipe = tiny_pipeline()
+    config = dataclasses.replace(VALUES, alignment=CONFIG.alignment)
+    result = run(pipe, ["cat=dog"], config)
+    assert result.report["alignment"]["kept"] and result.report["scales"]["values"]
+    ranks = {name: factors.rank for name, factors in result.lora.items()}
+    moved = result.lora[next(name for name in ranks if name.endswith(".to_v"))].rank
+    own = {rank for name, rank in ranks.items() if name.endswith(".to_k")}
+    assert own == {config.alignment.r} and moved > config.alignment.r
+
+
+def test_a_word_that_the_user_keeps_stays():
+    pipe = embedded.load_pipeline()
+    drifts = {}
+    for preserve in ((), ("lion",)):
+        result = realera_fast.erase(
+            pipe, ["cat"], preserve=preserve, config=EraseConfig.fast(), progress=False
+        )
+        assert result.report["scales"]["values"]
+        words = {w["word"]: w["drift"] for w in result.report["words"]}
+        drifts[preserve] = words.get("lion")
+        result.restore_(pipe.unet)
+    assert drifts[("lion",)] < 0.5 and (drifts[()] is None or drifts[("lion",)] < drifts[()])
