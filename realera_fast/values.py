@@ -38,6 +38,8 @@ quarter, ten 0.74 without any)."""
 _MARGIN = 0.02
 """By so much the text has to do better to be taken (ours: of one and five things pictures judge the
 values better where the measure is so near)."""
+_LAYERS = 8
+"""Layers by which is chosen, an even sample (count; ours)."""
 _TOO_FEW = 0.5
 """Fewer than that: what is left is not the user's model (ours: pictures of thirty concepts, which
 leave less than 1 %, show one other thing in three)."""
@@ -162,9 +164,9 @@ def _factors(
     weights[:count] = NAMED_WEIGHT
     found = {}
     for name, layer in trials.layers.items():
-        weight = layer.weight[:, : rows.shape[1]]
-        system = ValueSystem(weight, trials.moment, rows, ridge=ridge)
-        up, down = system.factors(goals, weights, rank_tolerance=rank_tolerance)
+        system = ValueSystem(layer.weight[:, : rows.shape[1]], trials.moment, rows)
+        moves = system.held_by(ridge)
+        up, down = moves.factors(goals, weights, rank_tolerance=rank_tolerance)
         found[name] = LoraFactors(down, up)
     return found
 
@@ -190,9 +192,9 @@ class _Trials:
         """All choices, and the mean shares of words that are where they should be."""
         choices = list(itertools.product(ridges, neighbors))
         sums = {choice: _Shares(self.looked) for choice in choices}
-        for name in self.layers:
-            for ridge in ridges:
-                self._add(name, ridge, {m: sums[ridge, m] for m in neighbors})
+        names = list(self.layers)
+        for name in names[:: -(-len(names) // _LAYERS)]:
+            self._add(name, sums)
         return tuple(
             {"value_ridge": ridge, "value_guidance": amount, "neighbor_scale": m}
             | {group: round(share, 4) for group, share in point.items()}
@@ -204,43 +206,47 @@ class _Trials:
 
     @torch.no_grad()
     @full_precision()
-    def _add(self, name: str, ridge: float, sums: Mapping[float, _Shares]) -> None:
-        """Adds what a layer says to the sums of each weight of mined words."""
-        looked, layer = self.looked, self.layers[name]
+    def _add(self, name: str, sums: Mapping[tuple[float, float], _Shares]) -> None:
+        """Adds what a layer says to the sums of each ridge and weight of mined words.
+
+        What was erased before counts as if it were there: that a word is gone is no reason to leave
+        it to the text.
+        """
+        looked = self.looked
         rows = torch.cat([looked.named, looked.mined])
         goals = torch.cat([looked.named_aims, looked.mined_aims])
+        staying = torch.cat([looked.relatives, looked.things])
         width, count = rows.shape[1], len(looked.named)
-        system = ValueSystem(layer.weight[:, :width], self.moment, rows, ridge=ridge)
-        outward = self._outward.get(name)
-
-        def writes(text: Tensor, weight: Tensor) -> Tensor:
-            said = weight[:, :width].to(system.weight) @ text.to(system.weight).mT
-            return (said if outward is None else outward.to(said) @ said).float()
-
-        ahead = writes(goals - rows, layer.weight)
-        past = writes(looked.named_aims / 2 - looked.named, layer.weight)
-        before = self._originals.get(name, layer.weight).to(system.weight)
-        own = writes(torch.cat([looked.relatives, looked.things]) - looked.mean.to(rows), before)
-        ways = writes(rows - goals, before)
-        staying = system.answers(torch.cat([looked.relatives, looked.things]))
-        leaving = system.answers(rows)
-        odd = torch.cat([torch.zeros(count, dtype=torch.bool), looked.mined_odd])
-        for m, part in sums.items():
-            weights = torch.full((len(rows),), NAMED_WEIGHT, dtype=torch.float64)
-            weights[count:] = m * looked.stride
-            stays, goes = system.moves(staying, weights), system.moves(leaving, weights)
-            for half in (odd, ~odd):
-                half[:count] = False
-                # Mined words are judged by what the names and the other half of them do.
-                goes[:, half] = system.moves(leaving[:, half], weights.masked_fill(half, 0.0))
-            part.add_staying(own, *_steps(ahead, past, stays))
-            part.add_leaving(ways, *_steps(ahead, past, goes))
-
-
-def _steps(ahead: Tensor, past: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """`[p, m]` what is written of rows to the anchors, and for each unit of guidance."""
-    asked = asked.to(ahead)
-    return ahead @ asked, past @ asked[: past.shape[1]]
+        weight = self._originals.get(name, self.layers[name].weight)[:, :width].to(rows.device)
+        system = ValueSystem(weight, self.moment.to(rows.device), rows)
+        past = looked.named_aims / 2 - looked.named
+        ways = torch.cat([goals - rows, past, staying - looked.mean.to(rows)])
+        written = weight.float() @ ways.float().mT
+        if name in self._outward:
+            written = self._outward[name].to(written) @ written
+        own = written[:, len(rows) + count :].square().sum(0).double()
+        written = written[:, : len(rows) + count]
+        products = (written.mT @ written).double()
+        odd = torch.cat([torch.zeros(count, dtype=torch.bool), looked.mined_odd]).to(rows.device)
+        even = ~odd
+        even[:count] = False
+        for ridge in dict.fromkeys(ridge for ridge, _ in sums):
+            moves = system.held_by(ridge)
+            named = moves.answers(torch.cat([staying, looked.named]))
+            mined = moves.answers(looked.mined)
+            for (other, m), part in sums.items():
+                if other != ridge:
+                    continue
+                weights = torch.full((len(rows),), NAMED_WEIGHT, dtype=torch.float64)
+                weights[count:] = m * looked.stride
+                weights = weights.to(rows.device)
+                kept, gone_named = moves.moves(named, weights).split([len(staying), count], dim=1)
+                goes = torch.cat([gone_named, torch.zeros_like(mined)], dim=1)
+                for half in (odd, even):
+                    # Mined words are judged by what the names and the other half of them do.
+                    others = weights.masked_fill(half, 0.0)
+                    goes[:, half] = moves.moves(mined[:, half[count:]], others)
+                part.add(own, products, kept, goes)
 
 
 class _Shares:
@@ -254,17 +260,30 @@ class _Shares:
         self._own, self._moved = staying, [staying] * 3
         self._way, self._gone = leaving, [leaving] * 2
 
-    def add_staying(self, own: Tensor, ahead: Tensor, past: Tensor) -> None:
-        """Adds a layer's `[p, m]` of rows that stay: their own, and their moves."""
-        products = (ahead * ahead, 2.0 * ahead * past, past * past)
-        self._own = self._own + own.square().sum(0).double()
-        self._moved = [a + b.sum(0).double() for a, b in zip(self._moved, products, strict=True)]
+    def add(self, own: Tensor, products: Tensor, kept: Tensor, goes: Tensor) -> None:
+        """Adds a layer.
 
-    def add_leaving(self, way: Tensor, ahead: Tensor, past: Tensor) -> None:
-        """Adds a layer's `[p, n]` of rows that go: from their anchors, and their moves."""
-        self._way = self._way + way.square().sum(0).double()
-        products = (ahead * way, past * way)
-        self._gone = [a + b.sum(0).double() for a, b in zip(self._gone, products, strict=True)]
+        Args:
+            own: `[m]` squared lengths of what is written of rows that stay.
+            products: `[n + k, n + k]` of what is written of the ways of all n words to their
+                anchors, and of each unit of guidance of the k named ones.
+            kept: `[n, m]` in how far rows that stay make the moves of words.
+            goes: `[n, n]` in how far words do.
+        """
+        count, named = len(goes), self._named
+        ahead, both = products[:count, :count], products[count:, :count]
+        past = products[count:, count:]
+        guided = kept[:named]
+        self._own = self._own + own
+        parts = (
+            (kept * (ahead @ kept)).sum(0),
+            2.0 * (guided * (both @ kept)).sum(0),
+            (guided * (past @ guided)).sum(0),
+        )
+        self._moved = [a + b for a, b in zip(self._moved, parts, strict=True)]
+        self._way = self._way + ahead.diagonal()
+        went = ((ahead * goes.mT).sum(1), (both.mT * goes[:named].mT).sum(1))
+        self._gone = [a + b for a, b in zip(self._gone, went, strict=True)]
 
     def point(self, guidance: float) -> dict[str, float]:
         """Mean share of each group of rows that are where they should be."""
@@ -272,7 +291,7 @@ class _Shares:
         size = (a + guidance * b + guidance**2 * c).clamp_min(0.0).sqrt()
         kept = stays(size / self._own.sqrt().clamp_min(1e-300)).split(self._counts)
         way = self._way.clamp_min(1e-300)
-        left = 1.0 + (self._gone[0] + guidance * self._gone[1]) / way
+        left = 1.0 - (self._gone[0] + guidance * self._gone[1]) / way
         named, mined = gone(left).split([self._named, len(left) - self._named])
         found = {"named": named, "relatives": kept[0], "things": kept[1], "unlisted": mined}
         return {name: float(share.mean()) for name, share in found.items() if len(share)}

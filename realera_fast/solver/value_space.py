@@ -30,45 +30,63 @@ NAMED_WEIGHT = 1e4
 
 
 class ValueSystem:
-    """The words that move and what stays, as one layer speaks of them; factored once.
-
-    Float64 on the layer's device.
-    """
+    """The words that move and what stays, as one layer speaks of them. Float64, on its device."""
 
     @full_precision()
-    def __init__(self, weight: Tensor, moment: Tensor, words: Tensor, *, ridge: float) -> None:
+    def __init__(self, weight: Tensor, moment: Tensor, words: Tensor) -> None:
         """
         Args:
             weight: `[o, d]` W of any floating dtype.
             moment: `[d, d]` second moment C of text that stays, of any scale.
             words: `[n, d]` text of the words that move.
-            ridge: in units of the mean second moment of the outputs that stay; greater than 0.
 
         Raises:
-            ValueError: shapes that do not fit, or a ridge that is not finite and greater than 0.
+            ValueError: shapes that do not fit.
         """
         width = weight.shape[1]
         if words.dim() != 2 or words.shape[1] != width:
             raise ValueError(f"words: expected [n, {width}], got {list(words.shape)}")
         if moment.shape != (width, width):
             raise ValueError(f"moment: expected [{width}, {width}], got {list(moment.shape)}")
-        check_value_ridge(ridge)
         self.weight = weight.detach().to(torch.float64)
         held = self.weight @ moment.to(self.weight) @ self.weight.mT
         # Nothing stays, or nothing of it passes the layer: the ridge alone holds.
-        held /= held.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        held.diagonal().add_(ridge)
-        self._factor = torch.linalg.cholesky(held)
+        self.held = held / held.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        """`[o, o]` W C W^T of mean diagonal 1."""
         self.outputs = self.weight @ words.to(self.weight).mT
         """`[o, n]` Y, in the layer's own units."""
-        length = self.outputs.norm(dim=0).mean().clamp_min(torch.finfo(torch.float64).tiny)
-        self._inverse = torch.cholesky_solve(self.outputs, self._factor) / length.square()
-        self._gram = self.outputs.mT @ self._inverse
+
+    def held_by(self, ridge: float) -> ValueMoves:
+        """The moves of the words where what stays is held with this ridge.
+
+        Args:
+            ridge: in units of the mean second moment of the outputs that stay; greater than 0.
+
+        Raises:
+            ValueError: it is not finite and greater than 0.
+        """
+        return ValueMoves(self, ridge)
+
+
+class ValueMoves:
+    """How rows follow the words that move, for one ridge."""
+
+    @full_precision()
+    def __init__(self, system: ValueSystem, ridge: float) -> None:
+        check_value_ridge(ridge)
+        self._system = system
+        held, outputs = system.held.clone(), system.outputs
+        held.diagonal().add_(ridge)
+        length = outputs.norm(dim=0).mean().clamp_min(torch.finfo(torch.float64).tiny)
+        self._inverse = torch.cholesky_solve(outputs, torch.linalg.cholesky(held))
+        self._inverse /= length.square()
+        self._gram = outputs.mT @ self._inverse
 
     @full_precision()
     def answers(self, rows: Tensor) -> Tensor:
-        """`[n, m]` Y^T B^-1 W x of `[m, d]` rows x: how much each word's move is asked of them."""
-        return self._inverse.mT @ (self.weight @ rows.to(self.weight).mT)
+        """`[n, m]` Y^T B^-1 W x of `[m, d]` rows x: how much of each word they hear."""
+        weight = self._system.weight
+        return self._inverse.mT @ (weight @ rows.to(weight).mT)
 
     @full_precision()
     def moves(self, answers: Tensor, weights: Tensor) -> Tensor:
@@ -78,9 +96,10 @@ class ValueSystem:
             answers: `[n, m]` those of the rows.
             weights: `[n]` of the words; 0 leaves one out.
         """
+        weights = weights.to(self._gram)
         used = weights > 0
-        small = self._gram[used][:, used].clone()
-        small.diagonal().add_(1.0 / weights[used].to(small))
+        small = self._gram[used][:, used]
+        small.diagonal().add_(1.0 / weights[used])
         found = torch.zeros_like(answers)
         found[used] = torch.linalg.solve(small, answers[used])
         return found
@@ -102,13 +121,12 @@ class ValueSystem:
         Raises:
             ValueError: goals of another shape than the words.
         """
-        if goals.shape != (self.outputs.shape[1], self.weight.shape[1]):
-            raise ValueError(
-                f"goals: expected {[self.outputs.shape[1], self.weight.shape[1]]}, "
-                f"got {list(goals.shape)}"
-            )
-        down = self.moves(self._inverse.mT @ self.weight, weights)
-        up = self.weight @ goals.to(self.weight).mT - self.outputs
+        weight, outputs = self._system.weight, self._system.outputs
+        shape = (outputs.shape[1], weight.shape[1])
+        if goals.shape != shape:
+            raise ValueError(f"goals: expected {list(shape)}, got {list(goals.shape)}")
+        down = self.moves(self._inverse.mT @ weight, weights)
+        up = weight @ goals.to(weight).mT - outputs
         least = compressed(up, down, rank_tolerance)
         return least.left.to("cpu", torch.float32), least.right.to("cpu", torch.float32)
 

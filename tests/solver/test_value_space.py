@@ -22,8 +22,10 @@ def problem(o=5, d=9, n=2, seed=0):
 
 def move_values(weight, moment, named, goals, *, ridge, weights=None):
     weights = torch.full((len(named),), NAMED_WEIGHT) if weights is None else weights
-    return ValueSystem(weight, moment, named, ridge=ridge).factors(
-        goals, weights, rank_tolerance=1e-9
+    return (
+        ValueSystem(weight, moment, named)
+        .held_by(ridge)
+        .factors(goals, weights, rank_tolerance=1e-9)
     )
 
 
@@ -55,7 +57,7 @@ def test_it_is_the_minimiser(o, n, ridge):
 def test_words_of_different_weight_and_how_rows_follow():
     weight, moment, words, goals = problem(n=4)
     weights = torch.tensor([NAMED_WEIGHT, 1.0, 0.1, 0.0], dtype=F64)
-    system = ValueSystem(weight, moment, words, ridge=1.0)
+    system = ValueSystem(weight, moment, words).held_by(1.0)
     rows = torch.randn(6, 9, dtype=F64, generator=torch.Generator().manual_seed(7))
     answers = system.moves(system.answers(rows), weights)
     wanted = minimiser(weight, moment, words, goals, 1.0, weights)
