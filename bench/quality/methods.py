@@ -165,7 +165,8 @@ def by_category() -> dict[str, Method]:
 
 
 def parts() -> dict[str, Method]:
-    """The closed form with each of its parts taken away, or put in another's place."""
+    """The closed form of the text, which takes all of them, with each of its parts taken away or
+    put in another's place, and that of the values."""
     fixed: Mapping[str, Any] = {"preserve_scale": 40.0}
     past: Mapping[str, Any] = {"negative_guidance": 0.75}
     none: Mapping[str, Any] = {"mode": "none"}
@@ -186,10 +187,21 @@ def parts() -> dict[str, Method]:
             "pairs": {**past, "anchors": "mean"},
         },
     }
-    return {FAST: library(EraseConfig.fast())} | {
-        f"closed form, {name}": library(changed(EraseConfig.fast(), **changes))
+    text, values = ({"closed_form": {"space": space}} for space in ("text", "values"))
+    found = {
+        FAST: EraseConfig.fast(),
+        "closed form of the text": changed(EraseConfig.fast(), **text),
+        "closed form of the values by the name alone": changed(
+            EraseConfig.fast(), **values, mining={"neighbor_scale": 0.0}
+        ),
+        "closed form of the values, guidance 0": changed(
+            EraseConfig.fast(), closed_form={"space": "values", "value_guidance": 0.0}
+        ),
+    } | {
+        f"closed form, {name}": changed(EraseConfig.fast(), **text, **changes)
         for name, changes in without.items()
     }
+    return {name: library(config) for name, config in found.items()}
 
 
 def sweep() -> dict[str, Method]:

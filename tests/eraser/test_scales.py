@@ -53,7 +53,8 @@ def looked(relatives=(), mined=(2, 3)):
     aims = rows(*[1] * len(mined))
     odd = torch.tensor([place % 2 == 1 for place in mined], dtype=torch.bool)
     things = rows(*range(4, WIDTH))
-    return Looked(rows(0), rows(1), rows(*mined), aims, odd, rows(*relatives), things)
+    seen = (rows(0), rows(1), rows(*mined), aims, odd, rows(*relatives), things)
+    return Looked(*seen, torch.zeros(WIDTH, dtype=F64), 1)
 
 
 SPACE = WordSpace(torch.zeros(WIDTH, dtype=F64), torch.eye(WIDTH, dtype=F64))
