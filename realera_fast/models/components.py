@@ -92,7 +92,9 @@ def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
             "keep what is erased from that: "
         )
         nets = getattr(module, "nets", (module,))
-        if not all(class_of(unwrapped(net)) in COMPANIONS for net in nets):
+        # Of two denoisers one draws the first steps, the other the rest (Wan 2.2).
+        known = {*COMPANIONS, *([class_of(unwrapped(model))] if part == f"{name}_2" else [])}
+        if not all(class_of(unwrapped(net)) in known for net in nets):
             raise ValueError(told + "not supported")
         each = f"pipe.{part}" if nets == (module,) else f"net for each net of pipe.{part}.nets"
         net = each.split(" ")[0]

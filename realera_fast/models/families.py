@@ -1,13 +1,14 @@
 """Architectures: which text encoders a denoiser has and how its pipeline reads them.
 
-Which weights are edited stands in `denoiser.ENTRANCES`; what they are shown is a convention of each
-pipeline, and stands here. Both are known, and tested with hooks on the stock pipelines, or the
+Which weights are edited stands in `entrances.ENTRANCES`; what they are shown is a convention of
+each pipeline, and stands here. Both are known, and tested with hooks on the stock pipelines, or the
 model is refused. Who knows how another model reads text passes a `Family` of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,16 +24,22 @@ from realera_fast.models.entrances import (
     streams,
 )
 from realera_fast.models.reading import Family, Reading
+from realera_fast.models.refusals import check_way
 from realera_fast.runtime import unwrapped
 from realera_fast.text import JoinedText, Output, Text
 
 
-def _sana_instruction() -> str:
-    """What `SanaPipeline` puts before a prompt unless told otherwise."""
-    from diffusers import SanaPipeline
+def _instruction_of(pipeline: str) -> str:
+    """What a pipeline of Sana puts before a prompt unless told otherwise."""
+    import diffusers
 
-    parameters = inspect.signature(SanaPipeline.__call__).parameters
+    parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
     return "\n".join(parameters["complex_human_instruction"].default or ())
+
+
+def _sana(name: str, pipeline: str) -> Family:
+    instruction = functools.partial(_instruction_of, pipeline)
+    return Family(name, ((_masked("gemma2", lowercase=True, instruction=instruction),),))
 
 
 def _clip(encoder: int, output: Output = "last", *, multi_vector: bool = True) -> Reading:
@@ -71,14 +78,22 @@ FAMILIES: Mapping[str, Family] = {
         (_clip(0, "pooled"),),
     ),
     "PixArtTransformer2DModel": Family("PixArt", ((_masked("t5", lowercase=True),),)),
-    "SanaTransformer2DModel": Family(
-        "Sana", ((_masked("gemma2", lowercase=True, instruction=_sana_instruction),),)
-    ),
+    "SanaTransformer2DModel": _sana("Sana", "SanaPipeline"),
     "AuraFlowTransformer2DModel": Family("AuraFlow", ((_masked("umt5", "t5"),),)),
     "ChromaTransformer2DModel": Family(
         "Chroma", ((_masked("t5", visible_padding=1, multi_vector=True),),)
     ),
     "BriaTransformer2DModel": Family("Bria", ((_masked("t5"),),)),
+    "AllegroTransformer3DModel": Family("Allegro", ((_masked("t5", lowercase=True),),)),
+    "LTXVideoTransformer3DModel": Family(
+        "LTX-Video",
+        ((Reading(0, max_tokens=128, masked=True, encoder_mask=False, model_types=("t5",)),),),
+    ),
+    "LatteTransformer3DModel": Family("Latte", ((_masked("t5", lowercase=True),),)),
+    "SanaVideoTransformer3DModel": _sana("Sana Video", "SanaVideoPipeline"),
+    "WanTransformer3DModel": Family("Wan", ((_masked("umt5", clean=True),),)),
+    "WanVACETransformer3DModel": Family("Wan VACE", ((_masked("umt5", clean=True),),)),
+    "SkyReelsV2Transformer3DModel": Family("SkyReels V2", ((_masked("umt5", clean=True),),)),
 }
 """By class name of the denoiser; U-Nets are told apart by their configuration."""
 
@@ -186,7 +201,10 @@ def text_streams(
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
         width = projections(model, family.maps)[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
-    sections = [_joined(readings, encoders, found, width) for readings in family.present(encoders)]
+    norm = _norm_of(model, family)
+    sections = [
+        _joined(readings, encoders, found, width, norm) for readings in family.present(encoders)
+    ]
     if not sections:
         raise ValueError(f"text_encoders: {family.name} needs at least one, got none")
     result["sequence"] = tuple(sections)
@@ -197,8 +215,24 @@ def text_streams(
                 f"text_encoders: {family.name} takes a pooled vector of encoder {missing[0]}, "
                 "which is None"
             )
-        result["pooled"] = (_joined(family.pooled, encoders, found, None),)
+        result["pooled"] = (_joined(family.pooled, encoders, found),)
     return result
+
+
+def _norm_of(model: nn.Module, family: Family) -> nn.Module | None:
+    """The module that the token sequence passes before its map, checked to run as it stands."""
+    if family.norm is None:
+        return None
+    model = unwrapped(model)
+    try:
+        norm = model.get_submodule(family.norm)
+    except AttributeError:
+        raise ValueError(
+            f"reading: it names the norm {family.norm!r}, which {type(model).__name__} does not "
+            "have"
+        ) from None
+    check_way(model, family.norm, known=family.maps is None)
+    return norm
 
 
 def _listed(text_encoders: Any) -> list[Any]:
@@ -209,10 +243,11 @@ def _joined(
     readings: Sequence[Reading],
     encoders: Sequence[Any],
     tokenizers: Sequence[Any],
-    width: int | None,
+    width: int | None = None,
+    norm: nn.Module | None = None,
 ) -> Text:
     """The encoders side by side, with zeros up to `width` where one is given."""
-    parts = [reading.of(encoders, tokenizers) for reading in readings]
+    parts = [reading.of(encoders, tokenizers, norm) for reading in readings]
     own = sum(part.width for part in parts)
     if len(parts) == 1 and width in (None, own):
         return parts[0]

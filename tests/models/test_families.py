@@ -165,9 +165,9 @@ def test_text_is_what_the_stock_pipeline_encodes(family):
     assert sequence.shape == expected.shape and carries.any(dim=1).all()
     assert torch.allclose(sequence[carries], expected[carries], rtol=1e-4, atol=1e-5)
     if "prompt_attention_mask" in stock and name not in ("chroma", "auraflow"):
-        # Begin-of-text and the instruction's last token are visible, but the same for all.
+        # Begin-of-text is visible, but the same for all.
         mask = stock["prompt_attention_mask"].bool().clone()
-        mask[:, : 2 if name == "sana" else 0] = False
+        mask[:, : 1 if name == "sana" else 0] = False
         assert torch.equal(carries, mask)
     assert ("pooled" in found) == ("pooled_prompt_embeds" in stock)
     if "pooled" in found:

@@ -17,6 +17,7 @@ def encoded(pipe, prompts, **options):
         "prompt_3": None,
         "device": "cpu",
         "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
         "do_classifier_free_guidance": True,
         "negative_prompt": None if "XL" in type(pipe).__name__ else [""] * len(prompts),
         "clean_caption": False,
@@ -35,7 +36,7 @@ def encoded(pipe, prompts, **options):
             "pooled_prompt_embeds",
             "negative_pooled_prompt_embeds",
         )
-    elif name == "StableDiffusionPipeline":
+    elif name == "StableDiffusionPipeline" or name.startswith(("Wan", "SkyReels", "Latte")):
         names = ("prompt_embeds", "negative_prompt_embeds")
     elif name == "ChromaPipeline":
         names = (
