@@ -37,11 +37,18 @@ def components_of(pipe: Any) -> Components:
 
     Raises:
         TypeError: it is none, or has no denoiser with text encoders.
-        ValueError: a part beside the denoiser is shown the prompt as well, or may be.
+        ValueError: a part beside the denoiser is shown the prompt as well, or may be; or the text
+            encoder is shown a picture with it.
     """
     name = component_name(pipe)
     model = getattr(pipe, name)
     _refuse_companions(pipe, name, model)
+    if getattr(pipe, "processor", None) is not None and class_of(unwrapped(model)) in _WITH_PICTURE:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} shows its text encoder a picture before the prompt, and "
+            "other instructions: which rows that gives is not known here. Erase from the pipeline "
+            "that draws from text alone, or pass the parts and a reading= of your own"
+        )
     numbers = [n for n in ("", "_2", "_3") if getattr(pipe, f"text_encoder{n}", None) is not None]
     if not numbers:
         raise TypeError(
@@ -68,6 +75,9 @@ _WITHOUT_TEXT = (
     "caption_generator",
 )
 """Parts of pipelines, by name, that are shown no prompt but as it is known here."""
+
+_WITH_PICTURE = ("QwenImageTransformer2DModel",)
+"""Denoisers whose pipelines for editing, which have a processor, show pictures to the encoder."""
 
 _ADAPTERS = ("T2IAdapter", "MultiAdapter", "MotionAdapter")
 """Adapters of diffusers that are shown no prompt either."""

@@ -79,6 +79,10 @@ ENTRANCES: Mapping[str, Entrance] = {
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
+    "Flux2Transformer2DModel": Entrance("context_embedder"),
+    "Lumina2Transformer2DModel": Entrance("time_caption_embed.caption_embedder.1"),
+    "QwenImageTransformer2DModel": Entrance("txt_in"),
+    "ZImageTransformer2DModel": Entrance("cap_embedder.1"),
 }
 """Denoisers by class name. How their pipelines encode text stands in `families`."""
 
@@ -99,7 +103,6 @@ UNSUPPORTED: Mapping[str, str] = {
     "CogView4Transformer2DModel": "text and picture share one sequence behind patch_embed",
     "CosmosTransformer3DModel": "its pipelines differ in how they encode text, one in a text "
     "conditioner of its own",
-    "Flux2Transformer2DModel": "three layers of its text encoder stand side by side in each row",
     "Flux3Transformer2DModel": "several layers of its text encoder stand side by side in each row",
     "HeliosTransformer3DModel": "text passes condition_embedder.text_embedder before the attention",
     "HunyuanDiT2DModel": "two text encoders are embedded and pooled by layers of their own first",
@@ -108,15 +111,13 @@ UNSUPPORTED: Mapping[str, str] = {
     "Kandinsky3UNet": "encoder_hid_proj and add_time_condition read the text first",
     "LTX2VideoTransformer3DModel": "the pipeline's connectors read the text first",
     "LongCatImageTransformer2DModel": "a vision-language model encodes a chat template",
-    "Lumina2Transformer2DModel": "a norm stands before the map that text meets",
     "MotifVideoTransformer3DModel": "a token refiner of its own reads the text first",
     "OmniGenTransformer2DModel": "it is a language model that reads the prompt's tokens itself",
-    "OvisImageTransformer2DModel": "a norm stands before the map that text meets",
+    "OvisImageTransformer2DModel": "its pipeline hides an instruction in the chat's message, which "
+    "is not tested",
     "PriorTransformer": "it predicts picture embeddings, from which another model draws",
-    "QwenImageTransformer2DModel": "a norm stands before the map that text meets",
     "StableCascadeUNet": "text passes clip_txt_mapper and clip_txt_pooled_mapper first",
     "UNetSpatioTemporalConditionModel": "it takes a picture and no text",
-    "ZImageTransformer2DModel": "a norm stands before the map that text meets",
 }
 """Why some well-known classes are refused."""
 

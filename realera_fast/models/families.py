@@ -42,13 +42,32 @@ def _sana(name: str, pipeline: str) -> Family:
     return Family(name, ((_masked("gemma2", lowercase=True, instruction=instruction),),))
 
 
+def _flux2_system() -> str:
+    """The system message of `Flux2Pipeline`."""
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+    return str(SYSTEM_MESSAGE)
+
+
+_QWEN_SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:"
+)
+_LUMINA_SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of "
+    "image-text alignment based on textual prompts or user prompts."
+)
+"""What `QwenImagePipeline` and `Lumina2Pipeline` say to their text encoders before a prompt."""
+
+
 def _clip(encoder: int, output: Output = "last", *, multi_vector: bool = True) -> Reading:
     return Reading(encoder, output, multi_vector=multi_vector, model_types=("clip_text_model",))
 
 
 def _masked(*model_types: str, **options: Any) -> Reading:
     # As many rows as any prompt of an erasure takes: hidden padding costs time and nothing else.
-    return Reading(0, max_tokens=120, masked=True, model_types=model_types, **options)
+    options.setdefault("max_tokens", 120)
+    return Reading(0, masked=True, model_types=model_types, **options)
 
 
 _STABLE_DIFFUSION = Family("Stable Diffusion", ((_clip(0),),), aligned=True)
@@ -60,6 +79,38 @@ _SDXL = Family(
 )
 _REFINER = Family(
     "Stable Diffusion XL refiner", ((_clip(-1, "penultimate"),),), (_clip(-1, "pooled"),)
+)
+
+_FLUX2_DEV = Family(
+    "FLUX.2 dev",
+    (
+        (
+            Reading(
+                0,
+                layers=(10, 20, 30),
+                max_tokens=512,
+                encoder_mask=True,
+                instruction=_flux2_system,
+                chat={"add_generation_prompt": False},
+                model_types=("mistral3",),
+            ),
+        ),
+    ),
+)
+_FLUX2_KLEIN = Family(
+    "FLUX.2 klein",
+    (
+        (
+            Reading(
+                0,
+                layers=(9, 18, 27),
+                max_tokens=512,
+                encoder_mask=True,
+                chat={"add_generation_prompt": True, "enable_thinking": False},
+                model_types=("qwen3",),
+            ),
+        ),
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -94,8 +145,52 @@ FAMILIES: Mapping[str, Family] = {
     "WanTransformer3DModel": Family("Wan", ((_masked("umt5", clean=True),),)),
     "WanVACETransformer3DModel": Family("Wan VACE", ((_masked("umt5", clean=True),),)),
     "SkyReelsV2Transformer3DModel": Family("SkyReels V2", ((_masked("umt5", clean=True),),)),
+    "Flux2Transformer2DModel": _FLUX2_DEV,
+    "Lumina2Transformer2DModel": Family(
+        "Lumina 2",
+        (
+            (
+                _masked(
+                    "gemma2",
+                    output="penultimate",
+                    instruction=f"{_LUMINA_SYSTEM} <Prompt Start> ",
+                    dropped=0,
+                    max_tokens=200,
+                ),
+            ),
+        ),
+        norm="time_caption_embed.caption_embedder.0",
+    ),
+    "QwenImageTransformer2DModel": Family(
+        "Qwen-Image",
+        (
+            (
+                _masked(
+                    "qwen2_5_vl",
+                    instruction=f"<|im_start|>system\n{_QWEN_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+                    suffix="<|im_end|>\n<|im_start|>assistant\n",
+                    dropped=34,
+                ),
+            ),
+        ),
+        norm="txt_norm",
+    ),
+    "ZImageTransformer2DModel": Family(
+        "Z-Image",
+        (
+            (
+                _masked(
+                    "qwen3",
+                    output="penultimate",
+                    chat={"add_generation_prompt": True, "enable_thinking": True},
+                    max_tokens=160,
+                ),
+            ),
+        ),
+        norm="cap_embedder.0",
+    ),
 }
-"""By class name of the denoiser; U-Nets are told apart by their configuration."""
+"""By class name of the denoiser; U-Nets and FLUX.2 are told apart by their configuration."""
 
 
 def family_of(model: nn.Module, encoders: int = 1) -> Family:
@@ -109,10 +204,12 @@ def family_of(model: nn.Module, encoders: int = 1) -> Family:
     """
     streams(model)
     model = unwrapped(model)
-    kind = class_of(model)
+    kind, config = class_of(model), getattr(model, "config", None)
+    if kind == "Flux2Transformer2DModel" and not getattr(config, "guidance_embeds", True):
+        return _FLUX2_KLEIN
     if (known := FAMILIES.get(BESIDE.get(kind, kind))) is not None:
         return known
-    if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":
+    if getattr(config, "addition_embed_type", None) == "text_time":
         return _SDXL if encoders > 1 else _REFINER
     return _STABLE_DIFFUSION
 

@@ -7,6 +7,7 @@ other way in.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from model_state import weights
 from peft import LoraConfig
 from stock_prompts import encoded
 from tiny_families import FAMILIES, denoise, flux, sana, sd1, sd3, sdxl, t5, t5_tokenizer
+from tiny_language import LANGUAGE
 from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from tiny_variants import BESIDE, VARIANTS, build
 from tiny_video import VIDEO, wan22
@@ -52,7 +54,7 @@ LIBRARY = re.escape(__name__.partition(".")[0])
 
 PROMPTS = ("a photo of a cat", "A Portrait by Van GOGH", "")
 TABLE = [*FAMILIES, *VARIANTS]
-NEWER = {**VIDEO}
+NEWER = {**VIDEO, **LANGUAGE}
 
 
 @pytest.fixture(scope="module", params=[*TABLE, *NEWER, *BESIDE])
@@ -124,7 +126,14 @@ def expected_rows(case, prompt, bare=False):
 
 
 def agrees(rows, wanted):
-    """Whether `[t, d]` rows are those of a prompt where these carry text."""
+    """Whether `[t, d]` rows are those of a prompt where these carry text; padding may be in front
+    of all of them."""
+    expected, carries = wanted
+    tokens = int(carries.nonzero().max()) + 1 if carries.any() else 0
+    return aligned(rows, wanted) or aligned(rows[len(rows) - tokens :], wanted)
+
+
+def aligned(rows, wanted):
     expected, carries = wanted
     count = min(len(rows), len(expected))
     if bool(carries[count:].any()):
@@ -148,8 +157,11 @@ def test_maps_are_called_with_the_rows_that_the_pipeline_encodes(case, prompt):
         assert set(seen) == set(kinds)
         for layer, stream in kinds.items():
             width = wanted[stream][0].shape[1]
-            found = [row[..., :width] for x in seen[layer] for row in x.detach().float()]
-            found = [row.reshape(-1, width) for row in found]
+            found = [
+                row[..., :width].reshape(-1, width)
+                for x in seen[layer]
+                for row in prompts_of(x.detach().float(), wanted[stream], stream)
+            ]
             # Stable Diffusion 3's ControlNets are shown no pooled vector but zeros.
             silent = stream == "pooled" and getattr(
                 model.config, "force_zeros_for_pooled_projection", False
@@ -159,6 +171,16 @@ def test_maps_are_called_with_the_rows_that_the_pipeline_encodes(case, prompt):
                 # What guidance goes away from: the empty prompt, or zeros (SDXL).
                 known = (wanted[stream], empty[stream], uncond[stream])
                 assert any(agrees(row, rows) for rows in known) or not row.any()
+
+
+def prompts_of(x, wanted, stream):
+    """The prompts that a map is called with."""
+    if stream == "pooled" or x.dim() > 2:
+        return x
+    # Z-Image's stand one after the other, each filled up to a multiple of 32 rows.
+    tokens = int(wanted[1].nonzero().max()) + 1
+    first = 32 * -(-tokens // 32)
+    return x[:first], x[first:]
 
 
 def test_text_has_no_other_way_in(case):
@@ -299,6 +321,40 @@ def test_an_adapter_does_the_same_or_is_refused(case, request, tmp_path):
         pipe.unload_lora_weights()
     assert (drawn - edited).norm() < 1e-3 * (edited - original).norm()
     assert all(torch.equal(t, before[n]) for n, t in weights(model).items())
+
+
+def test_a_picture_before_the_prompt_is_not_passed_over():
+    pipe, _ = LANGUAGE["qwen_image"]()
+    stand_in = SimpleNamespace(**pipe.components, processor=object())
+    with pytest.raises(ValueError, match="shows its text encoder a picture before the prompt"):
+        erase(stand_in, ["cat"], config=CLOSED)
+
+
+@pytest.mark.parametrize("name", ["z_image", "flux2_klein"])
+def test_how_a_language_model_is_read_is_in_the_file(name):
+    pipe, _ = LANGUAGE[name]()
+    family = family_of(pipe.transformer)
+    again = Family.from_dict(json.loads(json.dumps(family.to_dict())))
+    assert again == Family.from_dict(family.to_dict()) and again.norm == family.norm
+    assert again.sections[0][0].chat == family.sections[0][0].chat
+    assert again.sections[0][0].layers == family.sections[0][0].layers
+    told = " ".join(family.explained())
+    assert "in the tokenizer's chat template" in told and "any max_sequence_length" in told
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_the_norm_before_a_map_is_refused(register):
+    pipe, _ = LANGUAGE["z_image"]()
+    getattr(pipe.transformer.cap_embedder[0], register)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"cap_embedder\.0 is not run as it stands"):
+        erase(pipe, ["cat"], config=CLOSED, progress=False)
+
+
+def test_of_two_models_of_a_class_the_other_encoder_is_refused():
+    pipe, _ = LANGUAGE["flux2_klein"]()
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ValueError, match=r"type mistral3, got Qwen3ForCausalLM \(qwen3\)"):
+        erase(pipe, ["cat"], config=CLOSED, progress=False)
 
 
 def test_two_denoisers_are_erased_from_one_after_the_other(tmp_path):
@@ -812,6 +868,15 @@ def test_a_reading_may_shorten_the_prompts():
         ),
         (lambda: Family("x", ((Reading(0, "third"),),)), ValueError, "not how an encoder is read"),
         (lambda: Family("x", ((Reading(0, max_tokens=0),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0, layers=(0.5,)),),)), ValueError, "how an encoder is"),
+        (lambda: Family("x", ((Reading(0, dropped=-1),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0, chat="a"),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0), Reading(1)),), norm="n"), ValueError, "one encoder's"),
+        (
+            lambda: Family("x", ((Reading(0),),), maps={"text_in": "sequence"}, norm="gone"),
+            ValueError,
+            "it names the norm 'gone', which Strange does not have",
+        ),
         (
             lambda: Family("x", ((Reading(0),),), aligned=True, maps={"text_in": "sequence"}),
             ValueError,
