@@ -58,6 +58,7 @@ class Entrance:
 _UNET = Entrance(pooled="add_embedding.linear_1")
 _JOINT = Entrance("context_embedder", "time_text_embed.text_embedder.linear_1")
 _CAPTION = Entrance("caption_projection.linear_1")
+_COG = Entrance("patch_embed.text_proj")
 _WAN = Entrance("condition_embedder.text_embedder.linear_1")
 
 ENTRANCES: Mapping[str, Entrance] = {
@@ -79,6 +80,9 @@ ENTRANCES: Mapping[str, Entrance] = {
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
+    "CogVideoXTransformer3DModel": _COG,
+    "CogView3PlusTransformer2DModel": _COG,
+    "CogView4Transformer2DModel": _COG,
     "Flux2Transformer2DModel": Entrance("context_embedder"),
     "Lumina2Transformer2DModel": Entrance("time_caption_embed.caption_embedder.1"),
     "QwenImageTransformer2DModel": Entrance("txt_in"),
@@ -98,14 +102,13 @@ denoiser serves them (`Erasure.rebase`)."""
 
 UNSUPPORTED: Mapping[str, str] = {
     "BriaFiboTransformer2DModel": "every block is shown another layer of its text encoder",
-    "CogVideoXTransformer3DModel": "text and video share one sequence behind patch_embed.text_proj",
-    "CogView3PlusTransformer2DModel": "text and picture share one sequence behind patch_embed",
-    "CogView4Transformer2DModel": "text and picture share one sequence behind patch_embed",
     "CosmosTransformer3DModel": "its pipelines differ in how they encode text, one in a text "
     "conditioner of its own",
     "Flux3Transformer2DModel": "several layers of its text encoder stand side by side in each row",
     "HeliosTransformer3DModel": "text passes condition_embedder.text_embedder before the attention",
-    "HunyuanDiT2DModel": "two text encoders are embedded and pooled by layers of their own first",
+    "HiDreamImageTransformer2DModel": "each block is shown another layer of its text encoder, "
+    "through a map of its own that needs an edit of its own",
+    "HunyuanDiT2DModel": "its pooler adds positions to the text before it meets a map",
     "HunyuanVideoFramepackTransformer3DModel": "a token refiner of its own reads the text first",
     "HunyuanVideoTransformer3DModel": "a token refiner of its own reads the text first",
     "Kandinsky3UNet": "encoder_hid_proj and add_time_condition read the text first",

@@ -145,6 +145,16 @@ FAMILIES: Mapping[str, Family] = {
     "WanTransformer3DModel": Family("Wan", ((_masked("umt5", clean=True),),)),
     "WanVACETransformer3DModel": Family("Wan VACE", ((_masked("umt5", clean=True),),)),
     "SkyReelsV2Transformer3DModel": Family("SkyReels V2", ((_masked("umt5", clean=True),),)),
+    "CogVideoXTransformer3DModel": Family(
+        "CogVideoX", ((Reading(0, max_tokens=226, model_types=("t5",)),),)
+    ),
+    "CogView3PlusTransformer2DModel": Family(
+        "CogView3-Plus", ((Reading(0, max_tokens=224, model_types=("t5",)),),)
+    ),
+    "CogView4Transformer2DModel": Family(
+        "CogView4",
+        ((_masked("glm", output="penultimate", encoder_mask=False, front_padding=16),),),
+    ),
     "Flux2Transformer2DModel": _FLUX2_DEV,
     "Lumina2Transformer2DModel": Family(
         "Lumina 2",

@@ -32,6 +32,8 @@ class Reading:
     """Whether padding is hidden from the encoder and from the denoiser."""
     encoder_mask: bool | None = None
     """Whether it is hidden from the encoder, where that differs from the denoiser."""
+    front_padding: int = 0
+    """Prompts are filled up in front to a multiple of so many tokens, which the encoder reads."""
     visible_padding: int = 0
     """Rows of padding after the prompt that the denoiser is shown although the rest is hidden."""
     lowercase: bool = False
@@ -78,6 +80,7 @@ class Reading:
             max_tokens=self.max_tokens,
             masked=self.masked,
             encoder_mask=self.encoder_mask,
+            front_padding=self.front_padding,
             visible_padding=self.visible_padding,
             lowercase=self.lowercase,
             clean=self.clean,
@@ -236,6 +239,7 @@ def _check_reading(reading: Reading) -> None:
         _is_count(reading.encoder, -1, 15)
         and (rows is None or _is_count(rows, 1, last))
         and _is_count(reading.visible_padding, 0, last)
+        and _is_count(reading.front_padding, 0, last)
         and all(isinstance(flag, bool) for flag in flags)
         and reading.encoder_mask in (None, True, False)
         and all(_is_count(layer, -_DEEPEST, _DEEPEST) for layer in reading.layers)
@@ -273,6 +277,11 @@ def _explained(readings: Sequence[Reading]) -> str:
         states += ", in the tokenizer's chat template"
     if first.lowercase:
         states += ", lowercased and without caption cleaning"
+    if first.front_padding:
+        return (
+            f"{which}, {states}, filled up in front to a multiple of {first.front_padding} tokens: "
+            "prompts that are encoded together with longer ones have other rows"
+        )
     if first.masked and first.encoder_mask is not False:
         return f"{which}, {states}; padding is hidden: any max_sequence_length"
     sized = f"{which}, {states}, {first.max_tokens or 'all'} rows"

@@ -223,6 +223,8 @@ class TextModel:
         masked: padding is hidden from the encoder and from the denoiser, so it carries no weight.
         encoder_mask: whether it is hidden from the encoder, where that differs from the denoiser:
             FLUX.2's is shown it, LTX-Video's is not.
+        front_padding: prompts are filled up in front to a multiple of so many tokens, which the
+            encoder reads (CogView4); their rows come behind those of the prompt here.
         visible_padding: rows of padding behind the prompt that the denoiser sees all the same
             (Chroma).
         lowercase: prompts are lowercased and stripped first (PixArt, Sana).
@@ -250,6 +252,7 @@ class TextModel:
         max_tokens: int | None = None,
         masked: bool = False,
         encoder_mask: bool | None = None,
+        front_padding: int = 0,
         visible_padding: int = 0,
         lowercase: bool = False,
         clean: bool = False,
@@ -303,7 +306,7 @@ class TextModel:
         self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
         self.output, self._layers, self._norm = output, tuple(layers), norm
         self._lowercase, self._clean = lowercase, clean
-        self._visible_padding = visible_padding
+        self._visible_padding, self._front_padding = visible_padding, front_padding
         # Diffusers counts a further vector of the word X as the added token X_1.
         added = getattr(self.tokenizer, "added_tokens_encoder", None) or {}
         self._expand = multi_vector and any(f"{token}_1" in added for token in added)
@@ -319,7 +322,7 @@ class TextModel:
         causal = getattr(of_text, "model_type", "") == "clip_text_model"
         causal = causal and not (instruction or suffix or chat)
         self._causal = causal and not self._use_mask
-        self.reads_unpadded = self._causal or hidden
+        self.reads_unpadded = self._causal or hidden or bool(front_padding)
         if chat is None:
             self._frame = PromptFrame(instruction, suffix)
         else:
@@ -567,11 +570,13 @@ class TextModel:
         def replaced(module: nn.Module, arguments: Any, rows: Tensor) -> Tensor:
             if threading.get_ident() != own:
                 return rows  # someone who draws in another thread
-            parts = (rows[:, : place.start], vectors.to(rows), rows[:, place.stop :])
+            parts = (rows[:, :start], vectors.to(rows), rows[:, stop:])
             return torch.cat(parts, dim=1)
 
         one = self.tokenize([prompts.prompt])
         ids, mask = (x.to(self.device).expand(len(vectors), -1) for x in one)
+        filled = int(self._filling(mask)[0]) if self._front_padding else 0
+        start, stop = place.start + filled, place.stop + filled
         with self._reading():
             hook = self._plain.get_input_embeddings().register_forward_hook(replaced)
             try:
@@ -692,7 +697,8 @@ class TextModel:
             digest.update(f"{token}\0{index}\0".encode())
         read = (self.output, self._layers, self.rows, self.masked, self._use_mask)
         made = (self._lowercase, self._clean, self._frame, self._cut, self._kept, self._expand)
-        digest.update(repr((*read, *made, self._visible_padding)).encode())
+        padded = (self._visible_padding, self._front_padding)
+        digest.update(repr((*read, *made, *padded)).encode())
         for name, value in {} if self._norm is None else self._norm.state_dict().items():
             _add(digest, f"norm {name}", value)
         self._fingerprint = digest.hexdigest()
@@ -732,6 +738,14 @@ class TextModel:
         # A language model with a head gives logits in place of its last states.
         has_states = self.output == "penultimate" or self._has_head or bool(self._layers)
         options = {"output_hidden_states": True} if has_states else {}
+        count = ids.shape[1]
+        if self._front_padding:
+            # A causal encoder does not read what fills the shorter ones up behind.
+            filled = self._filling(mask)[:, None]
+            places = torch.arange(count + self._front_padding - 1, device=ids.device) - filled
+            inside = (places >= 0) & (places < count)
+            taken = ids.gather(1, places.clamp(0, count - 1))
+            ids = torch.where(inside, taken, self.tokenizer.pad_token_id)
         try:
             output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
         except torch.OutOfMemoryError:
@@ -752,10 +766,17 @@ class TextModel:
             hidden = output.hidden_states[-2 if self.output == "penultimate" else -1]
         else:
             hidden = output[0]
+        if self._front_padding:
+            rows = torch.arange(count, device=hidden.device) + filled.to(hidden.device)
+            hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
         if self._cut and not alone:
             kept = hidden[:, : self._kept]
             hidden = torch.cat((kept, hidden[:, self._kept + self._cut :]), dim=1)
         return self._normed(hidden).float()
+
+    def _filling(self, mask: Tensor) -> Tensor:
+        """`[p]` int64, tokens of padding in front of each prompt."""
+        return -mask.sum(dim=1) % self._front_padding
 
     def _normed(self, hidden: Tensor) -> Tensor:
         """What the denoiser's norm makes of states, where it has one before its map."""

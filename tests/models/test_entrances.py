@@ -33,6 +33,7 @@ from torch import nn
 
 from realera_fast import Erasure, erase
 from realera_fast.erasure import applied
+from realera_fast.evaluation import verify
 from realera_fast.models import (
     ENTRANCES,
     Family,
@@ -355,6 +356,16 @@ def test_of_two_models_of_a_class_the_other_encoder_is_refused():
     pipe.transformer.register_to_config(guidance_embeds=True)
     with pytest.raises(ValueError, match=r"type mistral3, got Qwen3ForCausalLM \(qwen3\)"):
         erase(pipe, ["cat"], config=CLOSED, progress=False)
+
+
+@pytest.mark.parametrize("name", ["wan", "latte", "sana_video"])
+def test_videos_are_not_judged_as_pictures(name):
+    pipe, _ = VIDEO[name]()
+    before = weights(pipe.transformer)
+    erasure = erase(pipe, [], config=CLOSED, progress=False)
+    with pytest.raises(ValueError, match=r"Pipeline draws videos; expected a text-to-image"):
+        verify(pipe, erasure, ["a cat"], progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in weights(pipe.transformer).items())
 
 
 def test_two_denoisers_are_erased_from_one_after_the_other(tmp_path):
@@ -949,7 +960,13 @@ def test_whether_adapters_load_is_asked_of_the_class(tmp_path):
     assert torch.allclose(layer.base_layer.weight + delta, edited, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["inpaint", "upscaler", "animatediff", "text_to_video", "bria"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lcm", "inpaint", "pix2pix", "depth2img", "upscaler", "animatediff", "text_to_video"),
+        *("sdxl_inpaint", "bria"),
+    ],
+)
 def test_models_that_alignment_does_not_run_on_get_the_closed_form_and_a_warning(name):
     pipe, _ = build(name)
     config = replace(CLOSED, alignment=replace(CLOSED.alignment, enabled=True))

@@ -36,7 +36,7 @@ def encoded(pipe, prompts, **options):
             "pooled_prompt_embeds",
             "negative_pooled_prompt_embeds",
         )
-    elif name == "StableDiffusionPipeline" or name.startswith(("Wan", "SkyReels", "Latte")):
+    elif name == "StableDiffusionPipeline" or name.startswith(("Wan", "SkyReels", "Latte", "Cog")):
         names = ("prompt_embeds", "negative_prompt_embeds")
     elif name.startswith("Flux2"):
         names = ("prompt_embeds", None, "negative_prompt_embeds")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -27,7 +29,10 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tiny_families import PIECES, _built, gemma, gemma_tokenizer
 from tiny_variants import Built
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    GlmConfig,
+    GlmModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     ProcessorMixin,
@@ -293,11 +298,46 @@ def lumina2() -> Built:
     return pipe, {"max_sequence_length": 256, "height": 32, "width": 32}
 
 
+def cogview4() -> Built:
+    """CogView4: GLM reads padding in front of the prompt, up to a multiple of 16 tokens."""
+    tokenizer = byte_tokenizer(CHAT_ML, "", ("[gMASK]", "<sop>"))
+    begins = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[gMASK]", "<sop>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=begins
+    )
+    tokenizer.padding_side = "left"
+    config = GlmConfig(**_sizes(len(tokenizer), 3, 32), pad_token_id=0)
+    transformer = _built(
+        lambda: CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=32,
+            time_embed_dim=8,
+            condition_dim=4,
+            rope_axes_dim=(16, 16),
+        ),
+        0,
+        FP32,
+    )
+    pipe = CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=_built(lambda: GlmModel(config), 1, FP32),
+        vae=None,
+        transformer=transformer,
+        scheduler=_flow(),
+    )
+    return pipe, {"height": 32, "width": 32}
+
+
 LUMINA_SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of "
     "image-text alignment based on textual prompts or user prompts."
 )
 
 LANGUAGE: dict[str, Callable[[], Built]] = {
-    builder.__name__: builder for builder in (flux2_klein, flux2_dev, qwen_image, z_image, lumina2)
+    builder.__name__: builder
+    for builder in (flux2_klein, flux2_dev, qwen_image, z_image, lumina2, cogview4)
 }

@@ -16,6 +16,11 @@ from diffusers import (
     AllegroPipeline,
     AllegroTransformer3DModel,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -244,6 +249,53 @@ def sana_video() -> Built:
     return pipe, {"frames": 5, "height": 32, "width": 32}
 
 
+def cogvideox() -> Built:
+    """CogVideoX: T5 with all of its padding."""
+    transformer = _built(
+        lambda: CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=WIDTH,
+            num_layers=1,
+            sample_width=2,
+            sample_height=2,
+            sample_frames=9,
+            max_text_seq_length=128,
+        ),
+        0,
+        FP32,
+    )
+    scheduler = CogVideoXDDIMScheduler()
+    pipe = CogVideoXPipeline(**_t5(), vae=None, scheduler=scheduler, transformer=transformer)
+    return pipe, {"num_frames": 9}
+
+
+def cogview3() -> Built:
+    """CogView3-Plus, a model of pictures that reads as CogVideoX does."""
+    transformer = _built(
+        lambda: CogView3PlusTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            condition_dim=4,
+            pos_embed_max_size=8,
+            sample_size=4,
+        ),
+        0,
+        FP32,
+    )
+    scheduler = CogVideoXDDIMScheduler()
+    pipe = CogView3PlusPipeline(**_t5(), vae=None, scheduler=scheduler, transformer=transformer)
+    return pipe, {"height": 32, "width": 32}
+
+
 def wan22() -> Built:
     """Wan 2.2: one denoiser for the first steps, another for the rest."""
     pipe = WanPipeline(
@@ -259,5 +311,8 @@ def wan22() -> Built:
 
 VIDEO: dict[str, Callable[[], Built]] = {
     builder.__name__: builder
-    for builder in (wan, wan_i2v, wan_vace, skyreels, ltx, latte, allegro, sana_video)
+    for builder in (
+        *(wan, wan_i2v, wan_vace, skyreels, ltx, latte, allegro, sana_video),
+        *(cogvideox, cogview3),
+    )
 }

@@ -45,7 +45,7 @@ def test_a_prompt_stands_where_the_text_around_it_leaves_it(name):
     first = text.shares(["a photo of a cat"]).nonzero()[0, 1]
     assert first == text.span("", "a photo").start
     # Where the text before it is causally encoded it is the same for all, and no text of a prompt.
-    one, other = text.encode(["a photo of a cat", "the dog"])
+    one, other = text.encode(["a photo of a cat", "the photo of a dog"])
     torch.testing.assert_close(one[:first], other[:first])
     assert not torch.allclose(one[first], other[first])
 
