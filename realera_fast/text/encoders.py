@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import itertools
 import logging
 import math
@@ -737,7 +738,9 @@ class TextModel:
         prompts stand alone, the first."""
         # A language model with a head gives logits in place of its last states.
         has_states = self.output == "penultimate" or self._has_head or bool(self._layers)
-        options = {"output_hidden_states": True} if has_states else {}
+        options: dict[str, Any] = {"output_hidden_states": True} if has_states else {}
+        if self._has_head and "logits_to_keep" in _arguments(type(self._plain)):
+            options["logits_to_keep"] = 1  # of a hundred thousand words at every token
         count = ids.shape[1]
         if self._front_padding:
             # A causal encoder does not read what fills the shorter ones up behind.
@@ -785,6 +788,11 @@ class TextModel:
         weight = next(self._norm.parameters())
         normed: Tensor = self._norm(hidden.to(weight))
         return normed
+
+
+def _arguments(kind: type) -> frozenset[str]:
+    """Names of what a model is called with."""
+    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 
 def _parameters_per_token(encoder: Any) -> int:

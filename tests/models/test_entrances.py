@@ -314,6 +314,8 @@ def test_an_adapter_does_the_same_or_is_refused(case, request, tmp_path):
             erasure.save_lora(tmp_path, model)
         return
     erasure.save_lora(tmp_path, model)
+    with pytest.raises(ValueError, match="'kohya' has names for Stable Diffusion 1, 2, XL and"):
+        erasure.save_lora(tmp_path / "kohya", model, layout="kohya")
     before = weights(model)
     pipe.load_lora_weights(str(tmp_path))
     try:

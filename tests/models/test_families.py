@@ -8,9 +8,13 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from edits import CLOSED, edited
 from model_state import weights
@@ -442,6 +446,25 @@ def test_flux_and_stable_diffusion_3_at_full_size():
         "context_embedder": (1536, 4096),
         "time_text_embed.text_embedder.linear_1": (1536, 2048),
     }
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "shape"),
+    [
+        (Flux2Transformer2DModel, "context_embedder", (6144, 15360)),
+        (QwenImageTransformer2DModel, "txt_in", (3072, 3584)),
+        (ZImageTransformer2DModel, "cap_embedder.1", (3840, 2560)),
+        (WanTransformer3DModel, "condition_embedder.text_embedder.linear_1", (5120, 4096)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_of_2025_at_full_size(build, name, shape):
+    model = on_meta(build)
+    assert streams(model) == {name: "sequence"}
+    assert model.get_submodule(name).weight.shape == shape
+    norm = family_of(model).norm
+    # The norm is of the width of the text.
+    assert norm is None or model.get_submodule(norm).weight.shape == shape[1:]
 
 
 # Noise alignment of the second generation
