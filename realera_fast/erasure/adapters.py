@@ -125,7 +125,9 @@ def _kohya_name(name: str, component: str, config: Any) -> str:
     """What kohya's scripts call a layer: their SDXL and FLUX have the names of the first release,
     their Stable Diffusion 1 and 2 those of diffusers."""
     if component != "unet":
-        if name not in _FLUX or not hasattr(config, "guidance_embeds"):
+        # FLUX.2 has no pooled vector, and names of its own.
+        of_flux1 = hasattr(config, "guidance_embeds") and hasattr(config, "pooled_projection_dim")
+        if name not in _FLUX or not of_flux1:
             raise ValueError(
                 "layout: 'kohya' has names for Stable Diffusion 1, 2, XL and FLUX.1 alone; use "
                 "layout='diffusers'"

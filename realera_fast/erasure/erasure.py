@@ -382,13 +382,21 @@ class Erasure:
 
         Raises:
             ValueError: layers were changed one by one, by noise alignment or where values are moved
-                (`ClosedFormConfig.space`), which no map of prompts can.
+                (`ClosedFormConfig.space`), which no map of prompts can; or the model has a norm
+                before its map (`models.Family.norm`).
         """
         if self.lora:
             raise ValueError(
                 "this erasure has factors that act layer by layer and not on the prompt; erase "
                 "with EraseConfig(alignment=AlignmentConfig(enabled=False)), whose "
                 'closed_form.space is "text"'
+            )
+        norm = (self.provenance.get("reading") or {}).get("norm")
+        if norm is not None:
+            raise ValueError(
+                f"this model passes prompt embeddings through its {norm} before the map that is "
+                "edited, and what was erased is erased behind it: no map of prompt embeddings does "
+                "the same; use apply_, or save_lora for an adapter"
             )
         return PromptMap(self.map, self.pooled_map)
 

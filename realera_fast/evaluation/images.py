@@ -163,7 +163,8 @@ def generate(
 
     Raises:
         TypeError: prompts or seeds are no lists of texts and ints.
-        ValueError: the seeds do not fit the prompts, or the pipeline starts from an image.
+        ValueError: the seeds do not fit the prompts, or the pipeline starts from an image or draws
+            videos.
     """
     prompts, seeds = valid_texts(prompts, "prompts"), distinct_seeds(seeds)
     if len(seeds) == 1:
@@ -178,6 +179,11 @@ def generate(
         raise ValueError(
             f"pipe: {type(pipe).__name__} starts from a picture; expected a text-to-image pipeline "
             "(a refiner is judged by the pictures of the pipeline that it is part of)"
+        )
+    if not accepted.keys().isdisjoint(("num_frames", "video_length", "frames")):
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} draws videos; expected a text-to-image pipeline (draw a "
+            "video before the erasure and one after apply_, with the same generator, and look)"
         )
     arguments = sampling.arguments()
     if "use_resolution_binning" in accepted and (sampling.height or sampling.width):

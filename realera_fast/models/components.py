@@ -37,11 +37,18 @@ def components_of(pipe: Any) -> Components:
 
     Raises:
         TypeError: it is none, or has no denoiser with text encoders.
-        ValueError: a part beside the denoiser is shown the prompt as well, or may be.
+        ValueError: a part beside the denoiser is shown the prompt as well, or may be; or the text
+            encoder is shown a picture with it.
     """
     name = component_name(pipe)
     model = getattr(pipe, name)
     _refuse_companions(pipe, name, model)
+    if getattr(pipe, "processor", None) is not None and class_of(unwrapped(model)) in _WITH_PICTURE:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} shows its text encoder a picture before the prompt, and "
+            "other instructions: which rows that gives is not known here. Erase from the pipeline "
+            "that draws from text alone, or pass the parts and a reading= of your own"
+        )
     numbers = [n for n in ("", "_2", "_3") if getattr(pipe, f"text_encoder{n}", None) is not None]
     if not numbers:
         raise TypeError(
@@ -69,6 +76,9 @@ _WITHOUT_TEXT = (
 )
 """Parts of pipelines, by name, that are shown no prompt but as it is known here."""
 
+_WITH_PICTURE = ("QwenImageTransformer2DModel",)
+"""Denoisers whose pipelines for editing, which have a processor, show pictures to the encoder."""
+
 _ADAPTERS = ("T2IAdapter", "MultiAdapter", "MotionAdapter")
 """Adapters of diffusers that are shown no prompt either."""
 
@@ -92,7 +102,9 @@ def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
             "keep what is erased from that: "
         )
         nets = getattr(module, "nets", (module,))
-        if not all(class_of(unwrapped(net)) in COMPANIONS for net in nets):
+        # Of two denoisers one draws the first steps, the other the rest (Wan 2.2).
+        known = {*COMPANIONS, *([class_of(unwrapped(model))] if part == f"{name}_2" else [])}
+        if not all(class_of(unwrapped(net)) in known for net in nets):
             raise ValueError(told + "not supported")
         each = f"pipe.{part}" if nets == (module,) else f"net for each net of pipe.{part}.nets"
         net = each.split(" ")[0]

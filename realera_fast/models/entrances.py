@@ -58,6 +58,8 @@ class Entrance:
 _UNET = Entrance(pooled="add_embedding.linear_1")
 _JOINT = Entrance("context_embedder", "time_text_embed.text_embedder.linear_1")
 _CAPTION = Entrance("caption_projection.linear_1")
+_COG = Entrance("patch_embed.text_proj")
+_WAN = Entrance("condition_embedder.text_embedder.linear_1")
 
 ENTRANCES: Mapping[str, Entrance] = {
     "UNet2DConditionModel": _UNET,
@@ -71,6 +73,20 @@ ENTRANCES: Mapping[str, Entrance] = {
     "BriaTransformer2DModel": Entrance("context_embedder"),
     "PixArtTransformer2DModel": _CAPTION,
     "SanaTransformer2DModel": _CAPTION,
+    "AllegroTransformer3DModel": _CAPTION,
+    "LTXVideoTransformer3DModel": _CAPTION,
+    "LatteTransformer3DModel": _CAPTION,
+    "SanaVideoTransformer3DModel": _CAPTION,
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "CogVideoXTransformer3DModel": _COG,
+    "CogView3PlusTransformer2DModel": _COG,
+    "CogView4Transformer2DModel": _COG,
+    "Flux2Transformer2DModel": Entrance("context_embedder"),
+    "Lumina2Transformer2DModel": Entrance("time_caption_embed.caption_embedder.1"),
+    "QwenImageTransformer2DModel": Entrance("txt_in"),
+    "ZImageTransformer2DModel": Entrance("cap_embedder.1"),
 }
 """Denoisers by class name. How their pipelines encode text stands in `families`."""
 
@@ -85,50 +101,39 @@ COMPANIONS: Mapping[str, Entrance] = {
 denoiser serves them (`Erasure.rebase`)."""
 
 UNSUPPORTED: Mapping[str, str] = {
-    "AllegroTransformer3DModel": "its pipeline lowercases the prompt, which is not tested",
     "BriaFiboTransformer2DModel": "every block is shown another layer of its text encoder",
-    "CogVideoXTransformer3DModel": "text and video share one sequence behind patch_embed.text_proj",
-    "CogView3PlusTransformer2DModel": "text and picture share one sequence behind patch_embed",
-    "CogView4Transformer2DModel": "text and picture share one sequence behind patch_embed",
     "CosmosTransformer3DModel": "its pipelines differ in how they encode text, one in a text "
     "conditioner of its own",
-    "Flux2Transformer2DModel": "three layers of its text encoder stand side by side in each row",
     "Flux3Transformer2DModel": "several layers of its text encoder stand side by side in each row",
     "HeliosTransformer3DModel": "text passes condition_embedder.text_embedder before the attention",
-    "HunyuanDiT2DModel": "two text encoders are embedded and pooled by layers of their own first",
+    "HiDreamImageTransformer2DModel": "each block is shown another layer of its text encoder, "
+    "through a map of its own that needs an edit of its own",
+    "HunyuanDiT2DModel": "its pooler adds positions to the text before it meets a map",
     "HunyuanVideoFramepackTransformer3DModel": "a token refiner of its own reads the text first",
     "HunyuanVideoTransformer3DModel": "a token refiner of its own reads the text first",
     "Kandinsky3UNet": "encoder_hid_proj and add_time_condition read the text first",
     "LTX2VideoTransformer3DModel": "the pipeline's connectors read the text first",
-    "LTXVideoTransformer3DModel": "its pipeline encodes without a mask, which is not tested",
-    "LatteTransformer3DModel": "its pipeline lowercases the prompt, which is not tested",
     "LongCatImageTransformer2DModel": "a vision-language model encodes a chat template",
-    "Lumina2Transformer2DModel": "a norm stands before the map that text meets",
     "MotifVideoTransformer3DModel": "a token refiner of its own reads the text first",
     "OmniGenTransformer2DModel": "it is a language model that reads the prompt's tokens itself",
-    "OvisImageTransformer2DModel": "a norm stands before the map that text meets",
+    "OvisImageTransformer2DModel": "its pipeline hides an instruction in the chat's message, which "
+    "is not tested",
     "PriorTransformer": "it predicts picture embeddings, from which another model draws",
-    "QwenImageTransformer2DModel": "a norm stands before the map that text meets",
-    "SanaVideoTransformer3DModel": "its pipeline has an instruction of its own, not tested",
-    "SkyReelsV2Transformer3DModel": "text passes condition_embedder.text_embedder before the "
-    "attention",
     "StableCascadeUNet": "text passes clip_txt_mapper and clip_txt_pooled_mapper first",
     "UNetSpatioTemporalConditionModel": "it takes a picture and no text",
-    "WanTransformer3DModel": "text passes condition_embedder.text_embedder before the attention",
-    "WanVACETransformer3DModel": "text passes condition_embedder.text_embedder before the "
-    "attention",
-    "ZImageTransformer2DModel": "a norm stands before the map that text meets",
 }
 """Why some well-known classes are refused."""
 
 
 def stream_of(name: str) -> Stream | None:
     """Which text a layer of that module name takes in a class of `ENTRANCES`; None if none."""
-    if name.endswith((".to_k", ".to_v", "context_embedder", "caption_projection.linear_1")):
-        return "sequence"
-    if name.endswith(("text_embedder.linear_1", "add_embedding.linear_1")):
-        return "pooled"
-    return None
+    return "sequence" if name.endswith((".to_k", ".to_v")) else _STREAM_OF.get(name)
+
+
+_STREAM_OF: Mapping[str, Stream] = {
+    **{known.sequence: "sequence" for known in ENTRANCES.values() if known.sequence},
+    **{known.pooled: "pooled" for known in ENTRANCES.values() if known.pooled},
+}
 
 
 def class_of(model: nn.Module) -> str:

@@ -1,13 +1,14 @@
 """Architectures: which text encoders a denoiser has and how its pipeline reads them.
 
-Which weights are edited stands in `denoiser.ENTRANCES`; what they are shown is a convention of each
-pipeline, and stands here. Both are known, and tested with hooks on the stock pipelines, or the
+Which weights are edited stands in `entrances.ENTRANCES`; what they are shown is a convention of
+each pipeline, and stands here. Both are known, and tested with hooks on the stock pipelines, or the
 model is refused. Who knows how another model reads text passes a `Family` of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,16 +24,40 @@ from realera_fast.models.entrances import (
     streams,
 )
 from realera_fast.models.reading import Family, Reading
+from realera_fast.models.refusals import check_way
 from realera_fast.runtime import unwrapped
 from realera_fast.text import JoinedText, Output, Text
 
 
-def _sana_instruction() -> str:
-    """What `SanaPipeline` puts before a prompt unless told otherwise."""
-    from diffusers import SanaPipeline
+def _instruction_of(pipeline: str) -> str:
+    """What a pipeline of Sana puts before a prompt unless told otherwise."""
+    import diffusers
 
-    parameters = inspect.signature(SanaPipeline.__call__).parameters
+    parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
     return "\n".join(parameters["complex_human_instruction"].default or ())
+
+
+def _sana(name: str, pipeline: str) -> Family:
+    instruction = functools.partial(_instruction_of, pipeline)
+    return Family(name, ((_masked("gemma2", lowercase=True, instruction=instruction),),))
+
+
+def _flux2_system() -> str:
+    """The system message of `Flux2Pipeline`."""
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+    return str(SYSTEM_MESSAGE)
+
+
+_QWEN_SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:"
+)
+_LUMINA_SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of "
+    "image-text alignment based on textual prompts or user prompts."
+)
+"""What `QwenImagePipeline` and `Lumina2Pipeline` say to their text encoders before a prompt."""
 
 
 def _clip(encoder: int, output: Output = "last", *, multi_vector: bool = True) -> Reading:
@@ -41,7 +66,8 @@ def _clip(encoder: int, output: Output = "last", *, multi_vector: bool = True) -
 
 def _masked(*model_types: str, **options: Any) -> Reading:
     # As many rows as any prompt of an erasure takes: hidden padding costs time and nothing else.
-    return Reading(0, max_tokens=120, masked=True, model_types=model_types, **options)
+    options.setdefault("max_tokens", 120)
+    return Reading(0, masked=True, model_types=model_types, **options)
 
 
 _STABLE_DIFFUSION = Family("Stable Diffusion", ((_clip(0),),), aligned=True)
@@ -53,6 +79,38 @@ _SDXL = Family(
 )
 _REFINER = Family(
     "Stable Diffusion XL refiner", ((_clip(-1, "penultimate"),),), (_clip(-1, "pooled"),)
+)
+
+_FLUX2_DEV = Family(
+    "FLUX.2 dev",
+    (
+        (
+            Reading(
+                0,
+                layers=(10, 20, 30),
+                max_tokens=512,
+                encoder_mask=True,
+                instruction=_flux2_system,
+                chat={"add_generation_prompt": False},
+                model_types=("mistral3",),
+            ),
+        ),
+    ),
+)
+_FLUX2_KLEIN = Family(
+    "FLUX.2 klein",
+    (
+        (
+            Reading(
+                0,
+                layers=(9, 18, 27),
+                max_tokens=512,
+                encoder_mask=True,
+                chat={"add_generation_prompt": True, "enable_thinking": False},
+                model_types=("qwen3",),
+            ),
+        ),
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -71,16 +129,78 @@ FAMILIES: Mapping[str, Family] = {
         (_clip(0, "pooled"),),
     ),
     "PixArtTransformer2DModel": Family("PixArt", ((_masked("t5", lowercase=True),),)),
-    "SanaTransformer2DModel": Family(
-        "Sana", ((_masked("gemma2", lowercase=True, instruction=_sana_instruction),),)
-    ),
+    "SanaTransformer2DModel": _sana("Sana", "SanaPipeline"),
     "AuraFlowTransformer2DModel": Family("AuraFlow", ((_masked("umt5", "t5"),),)),
     "ChromaTransformer2DModel": Family(
         "Chroma", ((_masked("t5", visible_padding=1, multi_vector=True),),)
     ),
     "BriaTransformer2DModel": Family("Bria", ((_masked("t5"),),)),
+    "AllegroTransformer3DModel": Family("Allegro", ((_masked("t5", lowercase=True),),)),
+    "LTXVideoTransformer3DModel": Family(
+        "LTX-Video",
+        ((Reading(0, max_tokens=128, masked=True, encoder_mask=False, model_types=("t5",)),),),
+    ),
+    "LatteTransformer3DModel": Family("Latte", ((_masked("t5", lowercase=True),),)),
+    "SanaVideoTransformer3DModel": _sana("Sana Video", "SanaVideoPipeline"),
+    "WanTransformer3DModel": Family("Wan", ((_masked("umt5", clean=True),),)),
+    "WanVACETransformer3DModel": Family("Wan VACE", ((_masked("umt5", clean=True),),)),
+    "SkyReelsV2Transformer3DModel": Family("SkyReels V2", ((_masked("umt5", clean=True),),)),
+    "CogVideoXTransformer3DModel": Family(
+        "CogVideoX", ((Reading(0, max_tokens=226, model_types=("t5",)),),)
+    ),
+    "CogView3PlusTransformer2DModel": Family(
+        "CogView3-Plus", ((Reading(0, max_tokens=224, model_types=("t5",)),),)
+    ),
+    "CogView4Transformer2DModel": Family(
+        "CogView4",
+        ((_masked("glm", output="penultimate", encoder_mask=False, front_padding=16),),),
+    ),
+    "Flux2Transformer2DModel": _FLUX2_DEV,
+    "Lumina2Transformer2DModel": Family(
+        "Lumina 2",
+        (
+            (
+                _masked(
+                    "gemma2",
+                    output="penultimate",
+                    instruction=f"{_LUMINA_SYSTEM} <Prompt Start> ",
+                    dropped=0,
+                    max_tokens=200,
+                ),
+            ),
+        ),
+        norm="time_caption_embed.caption_embedder.0",
+    ),
+    "QwenImageTransformer2DModel": Family(
+        "Qwen-Image",
+        (
+            (
+                _masked(
+                    "qwen2_5_vl",
+                    instruction=f"<|im_start|>system\n{_QWEN_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+                    suffix="<|im_end|>\n<|im_start|>assistant\n",
+                    dropped=34,
+                ),
+            ),
+        ),
+        norm="txt_norm",
+    ),
+    "ZImageTransformer2DModel": Family(
+        "Z-Image",
+        (
+            (
+                _masked(
+                    "qwen3",
+                    output="penultimate",
+                    chat={"add_generation_prompt": True, "enable_thinking": True},
+                    max_tokens=160,
+                ),
+            ),
+        ),
+        norm="cap_embedder.0",
+    ),
 }
-"""By class name of the denoiser; U-Nets are told apart by their configuration."""
+"""By class name of the denoiser; U-Nets and FLUX.2 are told apart by their configuration."""
 
 
 def family_of(model: nn.Module, encoders: int = 1) -> Family:
@@ -94,10 +214,12 @@ def family_of(model: nn.Module, encoders: int = 1) -> Family:
     """
     streams(model)
     model = unwrapped(model)
-    kind = class_of(model)
+    kind, config = class_of(model), getattr(model, "config", None)
+    if kind == "Flux2Transformer2DModel" and not getattr(config, "guidance_embeds", True):
+        return _FLUX2_KLEIN
     if (known := FAMILIES.get(BESIDE.get(kind, kind))) is not None:
         return known
-    if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time":
+    if getattr(config, "addition_embed_type", None) == "text_time":
         return _SDXL if encoders > 1 else _REFINER
     return _STABLE_DIFFUSION
 
@@ -186,7 +308,10 @@ def text_streams(
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
         width = projections(model, family.maps)[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
-    sections = [_joined(readings, encoders, found, width) for readings in family.present(encoders)]
+    norm = _norm_of(model, family)
+    sections = [
+        _joined(readings, encoders, found, width, norm) for readings in family.present(encoders)
+    ]
     if not sections:
         raise ValueError(f"text_encoders: {family.name} needs at least one, got none")
     result["sequence"] = tuple(sections)
@@ -197,8 +322,24 @@ def text_streams(
                 f"text_encoders: {family.name} takes a pooled vector of encoder {missing[0]}, "
                 "which is None"
             )
-        result["pooled"] = (_joined(family.pooled, encoders, found, None),)
+        result["pooled"] = (_joined(family.pooled, encoders, found),)
     return result
+
+
+def _norm_of(model: nn.Module, family: Family) -> nn.Module | None:
+    """The module that the token sequence passes before its map, checked to run as it stands."""
+    if family.norm is None:
+        return None
+    model = unwrapped(model)
+    try:
+        norm = model.get_submodule(family.norm)
+    except AttributeError:
+        raise ValueError(
+            f"reading: it names the norm {family.norm!r}, which {type(model).__name__} does not "
+            "have"
+        ) from None
+    check_way(model, family.norm, known=family.maps is None)
+    return norm
 
 
 def _listed(text_encoders: Any) -> list[Any]:
@@ -209,10 +350,11 @@ def _joined(
     readings: Sequence[Reading],
     encoders: Sequence[Any],
     tokenizers: Sequence[Any],
-    width: int | None,
+    width: int | None = None,
+    norm: nn.Module | None = None,
 ) -> Text:
     """The encoders side by side, with zeros up to `width` where one is given."""
-    parts = [reading.of(encoders, tokenizers) for reading in readings]
+    parts = [reading.of(encoders, tokenizers, norm) for reading in readings]
     own = sum(part.width for part in parts)
     if len(parts) == 1 and width in (None, own):
         return parts[0]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from torch import nn
+
 from realera_fast.models.entrances import (
     STREAMS,
     Maps,
@@ -21,23 +23,43 @@ class Reading:
     encoder: int
     """Number of the encoder; -1 is the last."""
     output: Output = "last"
+    layers: tuple[int, ...] = ()
+    """Hidden states that stand side by side in each row, by number, in place of `output`."""
     max_tokens: int | None = None
     """Rows of a prompt by the pipeline's default; None is all that encoder and tokenizer hold.
     Where padding is hidden the rows of a prompt do not depend on it."""
     masked: bool = False
     """Whether padding is hidden from the encoder and from the denoiser."""
+    encoder_mask: bool | None = None
+    """Whether it is hidden from the encoder, where that differs from the denoiser."""
+    front_padding: int = 0
+    """Prompts are filled up in front to a multiple of so many tokens, which the encoder reads."""
     visible_padding: int = 0
     """Rows of padding after the prompt that the denoiser is shown although the rest is hidden."""
     lowercase: bool = False
+    clean: bool = False
+    """Whether HTML entities and doubled spaces are taken out of prompts."""
     instruction: str | Callable[[], str] = ""
-    """Text in front of every prompt."""
+    """Text in front of every prompt; in a chat, the system message."""
+    suffix: str = ""
+    """Text behind every prompt."""
+    chat: Mapping[str, Any] | None = None
+    """Arguments of the tokenizer's chat template, which is put around every prompt."""
+    dropped: int | None = None
+    """Rows that are cut out at the start; None are those of the instruction but for its last token,
+    behind the row of begin-of-text (Sana), and in a chat none."""
     multi_vector: bool = False
     """Whether the pipeline expands a textual inversion of several vectors to all of its tokens."""
     model_types: tuple[str, ...] = ()
     """``config.model_type`` of the encoders that are known to be read so; empty takes any."""
 
-    def of(self, encoders: Sequence[Any], tokenizers: Sequence[Any]) -> TextModel:
+    def of(
+        self, encoders: Sequence[Any], tokenizers: Sequence[Any], norm: nn.Module | None = None
+    ) -> TextModel:
         """The encoder, read this way.
+
+        Args:
+            norm: of the denoiser, which the rows pass first.
 
         Raises:
             ValueError: an encoder of another type.
@@ -54,12 +76,20 @@ class Reading:
             encoder,
             tokenizers[self.encoder],
             output=self.output,
+            layers=self.layers,
             max_tokens=self.max_tokens,
             masked=self.masked,
+            encoder_mask=self.encoder_mask,
+            front_padding=self.front_padding,
             visible_padding=self.visible_padding,
             lowercase=self.lowercase,
+            clean=self.clean,
             instruction=self.resolved().instruction,
+            suffix=self.suffix,
+            chat=self.chat,
+            dropped=self.dropped,
             multi_vector=self.multi_vector,
+            norm=norm,
             # A refiner's only encoder is the pipeline's second one.
             name="text_encoder" + {0: "", -1: "_2"}.get(self.encoder, f"_{self.encoder + 1}"),
         )
@@ -85,7 +115,10 @@ class Family:
     """Whether zeros fill a section up to the width that the denoiser takes."""
     maps: Maps | None = None
     """Which text each linear map of the denoiser takes, by module name, for a class that is not in
-    `denoiser.ENTRANCES`; None looks there."""
+    `entrances.ENTRANCES`; None looks there."""
+    norm: str | None = None
+    """Module of the denoiser that the token sequence passes before its map, such as a norm. What it
+    gives is the text that is learned from, and that the edited map is shown."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sections", _listed_readings(self.sections, "sections"))
@@ -102,6 +135,10 @@ class Family:
             raise ValueError(
                 "reading: output='pooled' is for the pooled vector, and for nothing else"
             )
+        if self.norm is not None and (
+            not isinstance(self.norm, str) or any(len(part) > 1 for part in self.sections)
+        ):
+            raise ValueError("reading: norm is the name of a module, and takes one encoder's rows")
         if self.maps is not None:
             self._check_maps(self.maps)
 
@@ -134,6 +171,7 @@ class Family:
             "aligned": self.aligned,
             "padded": self.padded,
             "maps": None if self.maps is None else dict(self.maps),
+            "norm": self.norm,
         }
 
     @classmethod
@@ -190,22 +228,33 @@ def _listed_readings(parts: Any, field: str) -> tuple[tuple[Reading, ...], ...]:
 
 def _reading(values: Any) -> Reading:
     found = dict(values)
-    return Reading(**{**found, "model_types": tuple(found.get("model_types", ()))})
+    listed = {name: tuple(found.get(name, ())) for name in ("layers", "model_types")}
+    return Reading(**found | listed)
 
 
 def _check_reading(reading: Reading) -> None:
     rows, last = reading.max_tokens, 1 << 16
-    flags = (reading.masked, reading.lowercase, reading.multi_vector)
+    flags = (reading.masked, reading.lowercase, reading.clean, reading.multi_vector)
     typed = (
         _is_count(reading.encoder, -1, 15)
         and (rows is None or _is_count(rows, 1, last))
         and _is_count(reading.visible_padding, 0, last)
+        and _is_count(reading.front_padding, 0, last)
         and all(isinstance(flag, bool) for flag in flags)
+        and reading.encoder_mask in (None, True, False)
+        and all(_is_count(layer, -_DEEPEST, _DEEPEST) for layer in reading.layers)
+        and (reading.dropped is None or _is_count(reading.dropped, 0, last))
+        and (reading.chat is None or isinstance(reading.chat, Mapping))
+        and isinstance(reading.suffix, str)
         and all(isinstance(kind, str) for kind in reading.model_types)
         and (isinstance(reading.instruction, str) or callable(reading.instruction))
     )
     if not typed or reading.output not in get_args(Output):
         raise ValueError(f"reading: {reading} is not how an encoder is read")
+
+
+_DEEPEST = 1 << 10
+"""Hidden states of an encoder, at most."""
 
 
 def _is_count(value: Any, least: int, most: int) -> bool:
@@ -221,11 +270,28 @@ def _explained(readings: Sequence[Reading]) -> str:
     first = readings[0]
     if first.output == "pooled":
         return f"{which}, pooled"
-    if first.masked:
-        cleaned = ", lowercased and without caption cleaning" if first.lowercase else ""
-        states = f"{first.output} states{cleaned}"
+    states = f"{first.output} states"
+    if first.layers:
+        states = f"states {', '.join(map(str, first.layers))} side by side"
+    if first.chat is not None:
+        states += ", in the tokenizer's chat template"
+    if first.lowercase:
+        states += ", lowercased and without caption cleaning"
+    if first.front_padding:
+        return (
+            f"{which}, {states}, filled up in front to a multiple of {first.front_padding} tokens: "
+            "prompts that are encoded together with longer ones have other rows"
+        )
+    if first.masked and first.encoder_mask is not False:
         return f"{which}, {states}; padding is hidden: any max_sequence_length"
+    sized = f"{which}, {states}, {first.max_tokens or 'all'} rows"
+    if first.masked:
+        return (
+            f"{sized}; the encoder reads the padding: prompts that are encoded at another length "
+            "have other rows"
+        )
+    if first.encoder_mask:
+        return f"{sized}; padding is in sight, but not of the encoder: any max_sequence_length"
     return (
-        f"{which}, {first.output} states, {first.max_tokens or 'all'} rows; padding is in sight: "
-        "prompts that are encoded at another length have other rows"
+        f"{sized}; padding is in sight: prompts that are encoded at another length have other rows"
     )

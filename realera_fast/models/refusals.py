@@ -37,13 +37,23 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
 """Settings of a U-Net, and the values with which nothing but the text itself carries text."""
 
 
+_WAYS = {
+    "encoder_hid_dim_type": "encoder_hid_proj, before all attention, as in Kolors and DeepFloyd IF",
+    "addition_embed_type": "add_embedding, beside the attention",
+    "attention_type": "the position net of GLIGEN",
+}
+"""What such a way is called."""
+
+
 def check_config(config: Any) -> None:
     """Refuses a configuration with a way in for text that the table does not know."""
     for name, allowed in _HARMLESS.items():
         value = getattr(config, name, None)
         if value not in allowed:
+            where = f" ({_WAYS[name]})" if name in _WAYS else ""
             raise ValueError(
-                f"model: its {name}={value!r} gives text another way in, which is not supported"
+                f"model: its {name}={value!r} gives text another way in{where}, which is not "
+                "supported"
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
+import itertools
 import logging
 import math
 import pickle
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast.runtime import locked, progress_bar, refuse_offloading, uncompiled, unwrapped
+from realera_fast.text.prompt_frame import PromptFrame, chat_frame, cleaned
 
 if TYPE_CHECKING:
     from realera_fast.text.free_prompts import FreePrompts
@@ -226,15 +229,28 @@ class TextModel:
         tokenizer: its tokenizer; `None` looks beside the encoder (`find_tokenizer`).
         output: "last" hidden states; "penultimate" ones (SDXL, SD3); or the "pooled" vector, one
             row a prompt.
+        layers: hidden states that stand side by side in each row, by number as transformers gives
+            them, in place of `output` (FLUX.2).
         max_tokens: rows of a prompt; `None` is what encoder and tokenizer hold.
         masked: padding is hidden from the encoder and from the denoiser, so it carries no weight.
+        encoder_mask: whether it is hidden from the encoder, where that differs from the denoiser:
+            FLUX.2's is shown it, LTX-Video's is not.
+        front_padding: prompts are filled up in front to a multiple of so many tokens, which the
+            encoder reads (CogView4); their rows come behind those of the prompt here.
         visible_padding: rows of padding behind the prompt that the denoiser sees all the same
             (Chroma).
         lowercase: prompts are lowercased and stripped first (PixArt, Sana).
-        instruction: text that stands before every prompt and is cut out of the embeddings but for
-            its last token (Sana).
+        clean: HTML entities and doubled spaces are taken out of prompts first (Wan).
+        instruction: text that stands before every prompt; in a chat, the system message.
+        suffix: text that stands behind every prompt.
+        chat: arguments of the tokenizer's chat template, which is put around every prompt; None
+            uses none.
+        dropped: rows that are cut out at the start (Qwen-Image); None cuts out the instruction but
+            for its last token, behind the row of begin-of-text (Sana).
         multi_vector: a textual inversion of several vectors is expanded to all of its tokens, as
             diffusers' pipelines do.
+        norm: of the denoiser, which the rows pass before the map that is edited (Qwen-Image); the
+            rows are what it gives.
         name: what a pipeline calls the encoder, for messages.
     """
 
@@ -244,12 +260,20 @@ class TextModel:
         tokenizer: Any = None,
         *,
         output: Output = "last",
+        layers: Sequence[int] = (),
         max_tokens: int | None = None,
         masked: bool = False,
+        encoder_mask: bool | None = None,
+        front_padding: int = 0,
         visible_padding: int = 0,
         lowercase: bool = False,
+        clean: bool = False,
         instruction: str = "",
+        suffix: str = "",
+        chat: Mapping[str, Any] | None = None,
+        dropped: int | None = None,
         multi_vector: bool = False,
+        norm: nn.Module | None = None,
         name: str = "text_encoder",
     ) -> None:
         for argument, value in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
@@ -277,12 +301,14 @@ class TextModel:
                 f"got {type(text_encoder).__name__}"
             )
         self.encoder, self._plain, self._name = outer, plain, name
-        self.tokenizer = find_tokenizer(plain) if tokenizer is None else tokenizer
-        if not callable(self.tokenizer):
+        given = find_tokenizer(plain) if tokenizer is None else tokenizer
+        if not callable(given):
             raise TypeError(
                 "tokenizer: expected a transformers tokenizer such as pipe.tokenizer, "
                 f"got {type(tokenizer).__name__}"
             )
+        # A processor holds the tokenizer beside what it needs for pictures.
+        self.tokenizer = getattr(given, "tokenizer", given)
         # A fast tokenizer holds the padding of its last call, and another thread may draw with it.
         # Only what is set for a call is in the copy for sure: decoding stays with the original.
         fast = getattr(self.tokenizer, "is_fast", False)
@@ -291,46 +317,80 @@ class TextModel:
         # Packed weights are no parameters.
         tensors = (*text_encoder.parameters(), *text_encoder.buffers())
         self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
-        self.output, self.masked = output, masked
-        self._lowercase, self._instruction = lowercase, instruction
-        self._visible_padding = visible_padding
+        self.output, self._layers, self._norm = output, tuple(layers), norm
+        self._lowercase, self._clean = lowercase, clean
+        self._visible_padding, self._front_padding = visible_padding, front_padding
         # Diffusers counts a further vector of the word X as the added token X_1.
         added = getattr(self.tokenizer, "added_tokens_encoder", None) or {}
         self._expand = multi_vector and any(f"{token}_1" in added for token in added)
-        config = plain.config
-        # A vision-language model keeps that of its text apart.
-        of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.width: int = int(of_text.hidden_size)
-        if output == "pooled" and "Projection" in type(plain).__name__:
-            self.width = int(config.projection_dim)
-        positions = getattr(of_text, "max_position_embeddings", self.tokenizer.model_max_length)
-        rows = min(self.tokenizer.model_max_length, positions, max_tokens or math.inf)
-        if rows > _LONGEST:
-            raise ValueError(
-                f"reading: neither {name} nor its tokenizer says how many tokens a prompt has; "
-                "name max_tokens"
-            )
-        self.rows = int(rows)
-        """Tokens of a prompt, padding included."""
-        self.max_tokens: int = 1 if output == "pooled" else self.rows
         head = getattr(text_encoder, "get_output_embeddings", None)
         self._has_head = callable(head) and head() is not None
-        self._use_mask = masked or bool(getattr(config, "use_attention_mask", False))
+        hidden = masked if encoder_mask is None else encoder_mask
+        # In front of the prompt, hidden padding is the same vector everywhere.
+        in_front = bool(encoder_mask) and getattr(self.tokenizer, "padding_side", "") == "left"
+        self.masked = masked or in_front
+        of_text = self._read_sizes(max_tokens)
+        self._use_mask = hidden or bool(getattr(plain.config, "use_attention_mask", False))
         # What follows a row in a causal encoder does not change it, so that it needs no padding.
-        causal = getattr(of_text, "model_type", "") == "clip_text_model" and not instruction
+        causal = getattr(of_text, "model_type", "") == "clip_text_model"
+        causal = causal and not (instruction or suffix or chat)
         self._causal = causal and not self._use_mask
-        self.reads_unpadded = self._causal or masked
-        plain, special = self.token_ids("a"), self._ids("a")
-        places = range(len(special) - len(plain) + 1)
-        lead = next((i for i in places if special[i : i + len(plain)] == plain), 0)
+        self.reads_unpadded = self._causal or hidden or bool(front_padding)
+        if chat is None:
+            self._frame = PromptFrame(instruction, suffix)
+        else:
+            self._frame = chat_frame(given, instruction, chat)
         self.parameters_per_token = _parameters_per_token(self._plain)
         """Parameters that a token is multiplied with (count): all but the tables of embeddings."""
         self._fingerprint: str | None = None
         # A few templates come before all words.
         self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
-        self._lead, self._specials = lead, len(special) - len(plain)
-        # Of the instruction's tokens one stays, in front of the prompt's.
-        self._cut = lead + len(self._plain_ids(instruction)) - 2 if instruction else 0
+        self._place_prompts(0 if dropped is None and chat is not None else dropped)
+
+    def _read_sizes(self, max_tokens: int | None) -> Any:
+        """Reads width and rows off the configuration; that of the text, which it gives back."""
+        config = self._plain.config
+        # A vision-language model keeps that of its text apart.
+        of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.width: int = int(of_text.hidden_size) * max(1, len(self._layers))
+        if self.output == "pooled" and "Projection" in type(self._plain).__name__:
+            self.width = int(config.projection_dim)
+        positions = getattr(of_text, "max_position_embeddings", self.tokenizer.model_max_length)
+        rows = min(self.tokenizer.model_max_length, positions, max_tokens or math.inf)
+        if rows > _LONGEST:
+            raise ValueError(
+                f"reading: neither {self._name} nor its tokenizer says how many tokens a prompt "
+                "has; name max_tokens"
+            )
+        self.rows = int(rows)
+        """Tokens of a prompt, padding included."""
+        self.max_tokens: int = 1 if self.output == "pooled" else self.rows
+        return of_text
+
+    def _place_prompts(self, dropped: int | None) -> None:
+        """Finds where prompts stand among the tokens and among the rows.
+
+        Raises:
+            ValueError: the rows that are cut out are more than those before a prompt.
+        """
+        frame = self._frame
+        plain, special = self.token_ids("a"), self._ids("a")
+        places = range(len(special) - len(plain) + 1)
+        self._lead = next((i for i in places if special[i : i + len(plain)] == plain), 0)
+        self._specials = len(special) - len(plain)
+        self._in_front = self._plain_ids(frame.before)
+        self._before = self._start("a")
+        self._after = len(self._plain_ids(frame.after)) if frame.after else 0
+        if dropped is None:
+            # Of the instruction's tokens one stays, in front of the prompt's.
+            self._cut, self._kept = max(0, self._lead + len(self._in_front) - 2), 1
+        else:
+            self._cut, self._kept = dropped, 0
+        if self._cut > self._lead + self._before:
+            raise ValueError(
+                f"tokenizer: {self._lead + self._before} tokens stand before a prompt, but the "
+                f"pipeline cuts {self._cut} rows out; pass the tokenizer of this model"
+            )
 
     @property
     def first(self) -> TextModel:
@@ -410,7 +470,7 @@ class TextModel:
     def overflow(self, prompt: str) -> str:
         """The end of a prompt that the encoder would not see; `""` if it sees all."""
         tokens = self.token_ids(prompt)
-        room = self.rows - self._specials - bool(self._instruction)
+        room = self.rows + self._cut - self._specials - self._before - self._after
         return self.tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
     def span(self, before: str, word: str) -> Span:
@@ -422,7 +482,8 @@ class TextModel:
 
     def token_span(self, before: str, word: str) -> Span:
         """Tokens of a word that follows the text `before` in a prompt, as `tokenize` has them."""
-        start = self._tokens_before(before.rstrip())
+        before = before if before.strip() else ""
+        start = self._tokens_before(before.rstrip()) if before else self._start(word)
         stop = self._count(before + word) if word else start
         return Span(start + self._lead, stop + self._lead)
 
@@ -439,7 +500,7 @@ class TextModel:
             return torch.ones(len(prompts), 1, dtype=torch.float64, device="cpu")
         # What stands before every prompt is the same vector in all of them, where the encoder is
         # causal; a bidirectional one (T5) puts nothing before.
-        first = self._lead + bool(self._instruction)
+        first = self._lead + self._before - self._cut
         counts = torch.zeros(len(prompts), self.max_tokens, dtype=torch.float64, device="cpu")
         counts[:, first:] = 1.0
         if self.masked:
@@ -451,12 +512,13 @@ class TextModel:
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`[p, n]` int64 token ids, padded and cut as the family does, and `[p, n]` their mask."""
         tokens = self._split(
-            [self._instruction + self._prepared(prompt) for prompt in prompts],
+            [self._frame.around(self._prepared(prompt)) for prompt in prompts],
             padding="max_length",
             max_length=self.rows + self._cut,
             truncation=True,
             return_tensors="pt",
             padding_side="right",
+            add_special_tokens=self._frame.special_tokens,
         )
         return tokens.input_ids, tokens.attention_mask
 
@@ -521,11 +583,13 @@ class TextModel:
         def replaced(module: nn.Module, arguments: Any, rows: Tensor) -> Tensor:
             if threading.get_ident() != own:
                 return rows  # someone who draws in another thread
-            parts = (rows[:, : place.start], vectors.to(rows), rows[:, place.stop :])
+            parts = (rows[:, :start], vectors.to(rows), rows[:, stop:])
             return torch.cat(parts, dim=1)
 
         one = self.tokenize([prompts.prompt])
         ids, mask = (x.to(self.device).expand(len(vectors), -1) for x in one)
+        filled = int(self._filling(mask)[0]) if self._front_padding else 0
+        start, stop = place.start + filled, place.stop + filled
         with self._reading():
             hook = self._plain.get_input_embeddings().register_forward_hook(replaced)
             try:
@@ -567,7 +631,7 @@ class TextModel:
 
         An encoder that is causal, or from which padding is hidden, reads prompts without it: the
         rows are those of `encode`, to rounding, in a tenth of the time. An instruction, which is
-        many times as long as a word, is left out.
+        many times as long as a word, is left out where begin-of-text stands before the word.
         """
         if not prompts:
             return torch.zeros(0, self.width, dtype=torch.float32, device=self.device)
@@ -578,8 +642,14 @@ class TextModel:
                 last = torch.tensor(self.ends(few), dtype=torch.long, device=self.device)
                 rows.append(self.encode(few)[torch.arange(len(few), device=self.device), last])
             return torch.cat(rows)
-        prepared = [self._prepared(prompt) for prompt in prompts]
-        ids = self._split(prepared, max_length=self.rows, truncation=True).input_ids
+        # The first token of a language model is like no other, whatever it is.
+        before = "" if self._lead else self._frame.before
+        ids = self._split(
+            [before + self._prepared(prompt) for prompt in prompts],
+            max_length=self.rows + self._cut,
+            truncation=True,
+            add_special_tokens=self._frame.special_tokens,
+        ).input_ids
         of_length: dict[int, list[int]] = {}
         for place, tokens in enumerate(ids):
             of_length.setdefault(len(tokens), []).append(place)
@@ -638,18 +708,29 @@ class TextModel:
             _add(digest, "probe", self.encode([_PROBE]))
         for token, index in sorted(self.tokenizer.get_vocab().items()):
             digest.update(f"{token}\0{index}\0".encode())
-        read = (self.output, self.rows, self.masked, self._lowercase, self._instruction)
-        digest.update(repr((*read, self._visible_padding, self._expand)).encode())
+        read = (self.output, self._layers, self.rows, self.masked, self._use_mask)
+        made = (self._lowercase, self._clean, self._frame, self._cut, self._kept, self._expand)
+        padded = (self._visible_padding, self._front_padding)
+        digest.update(repr((*read, *made, *padded)).encode())
+        for name, value in {} if self._norm is None else self._norm.state_dict().items():
+            _add(digest, f"norm {name}", value)
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     # Inside
 
+    def _start(self, word: str) -> int:
+        """Tokens before a word that begins a prompt: a space may have become a part of it."""
+        followed = self._plain_ids(self._frame.before + self._prepared(word))
+        same = (one == other for one, other in zip(self._in_front, followed, strict=False))
+        return sum(1 for _ in itertools.takewhile(bool, same))
+
     def _count(self, text: str) -> int:
-        return len(self._plain_ids(self._instruction + self._prepared(text)))
+        return len(self._plain_ids(self._frame.before + self._prepared(text)))
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._split(text, verbose=False).input_ids)
+        special = self._frame.special_tokens
+        return list(self._split(text, verbose=False, add_special_tokens=special).input_ids)
 
     def _prepared(self, prompt: str) -> str:
         if self._expand:
@@ -657,14 +738,26 @@ class TextModel:
 
             mixin = TextualInversionLoaderMixin()
             prompt = str(mixin.maybe_convert_prompt(prompt, self.tokenizer))
+        if self._clean:
+            prompt = cleaned(prompt)
         return prompt.lower().strip() if self._lowercase else prompt
 
     def _states(self, ids: Tensor, mask: Tensor, *, alone: bool = False) -> Tensor:
         """`[p, n, d]` states of tokens; of those of the instruction, which are not there where
         prompts stand alone, the first."""
         # A language model with a head gives logits in place of its last states.
-        has_states = self.output == "penultimate" or self._has_head
-        options = {"output_hidden_states": True} if has_states else {}
+        has_states = self.output == "penultimate" or self._has_head or bool(self._layers)
+        options: dict[str, Any] = {"output_hidden_states": True} if has_states else {}
+        if self._has_head and "logits_to_keep" in _arguments(type(self._plain)):
+            options["logits_to_keep"] = 1  # of a hundred thousand words at every token
+        count = ids.shape[1]
+        if self._front_padding:
+            # A causal encoder does not read what fills the shorter ones up behind.
+            filled = self._filling(mask)[:, None]
+            places = torch.arange(count + self._front_padding - 1, device=ids.device) - filled
+            inside = (places >= 0) & (places < count)
+            taken = ids.gather(1, places.clamp(0, count - 1))
+            ids = torch.where(inside, taken, self.tokenizer.pad_token_id)
         try:
             output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
         except torch.OutOfMemoryError:
@@ -679,13 +772,36 @@ class TextModel:
             pooled: Tensor = output.pooler_output if embeds is None else embeds
             return pooled.float().unsqueeze(1)
         hidden: Tensor
-        if has_states:
+        if self._layers:
+            hidden = torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)
+        elif has_states:
             hidden = output.hidden_states[-2 if self.output == "penultimate" else -1]
         else:
             hidden = output[0]
-        if self._instruction and not alone:
-            hidden = torch.cat((hidden[:, :1], hidden[:, 1 + self._cut :]), dim=1)
-        return hidden.float()
+        if self._front_padding:
+            rows = torch.arange(count, device=hidden.device) + filled.to(hidden.device)
+            hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+        if self._cut and not alone:
+            kept = hidden[:, : self._kept]
+            hidden = torch.cat((kept, hidden[:, self._kept + self._cut :]), dim=1)
+        return self._normed(hidden).float()
+
+    def _filling(self, mask: Tensor) -> Tensor:
+        """`[p]` int64, tokens of padding in front of each prompt."""
+        return -mask.sum(dim=1) % self._front_padding
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """What the denoiser's norm makes of states, where it has one before its map."""
+        if self._norm is None:
+            return hidden
+        weight = next(self._norm.parameters())
+        normed: Tensor = self._norm(hidden.to(weight))
+        return normed
+
+
+def _arguments(kind: type) -> frozenset[str]:
+    """Names of what a model is called with."""
+    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 
 def _parameters_per_token(encoder: Any) -> int:

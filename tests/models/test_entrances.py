@@ -7,6 +7,7 @@ other way in.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from contextlib import contextmanager
@@ -22,13 +23,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from edits import CLOSED
 from model_state import weights
 from peft import LoraConfig
+from stock_prompts import encoded
 from tiny_families import FAMILIES, denoise, flux, sana, sd1, sd3, sdxl, t5, t5_tokenizer
+from tiny_language import LANGUAGE
 from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from tiny_variants import BESIDE, VARIANTS, build
+from tiny_video import VIDEO, wan22
 from torch import nn
 
 from realera_fast import Erasure, erase
 from realera_fast.erasure import applied
+from realera_fast.evaluation import verify
 from realera_fast.models import (
     ENTRANCES,
     Family,
@@ -50,13 +55,15 @@ LIBRARY = re.escape(__name__.partition(".")[0])
 
 PROMPTS = ("a photo of a cat", "A Portrait by Van GOGH", "")
 TABLE = [*FAMILIES, *VARIANTS]
+NEWER = {**VIDEO, **LANGUAGE}
 
 
-@pytest.fixture(scope="module", params=[*TABLE, *BESIDE])
+@pytest.fixture(scope="module", params=[*TABLE, *NEWER, *BESIDE])
 def case(request):
     """A pipeline, its parts and how it is called; whoever edits it undoes that."""
     name = request.param
-    pipe, more = build(name) if name not in BESIDE else BESIDE[name]()
+    elsewhere = {**NEWER, **BESIDE}
+    pipe, more = elsewhere[name]() if name in elsewhere else build(name)
     if name in BESIDE:
         # What `components_of` refuses to give.
         parts = dict(pipe.components)
@@ -101,9 +108,15 @@ def models_of(case):
     return [case.parts.model, *([beside] if type(beside).__name__ in COMPANIONS else [])]
 
 
-def expected_rows(case, prompt):
-    """By stream, `[t, d]` rows of a prompt, and `[t]` which of them carry text."""
-    texts = text_streams(case.parts.model, case.parts.text_encoders, case.parts.tokenizers)
+def expected_rows(case, prompt, bare=False):
+    """By stream, `[t, d]` rows of a prompt, and `[t]` which of them carry text; `bare` reads it
+    without an instruction, as Sana's pipelines do with what guidance goes away from."""
+    family = family_of(case.parts.model, len(case.parts.text_encoders))
+    if bare:
+        sections = [[replace(r, instruction="", dropped=None) for r in s] for s in family.sections]
+        family = replace(family, sections=sections)
+    parts = (case.parts.model, case.parts.text_encoders, case.parts.tokenizers)
+    texts = text_streams(*parts, family if bare else None)
     return {
         stream: (
             torch.cat([part.encode([prompt]) for part in parts], dim=1)[0],
@@ -114,7 +127,14 @@ def expected_rows(case, prompt):
 
 
 def agrees(rows, wanted):
-    """Whether `[t, d]` rows are those of a prompt where these carry text."""
+    """Whether `[t, d]` rows are those of a prompt where these carry text; padding may be in front
+    of all of them."""
+    expected, carries = wanted
+    tokens = int(carries.nonzero().max()) + 1 if carries.any() else 0
+    return aligned(rows, wanted) or aligned(rows[len(rows) - tokens :], wanted)
+
+
+def aligned(rows, wanted):
     expected, carries = wanted
     count = min(len(rows), len(expected))
     if bool(carries[count:].any()):
@@ -126,6 +146,7 @@ def agrees(rows, wanted):
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["plain", "cased", "empty"])
 def test_maps_are_called_with_the_rows_that_the_pipeline_encodes(case, prompt):
     wanted, empty = expected_rows(case, prompt), expected_rows(case, "")
+    uncond = expected_rows(case, "", bare=True)
     for model in models_of(case):
         kinds, seen = streams(model), defaultdict(list)
 
@@ -137,8 +158,11 @@ def test_maps_are_called_with_the_rows_that_the_pipeline_encodes(case, prompt):
         assert set(seen) == set(kinds)
         for layer, stream in kinds.items():
             width = wanted[stream][0].shape[1]
-            found = [row[..., :width] for x in seen[layer] for row in x.detach().float()]
-            found = [row if stream == "sequence" else row[None] for row in found]
+            found = [
+                row[..., :width].reshape(-1, width)
+                for x in seen[layer]
+                for row in prompts_of(x.detach().float(), wanted[stream], stream)
+            ]
             # Stable Diffusion 3's ControlNets are shown no pooled vector but zeros.
             silent = stream == "pooled" and getattr(
                 model.config, "force_zeros_for_pooled_projection", False
@@ -146,7 +170,18 @@ def test_maps_are_called_with_the_rows_that_the_pipeline_encodes(case, prompt):
             assert silent != any(agrees(row, wanted[stream]) for row in found), layer
             for row in found:
                 # What guidance goes away from: the empty prompt, or zeros (SDXL).
-                assert agrees(row, wanted[stream]) or agrees(row, empty[stream]) or not row.any()
+                known = (wanted[stream], empty[stream], uncond[stream])
+                assert any(agrees(row, rows) for rows in known) or not row.any()
+
+
+def prompts_of(x, wanted, stream):
+    """The prompts that a map is called with."""
+    if stream == "pooled" or x.dim() > 2:
+        return x
+    # Z-Image's stand one after the other, each filled up to a multiple of 32 rows.
+    tokens = int(wanted[1].nonzero().max()) + 1
+    first = 32 * -(-tokens // 32)
+    return x[:first], x[first:]
 
 
 def test_text_has_no_other_way_in(case):
@@ -180,13 +215,11 @@ def test_text_has_no_other_way_in(case):
         assert not torch.equal(cat, frozen(models[:1], "a photo of a dog", own))
 
 
-def test_edited_weights_are_the_map_of_the_text(case):
-    if case.name in FAMILIES:
-        return  # test_families does the same with the prompt map
-    parts, models = case.parts, models_of(case)
-    before = [weights(model) for model in models]
-    original = run(case, PROMPTS[0])
-    erasure = erase(
+@pytest.fixture(scope="module")
+def erasure(case):
+    """An erasure of what the case draws, made and undone."""
+    parts = case.parts
+    found = erase(
         parts.model,
         parts.text_encoders,
         ["cat=dog"],
@@ -194,6 +227,18 @@ def test_edited_weights_are_the_map_of_the_text(case):
         config=CLOSED,
         progress=False,
     )
+    found.restore_(parts.model)
+    return found
+
+
+def test_edited_weights_are_the_map_of_the_text(case, request):
+    if case.name in FAMILIES:
+        return  # test_families does the same with the prompt map
+    erasure = request.getfixturevalue("erasure")
+    parts, models = case.parts, models_of(case)
+    before = [weights(model) for model in models]
+    original = run(case, PROMPTS[0])
+    erasure.apply_(parts.model)
     try:
         for model in models[1:]:
             erasure.rebase(model).apply_(model)
@@ -223,6 +268,144 @@ def test_edited_weights_are_the_map_of_the_text(case):
     apart = (edited - original).norm()
     assert apart > 1e-4 * original.norm()
     assert (mapped - edited).norm() < 1e-3 * apart
+
+
+def drawn_otherwise(case, request, tmp_path):
+    """What the case draws with edited weights, and without an erasure, of a newer family."""
+    erasure = request.getfixturevalue("erasure")
+    original = run(case, PROMPTS[0])
+    loaded = Erasure.load(erasure.save(tmp_path / "saved.safetensors"))
+    loaded.apply_(case.parts.model)
+    try:
+        return erasure, original, run(case, PROMPTS[0])
+    finally:
+        loaded.restore_(case.parts.model)
+
+
+def test_a_prompt_map_does_the_same_or_is_refused(case, request, tmp_path):
+    if case.name not in NEWER:
+        return  # test_families
+    erasure, original, edited = drawn_otherwise(case, request, tmp_path)
+    norm = family_of(case.parts.model).norm
+    if norm is not None:
+        with pytest.raises(ValueError, match=f"through its {norm} before the map"):
+            erasure.prompt_map()
+        return
+    asked = {"max_sequence_length": case.more["max_sequence_length"]}
+    stock = encoded(case.pipe, [PROMPTS[0]], **asked)
+    mapped = erasure.prompt_map()
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if name in stock:
+            stock[name] = mapped(stock[name])
+    if "negative_prompt_embeds" in stock:
+        stock["negative_prompt"] = None
+    torch.manual_seed(0)
+    drawn = denoise(case.pipe, **case.more | stock)
+    assert (drawn - edited).norm() < 1e-3 * (edited - original).norm()
+
+
+def test_an_adapter_does_the_same_or_is_refused(case, request, tmp_path):
+    if case.name not in NEWER:
+        return  # tests of exports
+    erasure, original, edited = drawn_otherwise(case, request, tmp_path)
+    pipe, model = case.pipe, case.parts.model
+    if not hasattr(model, "load_lora_adapter"):
+        with pytest.raises(ValueError, match="diffusers loads no adapters for it"):
+            erasure.save_lora(tmp_path, model)
+        return
+    erasure.save_lora(tmp_path, model)
+    with pytest.raises(ValueError, match="'kohya' has names for Stable Diffusion 1, 2, XL and"):
+        erasure.save_lora(tmp_path / "kohya", model, layout="kohya")
+    before = weights(model)
+    pipe.load_lora_weights(str(tmp_path))
+    try:
+        drawn = run(case, PROMPTS[0])
+    finally:
+        pipe.unload_lora_weights()
+    assert (drawn - edited).norm() < 1e-3 * (edited - original).norm()
+    assert all(torch.equal(t, before[n]) for n, t in weights(model).items())
+
+
+def test_a_picture_before_the_prompt_is_not_passed_over():
+    pipe, _ = LANGUAGE["qwen_image"]()
+    stand_in = SimpleNamespace(**pipe.components, processor=object())
+    with pytest.raises(ValueError, match="shows its text encoder a picture before the prompt"):
+        erase(stand_in, ["cat"], config=CLOSED)
+
+
+@pytest.mark.parametrize("name", ["z_image", "flux2_klein"])
+def test_how_a_language_model_is_read_is_in_the_file(name):
+    pipe, _ = LANGUAGE[name]()
+    family = family_of(pipe.transformer)
+    again = Family.from_dict(json.loads(json.dumps(family.to_dict())))
+    assert again == Family.from_dict(family.to_dict()) and again.norm == family.norm
+    assert again.sections[0][0].chat == family.sections[0][0].chat
+    assert again.sections[0][0].layers == family.sections[0][0].layers
+    told = " ".join(family.explained())
+    assert "in the tokenizer's chat template" in told and "any max_sequence_length" in told
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_the_norm_before_a_map_is_refused(register):
+    pipe, _ = LANGUAGE["z_image"]()
+    getattr(pipe.transformer.cap_embedder[0], register)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"cap_embedder\.0 is not run as it stands"):
+        erase(pipe, ["cat"], config=CLOSED, progress=False)
+
+
+def test_of_two_models_of_a_class_the_other_encoder_is_refused():
+    pipe, _ = LANGUAGE["flux2_klein"]()
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ValueError, match=r"type mistral3, got Qwen3ForCausalLM \(qwen3\)"):
+        erase(pipe, ["cat"], config=CLOSED, progress=False)
+
+
+@pytest.mark.parametrize("name", ["wan", "latte", "sana_video"])
+def test_videos_are_not_judged_as_pictures(name):
+    pipe, _ = VIDEO[name]()
+    before = weights(pipe.transformer)
+    erasure = erase(pipe, [], config=CLOSED, progress=False)
+    with pytest.raises(ValueError, match=r"Pipeline draws videos; expected a text-to-image"):
+        verify(pipe, erasure, ["a cat"], progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in weights(pipe.transformer).items())
+
+
+def test_two_denoisers_are_erased_from_one_after_the_other(tmp_path):
+    pipe, more = wan22()
+    with pytest.raises(ValueError, match=r"its transformer_2 .* is shown the prompt") as caught:
+        erase(pipe, ["cat"], config=CLOSED, progress=False)
+    assert "erasure.rebase(pipe.transformer_2).apply_(pipe.transformer_2)" in str(caught.value)
+    models = (pipe.transformer, pipe.transformer_2)
+    before = [weights(model) for model in models]
+    original = denoise(pipe, **more)
+    erasure = erase(
+        pipe.transformer,
+        pipe.text_encoder,
+        ["cat=dog"],
+        tokenizer=pipe.tokenizer,
+        config=CLOSED,
+        progress=False,
+    )
+    first = denoise(pipe, **more)
+    second = erasure.rebase(pipe.transformer_2)
+    second.apply_(pipe.transformer_2)
+    edited = denoise(pipe, **more)
+    # Each draws one of the two steps.
+    assert not torch.equal(first, original) and not torch.equal(edited, first)
+    files = [
+        made.save_lora(tmp_path / str(number), model)
+        for number, (made, model) in enumerate(zip((erasure, second), models, strict=True))
+    ]
+    second.restore_(pipe.transformer_2)
+    erasure.restore_(pipe.transformer)
+    for model, values in zip(models, before, strict=True):
+        assert all(torch.equal(t, values[n]) for n, t in weights(model).items())
+    for number, file in enumerate(files):
+        pipe.load_lora_weights(
+            str(file), adapter_name=f"part{number}", load_into_transformer_2=bool(number)
+        )
+    drawn = denoise(pipe, **more)
+    assert (drawn - edited).norm() < 1e-3 * (edited - original).norm()
 
 
 # What is not in the table
@@ -698,6 +881,15 @@ def test_a_reading_may_shorten_the_prompts():
         ),
         (lambda: Family("x", ((Reading(0, "third"),),)), ValueError, "not how an encoder is read"),
         (lambda: Family("x", ((Reading(0, max_tokens=0),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0, layers=(0.5,)),),)), ValueError, "how an encoder is"),
+        (lambda: Family("x", ((Reading(0, dropped=-1),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0, chat="a"),),)), ValueError, "how an encoder is read"),
+        (lambda: Family("x", ((Reading(0), Reading(1)),), norm="n"), ValueError, "one encoder's"),
+        (
+            lambda: Family("x", ((Reading(0),),), maps={"text_in": "sequence"}, norm="gone"),
+            ValueError,
+            "it names the norm 'gone', which Strange does not have",
+        ),
         (
             lambda: Family("x", ((Reading(0),),), aligned=True, maps={"text_in": "sequence"}),
             ValueError,
@@ -770,7 +962,13 @@ def test_whether_adapters_load_is_asked_of_the_class(tmp_path):
     assert torch.allclose(layer.base_layer.weight + delta, edited, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["inpaint", "upscaler", "animatediff", "text_to_video", "bria"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lcm", "inpaint", "pix2pix", "depth2img", "upscaler", "animatediff", "text_to_video"),
+        *("sdxl_inpaint", "bria"),
+    ],
+)
 def test_models_that_alignment_does_not_run_on_get_the_closed_form_and_a_warning(name):
     pipe, _ = build(name)
     config = replace(CLOSED, alignment=replace(CLOSED.alignment, enabled=True))

@@ -8,9 +8,13 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from edits import CLOSED, edited
 from model_state import weights
@@ -165,9 +169,9 @@ def test_text_is_what_the_stock_pipeline_encodes(family):
     assert sequence.shape == expected.shape and carries.any(dim=1).all()
     assert torch.allclose(sequence[carries], expected[carries], rtol=1e-4, atol=1e-5)
     if "prompt_attention_mask" in stock and name not in ("chroma", "auraflow"):
-        # Begin-of-text and the instruction's last token are visible, but the same for all.
+        # Begin-of-text is visible, but the same for all.
         mask = stock["prompt_attention_mask"].bool().clone()
-        mask[:, : 2 if name == "sana" else 0] = False
+        mask[:, : 1 if name == "sana" else 0] = False
         assert torch.equal(carries, mask)
     assert ("pooled" in found) == ("pooled_prompt_embeds" in stock)
     if "pooled" in found:
@@ -442,6 +446,25 @@ def test_flux_and_stable_diffusion_3_at_full_size():
         "context_embedder": (1536, 4096),
         "time_text_embed.text_embedder.linear_1": (1536, 2048),
     }
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "shape"),
+    [
+        (Flux2Transformer2DModel, "context_embedder", (6144, 15360)),
+        (QwenImageTransformer2DModel, "txt_in", (3072, 3584)),
+        (ZImageTransformer2DModel, "cap_embedder.1", (3840, 2560)),
+        (WanTransformer3DModel, "condition_embedder.text_embedder.linear_1", (5120, 4096)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_of_2025_at_full_size(build, name, shape):
+    model = on_meta(build)
+    assert streams(model) == {name: "sequence"}
+    assert model.get_submodule(name).weight.shape == shape
+    norm = family_of(model).norm
+    # The norm is of the width of the text.
+    assert norm is None or model.get_submodule(norm).weight.shape == shape[1:]
 
 
 # Noise alignment of the second generation

@@ -17,6 +17,7 @@ def encoded(pipe, prompts, **options):
         "prompt_3": None,
         "device": "cpu",
         "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
         "do_classifier_free_guidance": True,
         "negative_prompt": None if "XL" in type(pipe).__name__ else [""] * len(prompts),
         "clean_caption": False,
@@ -35,8 +36,12 @@ def encoded(pipe, prompts, **options):
             "pooled_prompt_embeds",
             "negative_pooled_prompt_embeds",
         )
-    elif name == "StableDiffusionPipeline":
+    elif name == "StableDiffusionPipeline" or name.startswith(("Wan", "SkyReels", "Latte", "Cog")):
         names = ("prompt_embeds", "negative_prompt_embeds")
+    elif name.startswith("Flux2"):
+        names = ("prompt_embeds", None, "negative_prompt_embeds")
+        if "negative_prompt_embeds" in inspect.signature(pipe.__call__).parameters:
+            found = (*found, encoded_empty(pipe, arguments | options))
     elif name == "ChromaPipeline":
         names = (
             "prompt_embeds",
@@ -54,3 +59,10 @@ def encoded(pipe, prompts, **options):
             "negative_prompt_attention_mask",
         )
     return {k: v for k, v in zip(names, found, strict=False) if k is not None and v is not None}
+
+
+def encoded_empty(pipe, arguments):
+    """What FLUX.2's pipelines guide away from, which they encode as a prompt of its own."""
+    accepted = inspect.signature(pipe.encode_prompt).parameters
+    called = {k: v for k, v in arguments.items() if k in accepted}
+    return pipe.encode_prompt(**called | {"prompt": [""] * len(arguments["prompt"])})[0]

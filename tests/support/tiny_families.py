@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +39,6 @@ from diffusers import (
 from tiny_models import (
     WORDS,
     _seeded,
-    byte_pair_merges,
     tiny_pipeline,
     tiny_text_encoder,
     tiny_tokenizer,
@@ -71,30 +70,37 @@ def t5_tokenizer(length: int = 128) -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
-@functools.cache
-def _gemma_merges() -> list[tuple[str, str]]:
-    """Merges that make one token of every piece and of every line of Sana's instruction."""
-    default = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
-    merges: dict[tuple[str, str], None] = {}
-    for piece in PIECES:
-        for letters in ([*piece], ["\u2581", *piece]):
-            for count in range(1, len(letters)):
-                merges["".join(letters[:count]), letters[count]] = None
-    lines = (line.strip().replace(" ", "\u2581") for line in default.default)
-    return byte_pair_merges(lines, after=[*merges])
+def instruction_of(pipeline: Any) -> str:
+    """What a pipeline of Sana puts before every prompt."""
+    default = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(default)
 
 
-def gemma_tokenizer(length: int = 512) -> GemmaTokenizer:
+def gemma_tokenizer(length: int = 512, spoken: str = "") -> GemmaTokenizer:
     """A stock ``GemmaTokenizer`` with `PIECES`, in front of a space or not, as whole tokens.
 
-    So are the lines of Sana's instruction, which would be two thousand letters in every prompt.
+    So are the long lines of `spoken`, an instruction, and the words of its others: they would be
+    two thousand letters.
     """
-    merges = _gemma_merges()
+    lines = [line for line in spoken.split("\n") if len(line) > 30]
+    for line in lines:
+        spoken = spoken.replace(line, "")
+    said = dict.fromkeys(re.findall(r"[A-Za-z]{2,}", spoken))
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *_LETTERS]
-    vocabulary += ["".join(merge) for merge in merges]
+    merges: list[tuple[str, str]] = []
+    for word in dict.fromkeys((*PIECES, *said)):
+        for start in (word[0], "\u2581"):
+            parts = [start, *(word[1:] if start == word[0] else word)]
+            while len(parts) > 1:
+                pair = (parts[0], parts[1])
+                if pair not in merges:
+                    merges.append(pair)
+                parts[:2] = ["".join(pair)]
+                vocabulary.append(parts[0])
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=length)
     tokenizer.add_bos_token = True
+    tokenizer.add_tokens(lines)
     return tokenizer
 
 
@@ -373,9 +379,8 @@ def pixart_sigma(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> PixArt
     return PixArtSigmaPipeline(**_pixart(seed, dtype, use_additional_conditions=False))
 
 
-def sana(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> SanaPipeline:
-    """Sana: Gemma with an instruction in front of the prompt."""
-    tokenizer = gemma_tokenizer(4096)
+def gemma(tokenizer: GemmaTokenizer, seed: int, dtype: torch.dtype) -> Gemma2Model:
+    """A two-layer Gemma encoder."""
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=48,
@@ -388,9 +393,28 @@ def sana(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> SanaPipeline:
         query_pre_attn_scalar=16,
         max_position_embeddings=8192,
     )
+    return _built(lambda: Gemma2Model(config), seed, dtype)
+
+
+def umt5(width: int, *, seed: int, dtype: torch.dtype) -> UMT5EncoderModel:
+    """A two-layer UMT5 encoder."""
+    config = UMT5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+    )
+    return _built(lambda: UMT5EncoderModel(config), seed, dtype)
+
+
+def sana(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> SanaPipeline:
+    """Sana: Gemma with an instruction in front of the prompt."""
+    tokenizer = gemma_tokenizer(4096, instruction_of(SanaPipeline))
     return SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=_built(lambda: Gemma2Model(config), seed + 1, dtype),
+        text_encoder=gemma(tokenizer, seed + 1, dtype),
         vae=_built(
             lambda: AutoencoderDC(
                 in_channels=3,
@@ -436,18 +460,9 @@ def sana(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> SanaPipeline:
 
 def auraflow(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> AuraFlowPipeline:
     """AuraFlow."""
-    tokenizer = t5_tokenizer()
-    config = UMT5Config(
-        vocab_size=len(tokenizer),
-        d_model=48,
-        d_kv=8,
-        d_ff=96,
-        num_layers=2,
-        num_heads=4,
-    )
     return AuraFlowPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_built(lambda: UMT5EncoderModel(config), seed + 1, dtype),
+        tokenizer=t5_tokenizer(),
+        text_encoder=umt5(48, seed=seed + 1, dtype=dtype),
         vae=tiny_vae(seed=seed + 2, dtype=dtype),
         transformer=_built(
             lambda: AuraFlowTransformer2DModel(

@@ -55,7 +55,7 @@ def test_words_are_read_without_the_instruction():
     (text,) = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"]
     bare = TextModel(pipe.text_encoder, pipe.tokenizer, masked=True, max_tokens=text.rows)
     prompts = ["a photo of a cat", "dog"]
-    assert text._instruction and not bare._instruction
+    assert text._frame.before and not bare._frame.before
     torch.testing.assert_close(text.last_rows(prompts), bare.last_rows(prompts))
     assert not torch.allclose(text.encode(prompts)[:, 1:4], bare.encode(prompts)[:, 1:4])
 
