@@ -107,17 +107,17 @@ def test_a_stopped_training_goes_on_bit_for_bit(
 def test_it_learns() -> None:
     transformer = build_transformer(WORLD)
     flow.ready(transformer)
-    examples, rng = Toy(Path(), 32, SHORT), np.random.default_rng(0)
+    examples, rng = Toy(Path(), 16, SHORT), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(transformer.parameters(), 5e-3)
     torch.manual_seed(0)
     errors = []
-    for _ in range(60):
+    for _ in range(30):
         loss, error = flow.loss(transformer, examples.batch(0.0, rng))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         errors.append(error.item())
-    assert np.mean(errors[-10:]) < 0.7 * np.mean(errors[:10])
+    assert np.mean(errors[-5:]) < 0.9 * np.mean(errors[:5])
 
 
 def test_a_row_stands_for_others_like_it() -> None:
