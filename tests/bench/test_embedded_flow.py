@@ -104,20 +104,20 @@ def test_a_stopped_training_goes_on_bit_for_bit(
     assert {path.name for path in exported} == {"snapshot.transformer"}
 
 
-def test_it_learns() -> None:
+def test_it_learns_a_batch() -> None:
     transformer = build_transformer(WORLD)
     flow.ready(transformer)
-    examples, rng = Toy(Path(), 16, SHORT), np.random.default_rng(0)
-    optimizer = torch.optim.AdamW(transformer.parameters(), 5e-3)
-    torch.manual_seed(0)
+    batch = Toy(Path(), 4, SHORT).batch(0.0, np.random.default_rng(0))
+    optimizer = torch.optim.AdamW(transformer.parameters(), 1e-2)
     errors = []
-    for _ in range(30):
-        loss, error = flow.loss(transformer, examples.batch(0.0, rng))
+    for _ in range(40):
+        torch.manual_seed(0)
+        loss, error = flow.loss(transformer, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         errors.append(error.item())
-    assert np.mean(errors[-5:]) < 0.9 * np.mean(errors[:5])
+    assert errors[-1] < 0.7 * errors[0]
 
 
 def test_a_row_stands_for_others_like_it() -> None:
