@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from embedded import evaluate
 from embedded import pipeline as pipelines
 from embedded import transformer as flow
 from embedded.common import save
@@ -218,7 +219,9 @@ def test_examples_are_what_the_pipeline_makes_of_a_prompt(
     assert torch.allclose(logs[:, :-1].exp().sum(1), torch.full((40,), 77.0))
 
 
-def test_an_exported_sibling_draws_in_the_stock_pipeline(work: Path, tmp_path: Path) -> None:
+def test_an_exported_sibling_draws_in_the_stock_pipeline(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers import StableDiffusion3Pipeline
 
     transformer = build_transformer(WORLD)
@@ -243,6 +246,12 @@ def test_an_exported_sibling_draws_in_the_stock_pipeline(work: Path, tmp_path: P
     assert type(load_flow(torch.float16, tmp_path / "model").scheduler).__name__ == (
         "FlowMatchEulerDiscreteScheduler"
     )
+    # As the judge is shown it.
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    few = SAMPLING | {"steps": 2}
+    judged = evaluate._drawn(["a cat"], 1, few, tmp_path / "model", "transformer")
+    wanted = drawn(pipe, guidance_scale=3.0, max_sequence_length=1)
+    assert judged.shape == (1, 64, 64, 3) and np.abs(judged[0] / 255 - wanted).max() < 0.01
     table = flow_words(tmp_path / "model")
     assert table.sampling == SAMPLING and table.accuracy == {}
     assert table.things == words().things
