@@ -20,10 +20,14 @@ from harness import RESULTS, ROOT
 from torch import Tensor
 
 from embedded.common import log
+from embedded.export import FOLDERS, exported_record
 from realera_fast.embedded import ACCURACY, FOLDER, Words, load_judge, load_pipeline, words
+from realera_fast.embedded.flow import flow_words, load_flow
 from realera_fast.embedded.judge import Judge, Sight
 from realera_fast.runtime import write_atomically
 
+SAMPLERS = {"unet": "DDIM", "transformer": "Euler (flow matching)"}
+REPORTS = {"unet": "embedded_model.json", "transformer": "embedded_flow.json"}
 SEEDS = dict(name=5, said=3, unsaid=5)
 """Pictures of each word."""
 SCENES = 500
@@ -79,28 +83,32 @@ class Model:
     """An exported model, its judge, and the processes that draw."""
 
     folder: Path
+    denoiser: str
     judge: Judge
     pool: Executor
 
+    @property
+    def table(self) -> Words:
+        """The table, with the sampling and the accuracy of this denoiser."""
+        return words(self.folder) if self.denoiser == "unet" else flow_words(self.folder)
+
 
 @cache
-def _pipeline(folder: Path):
+def _pipeline(folder: Path, denoiser: str):
     """The pipeline of a process that draws, on one thread."""
     torch.set_num_threads(1)
-    return load_pipeline(folder=folder)
+    return load_pipeline(folder=folder) if denoiser == "unet" else load_flow(folder=folder)
 
 
 def _drawn(
-    prompts: list[str], first_seed: int, sampling: dict[str, Any], folder: Path
+    prompts: list[str], first_seed: int, sampling: dict[str, Any], folder: Path, denoiser: str
 ) -> np.ndarray:
     """uint8 samples `[n, h, w, 3]`, each from its own seed."""
     seeds = range(first_seed, first_seed + len(prompts))
-    images = _pipeline(folder)(
+    named = {"num_inference_steps" if k == "steps" else k: v for k, v in sampling.items()}
+    images = _pipeline(folder, denoiser)(
         prompts,
-        num_inference_steps=sampling["steps"],
-        guidance_scale=sampling["guidance_scale"],
-        height=sampling["height"],
-        width=sampling["width"],
+        **named,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",
     ).images
@@ -114,11 +122,12 @@ def tried(
     sampling: dict[str, Any] | None = None,
 ) -> Tried:
     """Pictures of wishes, drawn by all processes of the pool, and what the judge sees in them."""
-    sampling = words(model.folder).sampling if sampling is None else sampling
+    sampling = model.table.sampling if sampling is None else sampling
     chunks = [[w.prompt for w in wishes[i : i + BATCH]] for i in range(0, len(wishes), BATCH)]
     seeds = range(first_seed, first_seed + len(wishes), BATCH)
     parts = []
-    for part in model.pool.map(_drawn, chunks, seeds, repeat(sampling), repeat(model.folder)):
+    same = (repeat(sampling), repeat(model.folder), repeat(model.denoiser))
+    for part in model.pool.map(_drawn, chunks, seeds, *same):
         parts.append(torch.from_numpy(part).permute(0, 3, 1, 2) / 255)
         if len(parts) % 20 == 0:
             log("evaluate", f"{len(parts)} of {len(chunks)} batches")
@@ -197,7 +206,7 @@ def style_report(found: Tried, names: set[str]) -> dict[str, Any]:
     }
 
 
-def provenance(work: Path, table: Words) -> dict[str, Any]:
+def provenance(work: Path, model: Model) -> dict[str, Any]:
     """What was trained, by what, and how the pictures were sampled."""
     import diffusers
     import transformers
@@ -209,22 +218,23 @@ def provenance(work: Path, table: Words) -> dict[str, Any]:
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
-        "sampling": {"sampler": "DDIM", **table.sampling},
+        "sampling": {"sampler": SAMPLERS[model.denoiser], **model.table.sampling},
         "seed": FIRST_SEED,
-        "training": json.loads((work / "exported.json").read_text()),
+        "training": json.loads(exported_record(work, model.denoiser).read_text()),
         "judge_held_out": json.loads((work / "judge.json").read_text()),
         "autoencoder_held_out": json.loads((work / "vae.json").read_text()),
     }
 
 
-def stage_evaluate(work: Path, folder: Path) -> None:
+def stage_evaluate(work: Path, folder: Path, denoiser: str) -> None:
     """How often the judge sees in the un-erased model's pictures what the prompt asked for."""
-    judge, table = load_judge(folder), words(folder)
     # The pages are of the shipped model; another's report stays with it.
-    shipped = folder == FOLDER
+    shipped, flow = folder == FOLDER, denoiser != "unet"
     results, sheets = (RESULTS, SHEETS) if shipped else (folder, folder / "sheets")
+    sheets = sheets / FOLDERS[denoiser] if flow else sheets
     with painters() as pool:
-        model = Model(folder, judge, pool)
+        model = Model(folder, denoiser, load_judge(folder), pool)
+        table = model.table
         found = {kind: tried(model, word_wishes(table, kind)) for kind in SEEDS}
         styles = tried(model, style_wishes(table))
         scenes = tried(model, scene_wishes(table))
@@ -238,12 +248,12 @@ def stage_evaluate(work: Path, folder: Path) -> None:
     shown = styles.images[named].unflatten(0, (-1, PER_STYLE))[:, ::3][:, :16].flatten(0, 1)
     save_grid(shown, 16, sheets / "styles.jpg")
     write_atomically(
-        folder / ACCURACY,
+        (folder / FOLDERS[denoiser] if flow else folder) / ACCURACY,
         (json.dumps(accuracy | {"style": by_style_word}, indent=0) + "\n").encode(),
     )
     unsaid = accuracy["unsaid"]
     unsaid |= {w: by_style_word[w] for style in table.styles[1:] for w in style.unsaid}
-    report = provenance(work, table) | {
+    report = provenance(work, model) | {
         "names": {
             "pictures": len(found["name"].wishes),
             "accuracy": mean(accuracy["name"]),
@@ -260,21 +270,19 @@ def stage_evaluate(work: Path, folder: Path) -> None:
         "scenes": {"pictures": len(scenes.wishes), "both": share(scenes.marks())},
         "styles": style_report(styles, names),
     }
-    write_atomically(
-        results / "embedded_model.json", (json.dumps(report, indent=2) + "\n").encode()
-    )
+    write_atomically(results / REPORTS[denoiser], (json.dumps(report, indent=2) + "\n").encode())
     log("evaluate", json.dumps({k: report[k] for k in ("names", "said", "unsaid", "scenes")}))
 
 
-def stage_sweep(work: Path, folder: Path) -> None:
+def stage_sweep(work: Path, folder: Path, denoiser: str) -> None:
     """Compare guidance and step counts on the tuning things; the best is the table's `sampling`."""
-    judge, table = load_judge(folder), words(folder)
+    table = words(folder)
     tuning = [thing for thing in table.things if thing.split == "tuning"]
     wishes = [Wish(table.prompts(t)[0], t.name, (t.name,)) for t in tuning * 2]
     with painters() as pool:
-        model = Model(folder, judge, pool)
+        model = Model(folder, denoiser, load_judge(folder), pool)
         for steps, guidance in SWEPT:
-            sampling = table.sampling | {"steps": steps, "guidance_scale": guidance}
+            sampling = model.table.sampling | {"steps": steps, "guidance_scale": guidance}
             found = tried(model, wishes, 5000, sampling)
             spoilt = share([sight.junk for sight in found.sights])
             right = share(found.marks())

@@ -108,8 +108,8 @@ def test_every_stage_begins_from_the_seed(
 ) -> None:
     began = []
 
-    def stage(work: Path, *folder: Path) -> None:
-        began.append((world_of(work), torch.initial_seed(), *folder))
+    def stage(work: Path, *of: Path | str) -> None:
+        began.append((world_of(work), torch.initial_seed(), *of))
 
     monkeypatch.setattr(train, "STAGES", {"bank": stage})
     monkeypatch.setattr(train, "EXPORTED", {"export": stage})
@@ -119,13 +119,30 @@ def test_every_stage_begins_from_the_seed(
     train.main(["--work", str(work), "--out", str(out)])
     train.main(["--work", str(tmp_path / "first")])
     other = World(seed=7)
-    assert began[:3] == [(other, 7), (other, 7), (other, 7, out)]
-    assert began[3:] == [(World(), 20240), (World(), 20240, FOLDER)]
+    assert began[:3] == [(other, 7), (other, 7), (other, 7, out, "unet")]
+    assert began[3:] == [(World(), 20240), (World(), 20240, FOLDER, "unet")]
     with pytest.raises(SystemExit):
         train.main(["--work", str(work), "--stage", "bank", "--seed", "8"])
     assert f"{FILE} says 7" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main(["--work", str(work), "--out", str(work)])
+
+
+@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+def test_all_stages_are_those_of_one_denoiser(
+    denoiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = []
+    stages = {name: lambda *of, name=name: began.append((name, *of[2:])) for name in train.STAGES}
+    monkeypatch.setattr(train, "STAGES", stages)
+    monkeypatch.setattr(train, "EXPORTED", {"export": stages["judge"]})
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    train.main(["--work", str(tmp_path), "--denoiser", denoiser])
+    other = ({"unet", "transformer"} - {denoiser}).pop()
+    assert began == [(n,) for n in stages if n != other] + [("judge", denoiser)]
+    began.clear()
+    train.main(["--work", str(tmp_path), "--stage", other, "--denoiser", denoiser])
+    assert began == [(other,)]
 
 
 def test_a_world_has_pictures_captions_and_weights_of_its_own(tokenizer) -> None:
