@@ -19,10 +19,10 @@ from realera_fast.alignment import (
     align_noise,
 )
 from realera_fast.config import EraseConfig
-from realera_fast.equations import Solved, gather, solve, unsolved
+from realera_fast.equations import Equations, Solved, gather, solve, unsolved
 from realera_fast.erasure import Erasure, report
 from realera_fast.inputs import Arguments, Job, checked, takes_members
-from realera_fast.mining import NOISE
+from realera_fast.mining import NOISE, KnownWords
 from realera_fast.models import Family, Stream, streams, transaction, weights_hash
 from realera_fast.robustness import Hardened, hardened
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
@@ -148,13 +148,7 @@ def erase(
         checkpoints = job.checkpoint(run)
         equations = {s: gather(job, selection, s, checkpoints) for s in job.texts}
     with clock.stage("closed form"):
-        scales = scales_of(job.config, equations[job.stream_of_words], known, selection)
-        solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
-        moved = None
-        if job.may_move_values:
-            moved = moved_values(job, selection, known, equations["sequence"], scales)
-        if moved:
-            solved["sequence"] = unsolved(equations["sequence"])
+        scales, solved, moved = _closed_form(job, selection, known, equations)
     layers = job.trained_layers
     with transaction(job.model, layers):
         with clock.stage("attacks"):
@@ -222,6 +216,20 @@ def _run_of(job: Job, selection: Selection) -> str:
         selection.neighborhood.surplus,
         {target: anchor.words for target, anchor in selection.anchors.items()},
     )
+
+
+def _closed_form(
+    job: Job, selection: Selection, known: KnownWords, equations: Mapping[Stream, Equations]
+) -> tuple[Scales, dict[Stream, Solved], MovedValues | None]:
+    """The scales of the text, the map of each stream, and what moves in place of the sequence."""
+    scales = scales_of(job.config, equations[job.stream_of_words], known, selection)
+    solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
+    moved = None
+    if job.may_move_values:
+        moved = moved_values(job, selection, known, equations["sequence"], scales)
+    if moved:
+        solved["sequence"] = unsolved(equations["sequence"])
+    return scales, solved, moved
 
 
 def _aligned(

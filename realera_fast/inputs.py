@@ -145,10 +145,9 @@ class Job:
     def may_move_values(self) -> bool:
         """Whether the closed form may be solved for the outputs of value projections."""
         options = self.config.closed_form
-        if not options.enabled or options.space == "text":
-            return False
-        left_open = options.space == "auto" and not self.config.asks_for_text
-        return options.space == "values" or (left_open and has_values(self.layers, self.texts))
+        if options.space != "auto" or self.config.asks_for_text:
+            return options.enabled and options.space == "values"
+        return options.enabled and has_values(self.layers, self.texts)
 
     def known_words(self) -> KnownWords:
         """What the model may know."""
@@ -287,8 +286,9 @@ def checked(given: Arguments) -> Job:
 def has_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[Text]]) -> bool:
     """Whether the closed form can be solved for the outputs of value projections."""
     sections = texts["sequence"]
-    speak = any(name.endswith(VALUES) for name in layers)
-    return speak and len(sections) == 1 and sections[0].reads_unpadded
+    return any(n.endswith(VALUES) for n in layers) and [s.reads_unpadded for s in sections] == [
+        True
+    ]
 
 
 _NO_VALUES = (

@@ -15,10 +15,10 @@ from realera_fast.solver.rows import Pairs
 from realera_fast.solver.value_space import NAMED_WEIGHT, ValueSystem
 
 __all__ = [
-    "NAMED_WEIGHT",
     "ClosedFormConfig",
     "ConceptMap",
     "IncrementalSystem",
+    "NAMED_WEIGHT",
     "NormalEquations",
     "Pairs",
     "PromptMap",
