@@ -121,8 +121,16 @@ ATTACKS = {
     "prompt optimization": "Prompt optimization has all gradients of the edited model and free "
     "token vectors in place of the name (three vectors, 120 steps of four noised pictures).",
     "image to image": "Image to image starts from a picture of the thing, at three strengths.",
+    "concept inversion": "Concept inversion learns the vector of one new token from the pictures "
+    "of the thing against the edited model ({steps} steps of {batch_size} noised pictures).",
+    "fine-tuning": "Fine-tuning trains the edited model's cross-attention on 32 pictures of other "
+    "things ({steps} steps of {batch_size} of them) and then asks for the name.",
+    "null-text inversion": "Null-text inversion takes a picture of the thing back to noise and "
+    "draws it again without text ({steps} DDIM steps, {inner_steps} AdamW steps on the empty "
+    "prompt in each). A denoiser of random weights gives the pictures back as well, so nothing is "
+    "claimed of that column.",
 }
-"""What is said of attacks, by how their names begin."""
+"""What is said of attacks, by how their names begin; budgets are those of the rows."""
 
 
 def attacks_lines() -> list[str]:
@@ -142,13 +150,17 @@ def attacks_lines() -> list[str]:
     first = found[0]
     things = ", ".join(dict.fromkeys(row["thing"] for row in found))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
-    told = [
-        text for start, text in ATTACKS.items() if any(name.startswith(start) for name in attacks)
-    ]
+    seeds = {name: len({r["seed"] for r in found if r["attack"] == name}) for name in order}
+    counted = ", ".join(f"{name} {count}" for name, count in seeds.items())
+    told = []
+    for start, text in ATTACKS.items():
+        rows = [row for row in found if row["attack"].startswith(start)]
+        if rows:
+            told.append(text.format(**rows[0].get("budget", {})))
     return [
         f"Pictures that show the erased thing again ({things}, erased by name), percent, mean ± "
-        f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
-        f"pictures each; lower is better; commit {commits}. {' '.join(told)}",
+        f"standard deviation over seeds ({counted}), {first['pictures']} pictures each; lower is "
+        f"better; commit {commits}. {' '.join(told)}",
         "",
         *table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]),
         "",
