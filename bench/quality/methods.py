@@ -151,6 +151,30 @@ def compared(count: int = 1) -> dict[str, Method]:
     return found
 
 
+IN_TURN, FIRST = "closed form alone, one after the other", "closed form alone, the first of them"
+
+
+def in_turn() -> dict[str, Method]:
+    """The closed form of all concepts in one erasure, of each on top of those before it, and of the
+    first alone."""
+    fast = library(EraseConfig.fast())
+
+    def stacked(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
+        for concept in concepts:
+            fast.erase(pipe, [concept], seed, exclude)
+
+    def first(
+        pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]
+    ) -> Erasure | None:
+        return fast.erase(pipe, concepts[:1], seed, exclude)
+
+    return {
+        FAST: fast,
+        IN_TURN: Method(stacked, fast.seeded, fast.settings),
+        FIRST: Method(first, fast.seeded, fast.settings),
+    }
+
+
 def by_category() -> dict[str, Method]:
     """Who is in the table of a category: its members found by drawing, and by the text alone."""
     return compared() | {
