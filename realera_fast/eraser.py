@@ -30,9 +30,9 @@ from realera_fast.scales import Scales, scales_of
 from realera_fast.selection import (
     Selection,
     select,
-    warn_of_names,
-    warn_of_no_words,
+    warn_of_stack,
     warn_of_surplus,
+    warn_of_words,
 )
 from realera_fast.solver import ConceptMap
 from realera_fast.text import (
@@ -411,9 +411,9 @@ def _report(
             *job.denoising.warnings,
             *warn_of_surplus(selection),
             *warnings,
-            *warn_of_names(job, selection),
+            *warn_of_words(job, selection),
             *_warn_of_members(job),
-            *warn_of_no_words(selection),
+            *warn_of_stack(job, selection, edited, _PROMPT),
             *_warn_of_alignment(job),
             *_warn_of_attacks(job, hard),
         ),
