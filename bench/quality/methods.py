@@ -13,7 +13,7 @@ from typing import Any
 
 from baselines import esd, mace, oce, rece, speed, uce
 from baselines.phrases import ANCHORS, label
-from harness.tables import DEFAULT, FAST, STRICT
+from harness.tables import DEFAULT, FAST, FIRST, IN_TURN, STRICT
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -149,9 +149,6 @@ def compared(count: int = 1) -> dict[str, Method]:
     if count > 1:
         found |= {name: baseline(BASELINES[name], best) for name, best in TOGETHER.items()}
     return found
-
-
-IN_TURN, FIRST = "closed form alone, one after the other", "closed form alone, the first of them"
 
 
 def in_turn() -> dict[str, Method]:
