@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from realera_fast.erasure import applied, originals_of
-from realera_fast.erasure.report import DRIFTED, Movement
+from realera_fast.erasure import applied, originals_of, report
 from realera_fast.inputs import Job, name_key
 from realera_fast.mining import (
     Anchor,
@@ -324,10 +323,11 @@ def warn_of_stack(
     for erasure in earlier:
         gone |= {folded(w) for words in erasure.report.get("neighbors", {}).values() for w in words}
     staying = [word for word in selection.watched if folded(word) not in gone]
-    movement = Movement([originals[n].to(edited[n]) for n in names], [edited[n] for n in names])
+    before, after = [originals[n].to(edited[n]) for n in names], [edited[n] for n in names]
+    movement = report.Movement(before, after)
     read = read_text_rows(job.text, [fill(prompt, word) for word in staying])
     drifts = sorted(zip(movement.drifts(*read), staying, strict=True), reverse=True)
-    far = [f"{word!r} {drift:.2f}" for drift, word in drifts if drift > DRIFTED]
+    far = [f"{word!r} {drift:.2f}" for drift, word in drifts if drift > report.DRIFTED]
     if far:
         text = (
             f"erasures on top of each other add up: since the first of {len(earlier) + 1} "

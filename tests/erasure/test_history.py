@@ -16,10 +16,16 @@ from model_state import equal, weights
 from tiny_families import denoise, sd1, sdxl
 from tiny_models import tiny_pipeline
 
-from realera_fast import Erasure, erase, selection
+from realera_fast import Erasure, erase
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.cli import program as cli
-from realera_fast.erasure import BaseModelMismatchError, ErasureFileError, applied, read_description
+from realera_fast.erasure import (
+    BaseModelMismatchError,
+    ErasureFileError,
+    applied,
+    read_description,
+    report,
+)
 from realera_fast.evaluation import verify
 from realera_fast.models import LoraFactors
 
@@ -55,7 +61,7 @@ def test_what_was_erased_first_can_be_withdrawn(build):
 
 def test_what_erasures_moved_together_is_warned_of(monkeypatch):
     pipe = sd1()
-    monkeypatch.setattr(selection, "DRIFTED", 0.0)
+    monkeypatch.setattr(report, "DRIFTED", 0.0)
     first, second = erased(pipe, "cat=dog", "ship=tree")
 
     def stacked(erasure):
@@ -65,7 +71,7 @@ def test_what_erasures_moved_together_is_warned_of(monkeypatch):
     (warning,) = stacked(second)
     assert "since the first of 2 " in warning and "all concepts in one call" in warning
     assert "'cat'" not in warning, "what went before was to go"
-    monkeypatch.setattr(selection, "DRIFTED", 1e9)
+    monkeypatch.setattr(report, "DRIFTED", 1e9)
     assert not stacked(*erased(pipe, "van=art"))
 
 
