@@ -30,9 +30,9 @@ from realera_fast.scales import Scales, scales_of
 from realera_fast.selection import (
     Selection,
     select,
-    warn_of_names,
-    warn_of_no_words,
+    warn_of_stack,
     warn_of_surplus,
+    warn_of_words,
 )
 from realera_fast.solver import ConceptMap
 from realera_fast.text import (
@@ -44,7 +44,7 @@ from realera_fast.text import (
     preserved_words,
     read_text_rows,
 )
-from realera_fast.values import MovedValues, joined, moved_values
+from realera_fast.values import MovedValues, joined, may_move_values, moved_values
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +153,14 @@ def erase(
     with transaction(job.model, layers):
         with clock.stage("attacks"):
             hard = hardened(job, selection, equations, scales, solved, run)
-        aligned = _aligned(job, selection, hard, moved, run, clock)
+            hard = replace(hard, moved=moved)
+        aligned = _aligned(job, selection, hard, run, clock)
         if moved:
             aligned = replace(aligned, lora=joined(moved.factors, aligned.lora))
         before = {name: module.weight.detach().clone() for name, module in layers.items()}
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
-            measured = _report(job, selection, scales, moved, hard, aligned, erasure, before, slow)
+            measured = _report(job, selection, scales, hard, aligned, erasure, before, slow)
         measured = replace(measured, seconds=clock.seconds)
         erasure = replace(erasure, report=measured.to_dict())
         erasure.apply_(job.model)
@@ -225,22 +226,15 @@ def _closed_form(
     scales = scales_of(job.config, equations[job.stream_of_words], known, selection)
     solved = {s: solve(each, job.config, scales) for s, each in equations.items()}
     moved = None
-    if job.may_move_values:
+    if may_move_values(job):
         moved = moved_values(job, selection, known, equations["sequence"], scales)
     if moved:
         solved["sequence"] = unsolved(equations["sequence"])
     return scales, solved, moved
 
 
-def _aligned(
-    job: Job,
-    selection: Selection,
-    hard: Hardened,
-    moved: MovedValues | None,
-    run: str,
-    clock: Clock,
-) -> Alignment:
-    config, solved = job.config, hard.solved
+def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Clock) -> Alignment:
+    config, solved, moved = job.config, hard.solved, hard.moved
     moves = moved or solved["sequence"].solution.map.rank or not config.closed_form.enabled
     if not (job.denoising.alignable and moves):
         return NOT_ALIGNED
@@ -301,7 +295,6 @@ def _report(
     job: Job,
     selection: Selection,
     scales: Scales,
-    moved: MovedValues | None,
     hard: Hardened,
     aligned: Alignment,
     erasure: Erasure,
@@ -315,6 +308,7 @@ def _report(
         warnings: those that were given before the report.
     """
     edited = erasure.edited_weights(before)
+    moved = hard.moved
     words = _measured_words(job, selection, moved, before, edited)
     outcome, solved = aligned.to_dict(), hard.solved
     info = asdict(solved["sequence"].solution.info)
@@ -343,9 +337,9 @@ def _report(
             *job.denoising.warnings,
             *warn_of_surplus(selection),
             *warnings,
-            *warn_of_names(job, selection),
+            *warn_of_words(job, selection),
             *_warn_of_members(job),
-            *warn_of_no_words(selection),
+            *warn_of_stack(job, selection, edited, _PROMPT),
             *_warn_of_alignment(job),
             *_warn_of_attacks(job, hard),
         ),

@@ -141,14 +141,6 @@ class Job:
         found = [s for s, sections in self.texts.items() if sections[0].reads_unpadded]
         return found[0] if found else "sequence"
 
-    @property
-    def may_move_values(self) -> bool:
-        """Whether the closed form may be solved for the outputs of value projections."""
-        options = self.config.closed_form
-        if options.space != "auto" or self.config.asks_for_text:
-            return options.enabled and options.space == "values"
-        return options.enabled and has_values(self.layers, self.texts)
-
     def known_words(self) -> KnownWords:
         """What the model may know."""
         stream = self.stream_of_words
@@ -262,7 +254,11 @@ def checked(given: Arguments) -> Job:
     check_tokens(texts, concepts, preserve, config)
     if config.closed_form.enabled and config.closed_form.space == "values":
         if not has_values(layers, texts):
-            raise ValueError(_NO_VALUES)
+            raise ValueError(
+                'config: closed_form.space="values" runs on models whose cross-attention reads one '
+                "text encoder's tokens in value projections of its own (Stable Diffusion 1, 2 and "
+                'XL), and this model has none such; set closed_form.space="text"'
+            )
     family = as_read(family, encoders, texts)
     return Job(
         model=given.model,
@@ -286,16 +282,8 @@ def checked(given: Arguments) -> Job:
 def has_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[Text]]) -> bool:
     """Whether the closed form can be solved for the outputs of value projections."""
     sections = texts["sequence"]
-    return any(n.endswith(VALUES) for n in layers) and [s.reads_unpadded for s in sections] == [
-        True
-    ]
-
-
-_NO_VALUES = (
-    'config: closed_form.space="values" runs on models whose cross-attention reads one text '
-    "encoder's tokens in value projections of its own (Stable Diffusion 1, 2 and XL), and this "
-    'model has none such; set closed_form.space="text"'
-)
+    speak = any(name.endswith(VALUES) for name in layers)
+    return speak and len(sections) == 1 and sections[0].reads_unpadded
 
 
 def _with_parts(given: Arguments) -> Arguments:

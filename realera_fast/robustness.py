@@ -35,6 +35,7 @@ from realera_fast.selection import Selection
 from realera_fast.solver import ConceptMap
 from realera_fast.text import AlignedPrompts, ConceptPrompts, FreePrompts
 from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet, Variant
+from realera_fast.values import MovedValues
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Hardened:
     """The closed form after all rounds."""
 
     solved: Mapping[Stream, Solved]
+    moved: MovedValues | None = None
+    """What moves in place of the token sequence."""
     found: Mapping[int, AlignedPrompts] = field(default_factory=dict)
     """Prompts that were found, by number of the named word that they bring back."""
     attacks: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +95,7 @@ def hardened(
                 found[word] = found[word].with_found(rows) if word in found else rows
                 _add(job, selection, equations, index, outcome.prompts)
             solved = {s: solve(each, config, scales) for s, each in equations.items()}
-    return Hardened(solved, found, errors, attacker)
+    return Hardened(solved, None, found, errors, attacker)
 
 
 def _check_encoders(shown: DenoiserText) -> None:

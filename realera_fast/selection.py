@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from realera_fast.erasure import applied, originals_of, report
 from realera_fast.inputs import Job, name_key
 from realera_fast.mining import (
     Anchor,
@@ -23,8 +24,17 @@ from realera_fast.mining import (
     find_neighbors,
     guidance_cosine,
 )
+from realera_fast.models import streams
 from realera_fast.runtime import folded
-from realera_fast.text import Concept, ConceptPrompts, PairsConfig, Text, Vocabulary, fill
+from realera_fast.text import (
+    Concept,
+    ConceptPrompts,
+    PairsConfig,
+    Text,
+    Vocabulary,
+    fill,
+    read_text_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -274,17 +284,14 @@ def warn_of_surplus(selection: Selection) -> Iterator[str]:
             yield text
 
 
-def warn_of_names(job: Job, selection: Selection) -> Iterator[str]:
-    """Warns of words that the text encoders see otherwise than the user."""
+def warn_of_words(job: Job, selection: Selection) -> Iterator[str]:
+    """Warns of words that the text encoders see otherwise than the user, and of a tokenizer that
+    marks none."""
     concepts, retained = selection.concepts, tuple(selection.retained)
     mined = [word for words in selection.mined.values() for word in words]
     yield from _spelled(concepts, (*mined, *retained), name_key(job.texts))
     yield from _unknown(concepts, job.texts)
     yield from _retained_in_part(concepts, retained, job.texts)
-
-
-def warn_of_no_words(selection: Selection) -> Iterator[str]:
-    """Warns of a tokenizer that marks no words."""
     if not selection.vocabulary.words:
         logger.warning(_NO_WORDS)
         yield _NO_WORDS
@@ -294,6 +301,41 @@ _NO_WORDS = (
     "the vocabulary is empty: the tokenizer marks no whole words (or vocabulary.words is 0), so "
     "nothing but preserve=, anchors and relatives are held in place; name what must stay"
 )
+
+
+def warn_of_stack(
+    job: Job, selection: Selection, edited: Mapping[str, Tensor], prompt: str
+) -> Iterator[str]:
+    """Warns of words that should stay and moved too far with the erasures before this one.
+
+    Each erasure keeps what the model says at the time, so that their side effects add up.
+
+    Args:
+        edited: `[o, d]` weights after this erasure, by layer name.
+        prompt: a template; words are read in it.
+    """
+    originals, kinds = originals_of(job.model), streams(job.model, job.family.maps)
+    names = [name for name in edited if name in originals and kinds.get(name) == "sequence"]
+    earlier = applied(job.model) if names else ()
+    if not earlier:
+        return
+    gone = {folded(w) for erasure in earlier for c in erasure.concepts for w in c.words}
+    for erasure in earlier:
+        gone |= {folded(w) for words in erasure.report.get("neighbors", {}).values() for w in words}
+    staying = [word for word in selection.watched if folded(word) not in gone]
+    before, after = [originals[n].to(edited[n]) for n in names], [edited[n] for n in names]
+    movement = report.Movement(before, after)
+    read = read_text_rows(job.text, [fill(prompt, word) for word in staying])
+    drifts = sorted(zip(movement.drifts(*read), staying, strict=True), reverse=True)
+    far = [f"{word!r} {drift:.2f}" for drift, word in drifts if drift > report.DRIFTED]
+    if far:
+        text = (
+            f"erasures on top of each other add up: since the first of {len(earlier) + 1} "
+            f"{len(far)} of {len(staying)} words that should stay moved, in distances between "
+            f"words: {', '.join(far[:6])}; undo them and erase all concepts in one call"
+        )
+        logger.warning(text)
+        yield text
 
 
 def _spelled(

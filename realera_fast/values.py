@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from realera_fast.equations import Equations
 from realera_fast.erasure import originals_of
-from realera_fast.inputs import VALUES, Job
+from realera_fast.inputs import VALUES, Job, has_values
 from realera_fast.mining import KnownWords
 from realera_fast.models import LoraFactors, output_maps
 from realera_fast.runtime import full_precision
@@ -76,6 +76,18 @@ def joined(
     """Additions to weights that do both."""
     both = {name: part + other[name] for name, part in one.items() if name in other}
     return {**one, **other, **both}
+
+
+def may_move_values(job: Job) -> bool:
+    """Whether the closed form may be solved for the outputs of value projections.
+
+    Members of a category lie apart, and no ridge reaches them from its name: the text takes it.
+    """
+    options = job.config.closed_form
+    if options.space != "auto" or job.config.asks_for_text:
+        return options.enabled and options.space == "values"
+    listed = all(concept.kind != "explicit" for concept in job.concepts)
+    return options.enabled and listed and has_values(job.layers, job.texts)
 
 
 def moved_values(

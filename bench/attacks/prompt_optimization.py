@@ -11,15 +11,16 @@ they stay free.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attacks.denoising import Denoising, tokens_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def optimize(
         word: of one token, where the vectors start.
     """
     options = settings or Settings()
-    unet, encoder = pipe.unet, pipe.text_encoder
+    encoder = pipe.text_encoder
     table = encoder.get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(seed)
     size = table.float().square().mean().sqrt()
@@ -78,41 +79,16 @@ def optimize(
     vectors = (start + 0.1 * size * noise).clone().requires_grad_(True)
     prompt = "a photo of a " + " ".join([word] * options.vectors)
     free = FreePrompt(pipe, vectors, prompt)
-    tokens = pipe.tokenizer(
-        prompt,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(encoder.device)
-    scheduler = pipe.scheduler
-    times = len(scheduler.alphas_cumprod)
-    predicts_velocity = scheduler.config.prediction_type == "v_prediction"
+    tokens = tokens_of(pipe, [prompt])
+    denoising = Denoising(pipe, latents, options.batch_size, generator)
     optimizer = torch.optim.Adam([vectors], lr=options.learning_rate * float(size))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for _ in range(options.steps):
-            chosen = torch.randint(len(latents), (options.batch_size,), generator=generator)
-            t = torch.randint(times, (options.batch_size,), generator=generator)
-            t = t.to(latents.device)
-            clean = latents[chosen].float()
-            eps = torch.randn(clean.shape, generator=generator).to(latents.device)
-            z = scheduler.add_noise(clean, eps, t)
-            aim = scheduler.get_velocity(clean, eps, t) if predicts_velocity else eps
+            noised = denoising.draw()
             with free.installed():
                 states = encoder(tokens)[0]
-            states = states.expand(options.batch_size, -1, -1).to(unet.dtype)
-            out = unet(z.to(unet.dtype), t, encoder_hidden_states=states).sample.float()
-            loss = functional.mse_loss(out, aim)
-            (vectors.grad,) = torch.autograd.grad(loss, [vectors])
+            (vectors.grad,) = torch.autograd.grad(denoising.loss(noised, states), [vectors])
             optimizer.step()
             schedule.step()
     return FreePrompt(pipe, vectors.detach(), prompt)
-
-
-@torch.no_grad()
-def encode_pictures(pipe: Any, pictures: Sequence[Any]) -> Tensor:
-    """`[n, c, h, w]` latents of pictures, scaled as the denoiser takes them."""
-    images = pipe.image_processor.preprocess(list(pictures)).to(pipe.vae.device, pipe.vae.dtype)
-    latents: Tensor = pipe.vae.encode(images).latent_dist.mean
-    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    return (latents - shift) * pipe.vae.config.scaling_factor

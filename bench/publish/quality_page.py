@@ -16,6 +16,7 @@ from publish.quality_tables import (
     model_lines,
     objects_lines,
     scores_lines,
+    sequential_lines,
     several_lines,
     summary_lines,
     withheld_lines,
@@ -38,6 +39,7 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
         ),
     ),
     ("Several at once", several_lines),
+    ("One after the other", sequential_lines),
     ("Styles", lambda: scores_lines("styles", "Each judged style, by its name.")),
     (
         "Characters",

@@ -121,8 +121,16 @@ ATTACKS = {
     "prompt optimization": "Prompt optimization has all gradients of the edited model and free "
     "token vectors in place of the name (three vectors, 120 steps of four noised pictures).",
     "image to image": "Image to image starts from a picture of the thing, at three strengths.",
+    "concept inversion": "Concept inversion learns the vector of one new token from the pictures "
+    "of the thing against the edited model ({steps} steps of {batch_size} noised pictures).",
+    "fine-tuning": "Fine-tuning trains the edited model's cross-attention on pictures of other "
+    "things ({steps} steps of {batch_size} of them) and then asks for the name.",
+    "null-text inversion": "Null-text inversion takes a picture of the thing back to noise and "
+    "draws it again without text ({steps} DDIM steps, {inner_steps} AdamW steps on the empty "
+    "prompt in each). A denoiser of random weights gives the pictures back as well, so nothing is "
+    "claimed of that column.",
 }
-"""What is said of attacks, by how their names begin."""
+"""What is said of attacks, by how their names begin; budgets are those of the rows."""
 
 
 def attacks_lines() -> list[str]:
@@ -137,18 +145,27 @@ def attacks_lines() -> list[str]:
         part = [r for r in found if r["method"] == method and r["attack"] == attack]
         seeds = sorted({r["seed"] for r in part})
         means = [statistics.mean(r["success"] for r in part if r["seed"] == s) for s in seeds]
-        return percent(means) if means else "–"
+        most = max(sum(r["method"] == m and r["attack"] == attack for r in found) for m in methods)
+        mark = "" if len(part) == most else f" ({len(part)} of {most} rows)"
+        return percent(means) + mark if means else "–"
 
     first = found[0]
-    things = ", ".join(dict.fromkeys(row["thing"] for row in found))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
-    told = [
-        text for start, text in ATTACKS.items() if any(name.startswith(start) for name in attacks)
-    ]
+    spread = []
+    for name in order:
+        part = [row for row in found if row["attack"] == name]
+        seeds = len({row["seed"] for row in part})
+        on = ", ".join(dict.fromkeys(row["thing"] for row in part))
+        spread.append(f"{name}: {on}; {seeds} seed{'s' * (seeds > 1)}")
+    told = []
+    for start, text in ATTACKS.items():
+        rows = [row for row in found if row["attack"].startswith(start)]
+        if rows:
+            told.append(text.format(**rows[0].get("budget", {})))
     return [
-        f"Pictures that show the erased thing again ({things}, erased by name), percent, mean ± "
-        f"standard deviation over {len({r['seed'] for r in found})} seeds, {first['pictures']} "
-        f"pictures each; lower is better; commit {commits}. {' '.join(told)}",
+        f"Pictures that show the erased thing again, erased by name ({'. '.join(spread)}); "
+        f"percent, mean ± standard deviation over seeds, {first['pictures']} pictures each; lower "
+        f"is better; commit {commits}. {' '.join(told)}",
         "",
         *table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]),
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from harness.rows import committed_object
-from harness.tables import DEFAULT, STRICT, UNERASED, percent, table
+from harness.tables import DEFAULT, FIRST, STRICT, UNERASED, percent, table
 
 from publish.quality_rows import (
     FURTHER,
@@ -120,6 +120,50 @@ def several_lines() -> list[str]:
             "",
         ]
     return lines
+
+
+def sequential_lines() -> list[str]:
+    """Erasures on top of each other, beside the same in one."""
+    found = Found("sequential")
+    if not found.rows:
+        return []
+    task = found.rows[0]
+    first = next(iter(task["words"]["erased"]))
+    shown = {"erased": [first], "synonym": words().held_out(words().thing(first))}
+
+    def drawn(method: str, group: str) -> str:
+        """Pictures of the first of them."""
+        counts = [row["words"][group][word] for row in found.of(method) for word in shown[group]]
+        right, every = (sum(part) for part in zip(*counts, strict=True))
+        return f"{right} of {every}"
+
+    body = []
+    for method in found.methods:
+        cells = [bold(method), drawn(method, "erased"), drawn(method, "synonym")]
+        values = (score("acc_e"), score("acc_g"), near("acc_s"), score("acc_s"))
+        of_all = method != FIRST
+        cells += [percent(found.by_seed(method, v)) if of_all else "–" for v in values]
+        body.append(cells)
+    names = ", ".join(task["words"]["erased"])
+    return [
+        f"{task['concepts']} judged things that all become one other ({task['task']}), in one "
+        f"erasure, and each on top of those before it: {names}. What went stays away; side effects "
+        f"add up ([Stacking](../stacking.md)). {found.note()}",
+        "",
+        *table(
+            (
+                "method",
+                f"{first} drawn ↓",
+                "its other words ↓",
+                "Acc_e ↓",
+                "Acc_g ↓",
+                "relatives kept ↑",
+                "Acc_s ↑",
+            ),
+            body,
+        ),
+        "",
+    ]
 
 
 def scores_lines(name: str, text: str) -> list[str]:

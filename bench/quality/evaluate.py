@@ -2,6 +2,7 @@
 
     python bench/run.py quality objects        # each of the ten CIFAR-10 classes
     python bench/run.py quality several        # 1, 10, 100 things at once
+    python bench/run.py quality sequential     # 20 things, one after the other, to one anchor
     python bench/run.py quality styles
     python bench/run.py quality characters
     python bench/run.py quality unsafe         # the category by its name alone

@@ -13,7 +13,7 @@ from typing import Any
 
 from baselines import esd, mace, oce, rece, speed, uce
 from baselines.phrases import ANCHORS, label
-from harness.tables import DEFAULT, FAST, STRICT
+from harness.tables import DEFAULT, FAST, FIRST, IN_TURN, STRICT
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -149,6 +149,27 @@ def compared(count: int = 1) -> dict[str, Method]:
     if count > 1:
         found |= {name: baseline(BASELINES[name], best) for name, best in TOGETHER.items()}
     return found
+
+
+def in_turn() -> dict[str, Method]:
+    """The closed form of all concepts in one erasure, of each on top of those before it, and of the
+    first alone."""
+    fast = library(EraseConfig.fast())
+
+    def stacked(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
+        for concept in concepts:
+            fast.erase(pipe, [concept], seed, exclude)
+
+    def first(
+        pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]
+    ) -> Erasure | None:
+        return fast.erase(pipe, concepts[:1], seed, exclude)
+
+    return {
+        FAST: fast,
+        IN_TURN: Method(stacked, fast.seeded, fast.settings),
+        FIRST: Method(first, fast.seeded, fast.settings),
+    }
 
 
 def by_category() -> dict[str, Method]:

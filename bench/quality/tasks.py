@@ -228,6 +228,20 @@ def several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return tasks
 
 
+def sequential(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Twenty random things of the split that all become the same one, in this order."""
+    tasks = []
+    for seed in seeds:
+        places = random.Random(2000 + seed).sample(plan.things, len(plan.things))
+        anchor, *rest = places
+        gone = [t for t in rest if t.category != anchor.category and anchor.name not in t.relatives]
+        counts = Counts(target=2, synonym=1, relative=1, others=40, scenes=0)
+        task = plan.of_things(f"20 to {anchor.name}", gone[:20], [seed], counts)
+        concepts = tuple(Concept(c.target, anchor=anchor.name) for c in task.concepts)
+        tasks.append(dataclasses.replace(task, concepts=concepts))
+    return tasks
+
+
 def styles(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return [plan.of_style(style.name, seeds) for style in plan.styles]
 
@@ -294,6 +308,7 @@ def _all() -> dict[str, Method]:
 TABLES: Mapping[str, Table] = {
     "objects": Table(objects, _all),
     "several": Table(several, None),
+    "sequential": Table(sequential, methods.in_turn),
     "styles": Table(styles, None),
     "characters": Table(characters, None),
     "unsafe": Table(unsafe, methods.by_category),

@@ -92,8 +92,8 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="fast: the closed form alone; strict: the same where value projections speak, which "
-        "holds against attacks; adversarial: trained against attacks; paper: RealEra as published "
+        help="fast: the closed form alone; strict: the same where value projections speak, "
+        "harder to attack; adversarial: trained against attacks; paper: RealEra as published "
         "(default: both stages, with scales that the model chooses).",
     ),
 ]

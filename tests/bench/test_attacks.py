@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
 import pytest
 import torch
-from attacks import image_to_image, prompt_optimization, prompt_search
+from attacks import (
+    concept_inversion,
+    fine_tuning,
+    image_to_image,
+    null_text_inversion,
+    prompt_optimization,
+    prompt_search,
+)
+from attacks.denoising import encode_pictures, tokens_of
+from quality import robustness
 
 from realera_fast import embedded
 from realera_fast.evaluation import Sampling, generate
@@ -43,29 +55,112 @@ def test_search_comes_nearer_to_the_concept_without_its_name(pipe):
     assert distance(long[0]) < distance(short[0])
 
 
+@torch.no_grad()
+def misfit(pipe, latents, states):
+    """Loss of the pictures with these embeddings `[n or 1, tokens, d]`."""
+    generator, total = torch.Generator().manual_seed(1), 0.0
+    for t in (300, 600, 800):
+        eps = torch.randn(latents.shape, generator=generator)
+        z = pipe.scheduler.add_noise(latents, eps, torch.tensor([t]))
+        aim = pipe.scheduler.get_velocity(latents, eps, torch.tensor([t]))
+        out = pipe.unet(z, t, encoder_hidden_states=states.expand(len(z), -1, -1)).sample
+        total += float((out - aim).square().mean())
+    return total
+
+
+@torch.no_grad()
+def encoded(pipe, prompt):
+    return pipe.text_encoder(tokens_of(pipe, [prompt]))[0]
+
+
+def free_misfit(pipe, latents, free):
+    with free.installed():
+        states = encoded(pipe, free.prompt)
+    return misfit(pipe, latents, states)
+
+
 def test_optimization_explains_pictures_better_than_its_start(pipe, rabbits):
-    latents = prompt_optimization.encode_pictures(pipe, rabbits)
+    latents = encode_pictures(pipe, rabbits)
     assert latents.shape == (4, pipe.unet.config.in_channels, 8, 8)
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     few = prompt_optimization.Settings(steps=1, batch_size=2, learning_rate=0.1)
     many = prompt_optimization.Settings(steps=25, batch_size=2, learning_rate=0.1)
-
-    @torch.no_grad()
-    def loss(settings):
-        free = prompt_optimization.optimize(pipe, latents, "house", 0, settings)
-        with free.installed():
-            states = pipe.encode_prompt([free.prompt], "cpu", 1, False)[0].expand(4, -1, -1)
-        generator, total = torch.Generator().manual_seed(1), 0.0
-        for t in (300, 600, 800):
-            eps = torch.randn(latents.shape, generator=generator)
-            z = pipe.scheduler.add_noise(latents, eps, torch.tensor([t]))
-            out = pipe.unet(z, t, encoder_hidden_states=states).sample
-            total += float((out - eps).square().mean())
-        return total
-
-    assert loss(many) < loss(few)
+    losses = [
+        free_misfit(pipe, latents, prompt_optimization.optimize(pipe, latents, "house", 0, s))
+        for s in (few, many)
+    ]
+    assert losses[1] < losses[0]
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
     assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
+
+
+def test_inversion_learns_a_token_for_what_the_model_knows(pipe, rabbits):
+    latents = encode_pictures(pipe, rabbits)
+    budget = concept_inversion.Settings(steps=25, batch_size=2, learning_rate=0.3)
+    free = concept_inversion.invert(pipe, latents, 0, budget)
+    assert free.prompt == "a photo of a thing"
+    start, known = (
+        misfit(pipe, latents, encoded(pipe, f"a photo of a {word}")) for word in ("thing", "rabbit")
+    )
+    # On the way from a word that means nothing to the word for what is shown.
+    assert known < start
+    assert free_misfit(pipe, latents, free) < known + 0.9 * (start - known)
+    assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
+
+
+def test_null_texts_bring_a_picture_nearer_than_inversion_alone(pipe, rabbits):
+    latents = encode_pictures(pipe, rabbits)[:2]
+
+    def distance(inner_steps):
+        budget = null_text_inversion.Settings(steps=3, inner_steps=inner_steps)
+        found = encode_pictures(pipe, null_text_inversion.redraw(pipe, latents, budget))
+        return float((found - latents).norm())
+
+    alone, optimized = distance(0), distance(4)
+    assert optimized < 0.9 * alone
+
+
+def test_fine_tuning_learns_its_pictures_and_leaves_the_weights(pipe, rabbits):
+    latents, caption = encode_pictures(pipe, rabbits), "a photo of a house"
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    budget = fine_tuning.Settings(steps=10, batch_size=2, learning_rate=1e-3)
+    untrained = misfit(pipe, latents, encoded(pipe, caption))
+    with (
+        pytest.raises(RuntimeError, match="stopped"),
+        fine_tuning.fine_tuned(pipe, latents, [caption] * 4, 0, budget),
+    ):
+        assert misfit(pipe, latents, encoded(pipe, caption)) < untrained
+        now = pipe.unet.state_dict()
+        changed = {name for name, value in before.items() if not torch.equal(value, now[name])}
+        assert changed and all(budget.layers in name for name in changed)
+        raise RuntimeError("stopped")
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+
+
+def test_rows_of_attacks_have_their_budget_and_their_controls(tmp_path, monkeypatch):
+    small = {
+        concept_inversion: {"steps": 1, "batch_size": 1},
+        null_text_inversion: {"steps": 1, "inner_steps": 1},
+        fine_tuning: {"steps": 1, "batch_size": 1},
+    }
+    for module, budget in small.items():
+        settings = functools.partial(module.Settings, **budget)
+        monkeypatch.setattr(module, "Settings", settings)
+    for name in ("PICTURES", "UNRELATED"):
+        monkeypatch.setattr(robustness, name, 1)
+    out = tmp_path / "rows.jsonl"
+    controls = (robustness.UNERASED, robustness.ELSE, robustness.UNTRAINED)
+    attacks = (robustness.INVERSION, robustness.NULL_TEXT, robustness.FINE_TUNING)
+    words = ["--things", "cow", "--seeds", "0", "--dtype", "bfloat16", "--out", str(out)]
+    robustness.main([*words, "--methods", *controls, "--attacks", *attacks])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {(row["method"], row["attack"]): row["success"] for row in rows}
+    assert set(found) == {(m, a) for m in controls[:2] for a in attacks} | {
+        (robustness.UNTRAINED, robustness.NULL_TEXT)
+    }
+    assert found[robustness.UNERASED, robustness.FINE_TUNING] == 1.0
+    assert all(found[robustness.ELSE, attack] == 0.0 for attack in attacks)
+    assert all(row["budget"]["steps"] == 1 for row in rows)
 
 
 def test_redrawing_keeps_more_at_less_strength(pipe, rabbits):

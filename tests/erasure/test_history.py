@@ -19,7 +19,13 @@ from tiny_models import tiny_pipeline
 from realera_fast import Erasure, erase
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.cli import program as cli
-from realera_fast.erasure import BaseModelMismatchError, ErasureFileError, applied, read_description
+from realera_fast.erasure import (
+    BaseModelMismatchError,
+    ErasureFileError,
+    applied,
+    read_description,
+    report,
+)
 from realera_fast.evaluation import verify
 from realera_fast.models import LoraFactors
 
@@ -51,6 +57,22 @@ def test_what_was_erased_first_can_be_withdrawn(build):
     assert equal(weights(pipe.unet), base)
     with pytest.raises(ValueError, match="not applied to this model"):
         second.restore_(pipe.unet)
+
+
+def test_what_erasures_moved_together_is_warned_of(monkeypatch):
+    pipe = sd1()
+    monkeypatch.setattr(report, "DRIFTED", 0.0)
+    first, second = erased(pipe, "cat=dog", "ship=tree")
+
+    def stacked(erasure):
+        return [w for w in erasure.report["warnings"] if "on top of each other" in w]
+
+    assert not stacked(first)
+    (warning,) = stacked(second)
+    assert "since the first of 2 " in warning and "all concepts in one call" in warning
+    assert "'cat'" not in warning, "what went before was to go"
+    monkeypatch.setattr(report, "DRIFTED", 1e9)
+    assert not stacked(*erased(pipe, "van=art"))
 
 
 def test_one_of_three_is_withdrawn_and_the_others_stay():
