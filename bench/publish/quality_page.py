@@ -33,10 +33,10 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
         "What each part brings",
         lambda: scores_lines(
             "parts",
-            "The closed form as it comes, which takes the text or the values; the values with less; "
-            "the text, and the same with one part taken away or put in another's place: neighbors, "
-            "the line between these and relatives, relatives that are held, scales, anchors. Things "
-            "with many kinds and with few: automobile, bird, cat, ship.",
+            "The closed form as it comes, which takes the text or the values; values with less; "
+            "the text, and the same with one part taken away or put in another's place: "
+            "neighbors, the line between these and relatives, relatives that are held, scales, "
+            "anchors. Things with many kinds and with few: automobile, bird, cat, ship.",
         ),
     ),
     ("Several at once", several_lines),
