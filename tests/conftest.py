@@ -19,22 +19,22 @@ import pytest
 from tiles import TILE_SETS, using_tiles
 
 LONGEST = (
-    "ops/test_native_library.py",
-    "runtime/test_states.py",
-    "packaging/test_docs.py",
-    "models/test_entrances.py",
-    "ops/test_cuda_sources.py",
-    "eraser/test_equations.py",
-    "erasure/test_erasure.py",
-    "models/test_families.py",
-    "erasure/test_exports.py",
-    "cli/test_demo.py",
-    "mining/test_category_members.py",
-    "eraser/test_eraser.py",
-    "runtime/test_processes.py",
-    "alignment/test_alignment.py",
-    "packaging/test_lint.py",
-    "bench/test_baselines_erase.py",
+    "tests/ops/test_native_library.py",
+    "tests/runtime/test_states.py",
+    "tests/packaging/test_docs.py",
+    "tests/models/test_entrances.py",
+    "tests/ops/test_cuda_sources.py",
+    "tests/eraser/test_equations.py",
+    "tests/erasure/test_erasure.py",
+    "tests/models/test_families.py",
+    "tests/erasure/test_exports.py",
+    "tests/cli/test_demo.py",
+    "tests/mining/test_category_members.py",
+    "tests/eraser/test_eraser.py",
+    "tests/runtime/test_processes.py",
+    "tests/alignment/test_alignment.py",
+    "tests/packaging/test_lint.py",
+    "tests/bench/test_baselines_erase.py",
 )
 """Files that take longest, about in this order."""
 
@@ -42,8 +42,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first: of two processes none is left with it at the end."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    here = Path(__file__).parent
-    items.sort(key=lambda item: ranks.get(os.path.relpath(item.path, here), len(ranks)))
+    root = Path(__file__).parent.parent
+    items.sort(key=lambda item: ranks.get(os.path.relpath(item.path, root), len(ranks)))
 
 
 def pytest_collection_finish() -> None:
