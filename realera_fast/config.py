@@ -66,6 +66,9 @@ class EraseConfig:
             or self.mining.attack_rounds
             or self.vocabulary.preserve_scale != "auto"
             or self.pairs.negative_guidance != "auto"
+            or self.mining.neighbor_scale != "auto"
+            or self.pairs.templates is not None
+            or self.closed_form.ridge != ClosedFormConfig().ridge
             or self.erase_scale != 1.0
         )
 
@@ -93,8 +96,10 @@ class EraseConfig:
         erased name seldom looks like anything. On Stable Diffusion 1, 2 and XL; what it reaches:
         docs/alignment.md."""
         return cls(
-            mining=MiningConfig(member_words=0, neighbor_scale=0.0),
-            closed_form=ClosedFormConfig(space="values", value_ridge=1.0, value_guidance=1.0),
+            mining=MiningConfig(member_words=0),
+            closed_form=ClosedFormConfig(
+                space="values", value_ridge=1.0, value_guidance=1.0, value_neighbors=0.0
+            ),
             alignment=AlignmentConfig(enabled=False),
         )
 

@@ -339,7 +339,7 @@ def _report(
             *warnings,
             *warn_of_words(job, selection),
             *_warn_of_members(job),
-            *warn_of_stack(job, selection, edited, _PROMPT),
+            *warn_of_stack(job, selection, before, edited, _PROMPT),
             *_warn_of_alignment(job),
             *_warn_of_attacks(job, hard),
         ),

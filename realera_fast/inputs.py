@@ -38,6 +38,7 @@ from realera_fast.models import (
     projections,
     queries_and_outputs,
     refuse_adapters,
+    stream_of,
     streams,
     text_streams,
     value_gram,
@@ -283,6 +284,8 @@ def has_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[
     """Whether the closed form can be solved for the outputs of value projections."""
     sections = texts["sequence"]
     speak = any(name.endswith(VALUES) for name in layers)
+    # A map of the caller's own beside them would be left as it is.
+    speak = speak and all(n.endswith((".to_k", VALUES)) or stream_of(n) == "pooled" for n in layers)
     return speak and len(sections) == 1 and sections[0].reads_unpadded
 
 

@@ -304,27 +304,31 @@ _NO_WORDS = (
 
 
 def warn_of_stack(
-    job: Job, selection: Selection, edited: Mapping[str, Tensor], prompt: str
+    job: Job,
+    selection: Selection,
+    before: Mapping[str, Tensor],
+    edited: Mapping[str, Tensor],
+    prompt: str,
 ) -> Iterator[str]:
     """Warns of words that should stay and moved too far with the erasures before this one.
 
     Each erasure keeps what the model says at the time, so that their side effects add up.
 
     Args:
-        edited: `[o, d]` weights after this erasure, by layer name.
+        before, edited: `[o, d]` weights before and after this erasure, by layer name.
         prompt: a template; words are read in it.
     """
     originals, kinds = originals_of(job.model), streams(job.model, job.family.maps)
-    names = [name for name in edited if name in originals and kinds.get(name) == "sequence"]
-    earlier = applied(job.model) if names else ()
+    names = [name for name in edited if kinds.get(name) == "sequence"]
+    earlier = applied(job.model) if originals else ()
     if not earlier:
         return
     gone = {folded(w) for erasure in earlier for c in erasure.concepts for w in c.words}
     for erasure in earlier:
         gone |= {folded(w) for words in erasure.report.get("neighbors", {}).values() for w in words}
     staying = [word for word in selection.watched if folded(word) not in gone]
-    before, after = [originals[n].to(edited[n]) for n in names], [edited[n] for n in names]
-    movement = report.Movement(before, after)
+    first = [originals.get(n, before[n]).to(edited[n]) for n in names]
+    movement = report.Movement(first, [edited[n] for n in names])
     read = read_text_rows(job.text, [fill(prompt, word) for word in staying])
     drifts = sorted(zip(movement.drifts(*read), staying, strict=True), reverse=True)
     far = [f"{word!r} {drift:.2f}" for drift, word in drifts if drift > report.DRIFTED]

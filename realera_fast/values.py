@@ -56,7 +56,7 @@ class MovedValues:
     guidance: float
     """How far past the anchor named words go (`ClosedFormConfig.value_guidance`)."""
     neighbors: float
-    """Weight of each mined word (`MiningConfig.neighbor_scale`)."""
+    """Weight of each mined word (`ClosedFormConfig.value_neighbors`)."""
     curve: tuple[dict[str, float], ...]
     """What each choice does."""
 
@@ -65,7 +65,7 @@ class MovedValues:
         return {
             "value_ridge": self.ridge,
             "value_guidance": self.guidance,
-            "neighbor_scale": self.neighbors,
+            "value_neighbors": self.neighbors,
             "curve": [dict(point) for point in self.curve],
         }
 
@@ -112,9 +112,13 @@ def moved_values(
         ValueError: so many words go together that what should stay goes with them.
     """
     config = job.config
-    options, neighbors = config.closed_form, config.mining.neighbor_scale
+    options = config.closed_form
+    neighbors = options.value_neighbors
     looked = looked_at(known, selection)
     layers = {name: layer for name, layer in job.layers.items() if name.endswith(VALUES)}
+    room = min(layer.out_features for layer in layers.values())
+    if len(looked.named) > room / 2 and options.space == "auto":
+        return None
     trials = _Trials(job.model, layers, equations.staying.scaled(1.0).gram, looked)
     asked = options.value_guidance
     guidance = GUIDANCE if isinstance(asked, str) else tuple(asked * s for s in _SHARES)
@@ -127,22 +131,24 @@ def moved_values(
     if not isinstance(asked, str):
         # The furthest of what leaves enough in place.
         enough = [point for point in curve if _staying(point) >= _ENOUGH]
-        last = enough or curve[-1:]
+        last = enough or [p for p in curve if p["value_guidance"] == min(guidance)]
         furthest = max(point["value_guidance"] for point in last)
         best = max(
             (point for point in last if point["value_guidance"] == furthest),
             key=lambda point: point["worth"],
         )
     logger.info("values: %s", ", ".join(f"{name} {value:g}" for name, value in best.items()))
-    if options.space == "auto" and best["worth"] < scales.worth - _MARGIN:
-        return None
+    if options.space == "auto":
+        judged = bool(scales.curve) and len(looked.things)
+        if not judged or best["worth"] < scales.worth - _MARGIN or _staying(best) < _TOO_FEW:
+            return None
     if _staying(best) < _TOO_FEW and len(looked.named) > 1:
         raise ValueError(
             f'config: closed_form.space="values" would move {1 - _staying(best):.0%} of the things '
             f"that should stay, as {len(looked.named)} words go together; erase fewer at once, or "
             'set closed_form.space="text"'
         )
-    chosen = best["value_ridge"], best["value_guidance"], best["neighbor_scale"]
+    chosen = best["value_ridge"], best["value_guidance"], best["value_neighbors"]
     factors = _factors(selection, known, trials, *chosen, options.rank_tolerance)
     return MovedValues(factors, *chosen, curve)
 
@@ -208,7 +214,7 @@ class _Trials:
         for name in names[:: -(-len(names) // _LAYERS)]:
             self._add(name, sums)
         return tuple(
-            {"value_ridge": ridge, "value_guidance": amount, "neighbor_scale": m}
+            {"value_ridge": ridge, "value_guidance": amount, "value_neighbors": m}
             | {group: round(share, 4) for group, share in point.items()}
             | {"worth": round(worth(point), 4)}
             for ridge, m in choices
@@ -239,9 +245,8 @@ class _Trials:
         own = written[:, len(rows) + count :].square().sum(0).double()
         written = written[:, : len(rows) + count]
         products = (written.mT @ written).double()
-        odd = torch.cat([torch.zeros(count, dtype=torch.bool), looked.mined_odd]).to(rows.device)
-        even = ~odd
-        even[:count] = False
+        place = torch.arange(len(rows), device=rows.device) - count
+        even, odd = ((place >= 0) & (place % 2 == half) for half in (0, 1))
         for ridge in dict.fromkeys(ridge for ridge, _ in sums):
             moves = system.held_by(ridge)
             named = moves.answers(torch.cat([staying, looked.named]))

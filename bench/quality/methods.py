@@ -208,12 +208,12 @@ def parts() -> dict[str, Method]:
             "pairs": {**past, "anchors": "mean"},
         },
     }
-    text, values = ({"closed_form": {"space": space}} for space in ("text", "values"))
+    text: Mapping[str, Any] = {"closed_form": {"space": "text"}}
     found = {
         FAST: EraseConfig.fast(),
         "closed form of the text": changed(EraseConfig.fast(), **text),
         "closed form of the values by the name alone": changed(
-            EraseConfig.fast(), **values, mining={"neighbor_scale": 0.0}
+            EraseConfig.fast(), closed_form={"space": "values", "value_neighbors": 0.0}
         ),
         "closed form of the values, guidance 0": changed(
             EraseConfig.fast(), closed_form={"space": "values", "value_guidance": 0.0}

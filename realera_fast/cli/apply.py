@@ -41,7 +41,7 @@ def apply(
         typer.Option(
             "--rebase",
             help="Apply deltas to other weights than they were made on, as when an earlier one is "
-            "left out. The closed form is then what erasing there would give.",
+            "left out. A closed form of the text is then what erasing there would give.",
         ),
     ] = False,
     dtype: Dtype = "fp32",

@@ -38,7 +38,7 @@ class Erasure:
     map: ConceptMap
     """The closed form, T = I + L R, for every projection of the token sequence."""
     lora: Mapping[str, LoraFactors]
-    """Alignment factors by layer name; empty without that stage."""
+    """Factors of single layers by name: values that moved, and those of the alignment."""
     concepts: tuple[Concept, ...]
     """What was erased."""
     config: Mapping[str, Any]
@@ -388,8 +388,8 @@ class Erasure:
         if self.lora:
             raise ValueError(
                 "this erasure has factors that act layer by layer and not on the prompt; erase "
-                "with EraseConfig(alignment=AlignmentConfig(enabled=False)), whose "
-                'closed_form.space is "text"'
+                "with EraseConfig(alignment=AlignmentConfig(enabled=False), closed_form="
+                'ClosedFormConfig(space="text"))'
             )
         norm = (self.provenance.get("reading") or {}).get("norm")
         if norm is not None:
@@ -405,12 +405,16 @@ class Erasure:
         """The same factors for other weights that are shown the same text.
 
         These are another state of the model, as after withdrawing an earlier erasure, or a
-        ControlNet beside it. The closed form does not depend on the weights, so it is what erasing
-        there would give. Alignment factors were trained on the old state and fit the new one
-        about; for a model of another class they are left out.
+        ControlNet beside it. A closed form of the text does not depend on the weights, so it is
+        what erasing there would give. Factors of single layers (values that moved, alignment) were
+        made for the old state and fit the new one about; for a model of another class those of
+        alignment are left out.
 
         Args:
             model: with the same text encoders; not changed.
+
+        Raises:
+            ValueError: values of a model of another class moved (`ClosedFormConfig.space`).
         """
         return history.rebase(self, model)
 
@@ -418,8 +422,8 @@ class Erasure:
     def withdraw_(self, model: nn.Module) -> tuple[Erasure, ...]:
         """Takes this erasure out from under those that were applied after it.
 
-        The weights become what the others alone make of the base model. Without alignment that is
-        what erasing them alone gives.
+        The weights become what the others alone make of the base model. Where these are solved in
+        the text, without alignment, that is what erasing them alone gives.
 
         Returns:
             Those that were applied later, in order, for the weights as they are now: use these in

@@ -239,7 +239,14 @@ def edited_state(erasure: Erasure, model: nn.Module) -> dict[str, Tensor]:
 def rebase(erasure: Erasure, model: nn.Module) -> Erasure:
     """The same factors for other weights, as `Erasure.rebase`."""
     kind, lora = type(unwrapped(model)).__name__, erasure.lora
+    moved = bool((erasure.report.get("scales") or {}).get("values"))
     if kind != erasure.provenance.get("model_class", kind):
+        if moved:
+            raise ValueError(
+                f"model: this erasure moves outputs of a {erasure.provenance['model_class']}'s own "
+                f"layers, which a {kind} has not; erase with closed_form=ClosedFormConfig("
+                'space="text"), whose factors fit every model that is shown the same text'
+            )
         if lora:
             logger.warning(
                 "the alignment factors were trained for a %s: left out for the %s",
@@ -248,7 +255,7 @@ def rebase(erasure: Erasure, model: nn.Module) -> Erasure:
             )
         lora = {}
     elif lora:
-        logger.warning("the alignment factors were trained on other weights: kept as they are")
+        logger.warning("factors of single layers were made for other weights: kept as they are")
     history = [history_entry(entry.erasure) for entry in applications_of(model)]
     provenance = {
         **erasure.provenance,

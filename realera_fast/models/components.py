@@ -111,7 +111,8 @@ def _refuse_companions(pipe: Any, name: str, model: nn.Module) -> None:
         raise ValueError(
             f"{told}one call edits one model. Erase from the {name}, "
             f"erasure = realera_fast.erase(pipe.{name}, text_encoders, concepts, tokenizer=..., "
-            f"scheduler=pipe.scheduler), and then the same from {each}: "
+            "scheduler=pipe.scheduler, config=...) with EraseConfig(closed_form=ClosedFormConfig("
+            f'space="text")), and then the same from {each}: '
             f"erasure.rebase({net}).apply_({net})"
         )
 

@@ -39,7 +39,9 @@ class ClosedFormConfig:
     other models can take. "values": the outputs of each value projection are moved themselves
     (`value_space`), which free token vectors undo less; on Stable Diffusion 1, 2 and XL. "auto"
     (default): where more words go and stay, of the two; the text where a setting asks for what only
-    that has (`EraseConfig.asks_for_text`)."""
+    that has (`EraseConfig.asks_for_text`). `ridge`, `preserve_scale`, `negative_guidance`,
+    `neighbor_scale`, `erase_scale` and templates are of the text: of "values" they serve SDXL's
+    pooled vector alone."""
     value_ridge: float | Literal["auto"] = "auto"
     """Of "values": weight of ``|R - I|_F^2``, in units of the mean second moment of outputs that
     stay. Greater reaches more words that nobody lists, and more of the rest. "auto" (default): what
@@ -49,6 +51,10 @@ class ClosedFormConfig:
     anchor. 0 draws the anchor; at 1 attacks with free token vectors found nothing
     (docs/alignment.md). A number is the greatest that is taken: less where things that should stay
     would move. "auto" (default): what serves most words."""
+
+    value_neighbors: float | Literal["auto"] = "auto"
+    """Of "values": weight of each mined word beside what stays; 0 leaves mined words out. "auto"
+    (default): what serves most words."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,6 +69,11 @@ class ClosedFormConfig:
             raise ValueError(
                 "ClosedFormConfig.value_guidance must be finite and at least 0, "
                 f"got {self.value_guidance}"
+            )
+        weight = self.value_neighbors
+        if not (isinstance(weight, str) or 0.0 <= weight < math.inf):
+            raise ValueError(
+                f"ClosedFormConfig.value_neighbors must be finite and at least 0, got {weight}"
             )
         if self.space == "values" and self.keep_system:
             raise ValueError(

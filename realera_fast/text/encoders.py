@@ -794,9 +794,8 @@ class TextModel:
         """What the denoiser's norm makes of states, where it has one before its map."""
         if self._norm is None:
             return hidden
-        weight = next(self._norm.parameters())
-        normed: Tensor = self._norm(hidden.to(weight))
-        return normed
+        normed: Tensor = self._norm(hidden.to(next(self._norm.parameters(), hidden)))
+        return normed.to(hidden.device)
 
 
 def _arguments(kind: type) -> frozenset[str]:

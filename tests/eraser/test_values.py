@@ -156,7 +156,7 @@ def test_few_words_leave_their_names_to_the_values_and_many_to_the_text():
         result.restore_(pipe.unet)
 
 
-KEYS = ("value_ridge", "value_guidance", "neighbor_scale")
+KEYS = ("value_ridge", "value_guidance", "value_neighbors")
 
 
 @pytest.mark.parametrize(
@@ -199,3 +199,43 @@ def test_a_word_that_the_user_keeps_stays():
         drifts[preserve] = words.get("lion")
         result.restore_(pipe.unet)
     assert drifts[("lion",)] < 0.5 and (drifts[()] is None or drifts[("lion",)] < drifts[()])
+
+
+def test_another_class_takes_no_moved_values():
+    result = run(tiny_pipeline(), ["cat=dog"], VALUES)
+    other = sdxl().unet
+    other.__class__ = type("ControlNetModel", (type(other),), {})
+    with pytest.raises(ValueError, match='space="text"'):
+        result.rebase(other)
+
+
+def test_the_text_is_taken_where_values_cannot_be_judged_or_lose_the_rest(monkeypatch):
+    """Without a message about a setting that nobody made."""
+    config = dataclasses.replace(
+        CLOSED,
+        pairs=dataclasses.replace(CLOSED.pairs, negative_guidance="auto"),
+        vocabulary=VocabularyConfig(cache=False),
+    )
+    assert not config.asks_for_text
+    # A tokenizer of few words names nothing by which to judge.
+    assert run(tiny_pipeline(), ["cat=dog"], config).map.rank
+    pipe = embedded.load_pipeline()
+    monkeypatch.setattr("realera_fast.values._TOO_FEW", 1.1)
+    result = realera_fast.erase(pipe, ["cat"], config=EraseConfig.fast(), progress=False)
+    assert result.map.rank and result.report["scales"]["values"] is None
+    result.restore_(pipe.unet)
+
+
+def test_halves_of_mined_words_are_halves_of_what_is_looked_at():
+    """Whatever the stride with which these were taken."""
+    pipe = embedded.load_pipeline()
+    curves = []
+    for stride in (256, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("realera_fast.scales._MINED", stride)
+            result = realera_fast.erase(pipe, ["dog"], config=EraseConfig.fast(), progress=False)
+        curves.append(result.report["scales"]["values"]["curve"])
+        result.restore_(pipe.unet)
+    for curve in curves:
+        shares = {p["value_neighbors"]: p["unlisted"] for p in curve if p["value_ridge"] == 1.0}
+        assert shares[1.0] > shares[0.0] + 0.01
