@@ -406,9 +406,8 @@ class Erasure:
 
         These are another state of the model, as after withdrawing an earlier erasure, or a
         ControlNet beside it. A closed form of the text does not depend on the weights, so it is
-        what erasing there would give. Factors of single layers (values that moved, alignment) were
-        made for the old state and fit the new one about; for a model of another class those of
-        alignment are left out.
+        what erasing there would give. Factors of single layers were made for the old state and fit
+        the new one about; for a model of another class those of alignment are left out.
 
         Args:
             model: with the same text encoders; not changed.
