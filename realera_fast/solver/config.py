@@ -62,6 +62,12 @@ class ClosedFormConfig:
         check_rank_tolerance(self.rank_tolerance)
         if self.space not in SPACES:
             raise ValueError(f"ClosedFormConfig.space must be one of {SPACES}, got {self.space!r}")
+        for name in ("value_ridge", "value_guidance", "value_neighbors"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "auto":
+                raise ValueError(
+                    f'ClosedFormConfig.{name} must be "auto" or a number, got {value!r}'
+                )
         if not isinstance(self.value_ridge, str):
             check_value_ridge(self.value_ridge)
         guidance = self.value_guidance

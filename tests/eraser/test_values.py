@@ -140,6 +140,9 @@ def test_settings_that_do_not_go_together_are_refused():
             ClosedFormConfig(value_guidance=guidance)
     with pytest.raises(ValueError, match="value_ridge"):
         ClosedFormConfig(value_ridge=0.0)
+    for name in ("value_ridge", "value_guidance", "value_neighbors"):
+        with pytest.raises(ValueError, match=f'{name} must be "auto" or a number'):
+            ClosedFormConfig(**{name: "much"})
 
 
 def test_few_words_leave_their_names_to_the_values_and_many_to_the_text():
