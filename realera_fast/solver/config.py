@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from realera_fast.runtime import check_types
+from realera_fast.runtime import check_scale, check_types
 from realera_fast.solver.concept_map import check_rank_tolerance
 from realera_fast.solver.value_space import check_value_ridge
 
@@ -42,17 +41,17 @@ class ClosedFormConfig:
     that has (`EraseConfig.asks_for_text`). `ridge`, `preserve_scale`, `negative_guidance`,
     `neighbor_scale`, `erase_scale` and templates are of the text: of "values" they serve SDXL's
     pooled vector alone."""
-    value_ridge: float | Literal["auto"] = "auto"
+    value_ridge: float | str = "auto"
     """Of "values": weight of ``|R - I|_F^2``, in units of the mean second moment of outputs that
     stay. Greater reaches more words that nobody lists, and more of the rest. "auto" (default): what
     serves most words (`values.moved_values`)."""
-    value_guidance: float | Literal["auto"] = "auto"
+    value_guidance: float | str = "auto"
     """Of "values": g of the goal a + g (a / 2 - c) for outputs c of a named word and a of its
     anchor. 0 draws the anchor; at 1 attacks with free token vectors found nothing
     (docs/alignment.md). A number is the greatest that is taken: less where things that should stay
     would move. "auto" (default): what serves most words."""
 
-    value_neighbors: float | Literal["auto"] = "auto"
+    value_neighbors: float | str = "auto"
     """Of "values": weight of each mined word beside what stays; 0 leaves mined words out. "auto"
     (default): what serves most words."""
 
@@ -63,24 +62,9 @@ class ClosedFormConfig:
         if self.space not in SPACES:
             raise ValueError(f"ClosedFormConfig.space must be one of {SPACES}, got {self.space!r}")
         for name in ("value_ridge", "value_guidance", "value_neighbors"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value != "auto":
-                raise ValueError(
-                    f'ClosedFormConfig.{name} must be "auto" or a number, got {value!r}'
-                )
+            check_scale(getattr(self, name), f"ClosedFormConfig.{name}")
         if not isinstance(self.value_ridge, str):
             check_value_ridge(self.value_ridge)
-        guidance = self.value_guidance
-        if not (isinstance(guidance, str) or 0.0 <= guidance < math.inf):
-            raise ValueError(
-                "ClosedFormConfig.value_guidance must be finite and at least 0, "
-                f"got {self.value_guidance}"
-            )
-        weight = self.value_neighbors
-        if not (isinstance(weight, str) or 0.0 <= weight < math.inf):
-            raise ValueError(
-                f"ClosedFormConfig.value_neighbors must be finite and at least 0, got {weight}"
-            )
         if self.space == "values" and self.keep_system:
             raise ValueError(
                 'ClosedFormConfig.keep_system keeps the equations of the text, and space="values" '

@@ -141,7 +141,7 @@ def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="value_ridge"):
         ClosedFormConfig(value_ridge=0.0)
     for name in ("value_ridge", "value_guidance", "value_neighbors"):
-        with pytest.raises(ValueError, match=f'{name} must be "auto" or a number'):
+        with pytest.raises(ValueError, match=f'{name} must be finite and at least 0, or "auto"'):
             ClosedFormConfig(**{name: "much"})
 
 
