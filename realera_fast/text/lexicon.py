@@ -443,10 +443,14 @@ class Lexicon:
         return dict(found)
 
     @functools.cached_property
-    def _physical(self) -> int:
-        return self._file.numbers("senses")[
-            self._file.range("senses", self.entries(_PHYSICAL)[0])[0]
-        ]
+    def _physical(self) -> frozenset[int]:
+        """Meanings of what has a body, however far down."""
+        (first, *_) = self._file.range("senses", self.entries(_PHYSICAL)[0])
+        root = self._file.numbers("senses")[first]
+        found, level = {root}, [root]
+        while level := [t for s in level for t in self._kinds_of.get(s, ()) if t not in found]:
+            found.update(level)
+        return frozenset(found)
 
     def _is_physical(self, synset: int) -> bool:
-        return synset == self._physical or self._physical in self._ancestors([synset])
+        return synset in self._physical
