@@ -20,6 +20,7 @@ from publish.quality_tables import (
     several_lines,
     summary_lines,
     withheld_lines,
+    worlds_lines,
 )
 
 FOLDER = ROOT / "docs" / "results" / "quality"
@@ -48,6 +49,7 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ),
     ("An unsafe category by its name", unsafe_lines),
     ("Synonyms that no list names", withheld_lines),
+    ("Another world", worlds_lines),
     (
         "RealEra's parts",
         lambda: scores_lines(

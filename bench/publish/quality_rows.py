@@ -11,13 +11,19 @@ from harness.tables import DEFAULT, FAST, STRICT, UNERASED
 
 Row = Mapping[str, Any]
 
+QUALITY = "quality.jsonl"
+"""Rows of all tables."""
+
 
 class Found:
     """Rows of one table, by method."""
 
-    def __init__(self, name: str, file: str = "quality.jsonl") -> None:
-        # The pages are of the shipped model.
-        rows = [row for row in committed(file) if "world" not in row]
+    def __init__(self, name: str, file: str = QUALITY, *, world: str | None = None) -> None:
+        """
+        Args:
+            world: folder's name of another model than the shipped one (`run.py quality --world`).
+        """
+        rows = [row for row in committed(file) if row.get("world") == world]
         self.rows = [row for row in rows if row["table"] == name]
         self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
         keys = [(r["method"], r["task"], r["seed"]) for r in self.rows]

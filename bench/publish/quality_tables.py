@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 
-from harness.rows import committed_object
+from harness.rows import committed, committed_object
 from harness.tables import DEFAULT, FIRST, STRICT, UNERASED, percent, table
 
 from publish.quality_rows import (
     FURTHER,
     HEADER,
+    QUALITY,
     SCORES,
     Found,
     bold,
@@ -85,24 +86,29 @@ def kept_lines() -> list[str]:
     ]
 
 
-def several_lines() -> list[str]:
-    found = Found("several")
-    if not found.rows:
-        return []
-    counts = found.tasks
+def several_table(found: Found) -> list[str]:
+    """Acc_s and H_o of every method, by how many go at once."""
     body = []
     for method in (m for m in (*found.ranked(), UNERASED) if m in found.methods):
         cells = [bold(method)]
-        for count in counts:
+        for count in found.tasks:
             kept, mean = (
                 percent(found.by_seed(method, score(k), [count])) for k in ("acc_s", "h_o")
             )
             cells.append(f"{kept} / {mean}")
         body.append(cells)
+    return table(("method", *(f"{count} at once" for count in found.tasks)), body)
+
+
+def several_lines() -> list[str]:
+    found = Found("several")
+    if not found.rows:
+        return []
+    counts = found.tasks
     lines = [
         f"Random judged things, others for every seed. {found.note()} Each cell: Acc_s / H_o.",
         "",
-        *table(("method", *(f"{count} at once" for count in counts)), body),
+        *several_table(found),
         "",
     ]
     library = own_method(found)
@@ -187,6 +193,33 @@ def withheld_lines() -> list[str]:
         *scores_table(found),
         "",
     ]
+
+
+def worlds_lines() -> list[str]:
+    """The same tables on other models, on which nothing was chosen."""
+    lines = []
+    worlds = dict.fromkeys(row["world"] for row in committed(QUALITY) if "world" in row)
+    for world in worlds:
+        tables = (Found(name, world=world) for name in ("objects", "several"))
+        objects, several = (found if found.rows else None for found in tables)
+        if objects is None:
+            continue
+        lines += [
+            f"**{world}**, trained by the same script on the same table of words, with fewer "
+            "steps: what the words say of it is in its rows for the un-erased model. No setting "
+            f"was chosen on it, neither ours nor the baselines'. {objects.note()}",
+            "",
+            *scores_table(objects),
+            "",
+        ]
+        if several is not None:
+            lines += [
+                f"Several at once: Acc_s / H_o. {several.note()}",
+                "",
+                *several_table(several),
+                "",
+            ]
+    return lines
 
 
 def model_lines() -> list[str]:
