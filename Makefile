@@ -1,5 +1,6 @@
 # make demo    erase a concept from the embedded model; results in out/demo
-# make test    the whole test suite
+# make test    the test suite
+# make test-all  the same with what is slow: sanitizers, blocks of all pages, other GPUs' machine code
 # make lint    style and types
 # make setup   only the environment that these use: .venv, or the active one if it has torch
 # make clean   remove what was built here (not .venv)
@@ -11,7 +12,7 @@ OUT ?= out/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-all lint setup clean
 .DEFAULT_GOAL := help
 
 # Runs $(1) with $$python set to the Python of the environment.
@@ -34,13 +35,15 @@ demo:
 # for the whole process, and the tests in tests/aot compile instead. What these say is shown at the
 # end. The others are shared by two processes, file by file: one thread each. The longest files come
 # first (tests/conftest.py), so that both end together. The slowest twenty show a regression.
-test: export OMP_NUM_THREADS ?= 1
-test:
+test: CHOSEN = not slow
+test-all: CHOSEN = slow or not slow
+test test-all: export OMP_NUM_THREADS ?= 1
+test test-all:
 	@mkdir -p out
 	@$(call with_environment,{ \
-	  env -u TRITON_INTERPRET "$$python" -m pytest -q --durations=5 tests/aot > out/aot.log 2>&1 & aot=$$!; \
+	  env -u TRITON_INTERPRET "$$python" -m pytest -q -m "$(CHOSEN)" --durations=5 tests/aot > out/aot.log 2>&1 & aot=$$!; \
 	  "$$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-	    --benchmark-disable --durations=20 tests; \
+	    --benchmark-disable -m "$(CHOSEN)" --durations=20 tests; \
 	  status=$$?; \
 	  wait $$aot || status=$$?; cat out/aot.log; exit $$status; })
 

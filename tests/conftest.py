@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import gc
 import os
 from collections.abc import Iterator
@@ -39,11 +40,50 @@ LONGEST = (
 """Files that take longest, about in this order."""
 
 
+SLOW = (
+    # The native code under sanitizers, which are other builds of it.
+    "tests/ops/test_native_library.py::test_wheel",
+    "tests/ops/test_native_library.py::TestSanitizers::*",
+    "tests/ops/test_cuda_sources.py::test_sanitizers_find_nothing*",
+    "tests/ops/test_cuda_sources.py::test_a_missing_barrier_is_found",
+    # Machine code for other GPUs than one of each kind.
+    "tests/aot/*[[-]80[]-]*",
+    "tests/aot/*[[-]100[]-]*",
+    # Pages whose blocks repeat what other tests call, at length.
+    "tests/packaging/test_docs.py::test_python_blocks_run[[]docs/*",
+    "tests/packaging/test_docs.py::test_site_builds_strictly",
+    # Sizes, dtypes and states beside one that stays.
+    "tests/eraser/test_equations.py::test_five_hundred_concepts*",
+    "tests/eraser/test_equations.py::test_a_killed_run_goes_on_and_ends_the_same*",
+    "tests/eraser/test_eraser.py::test_dtype_is_the_unets[[]dtype[12]]",
+    "tests/bench/test_baselines_erase.py::test_edits_cross_attention_alone[[]torch.float32*",
+    "tests/bench/test_baselines_erase.py::test_the_studio_puts_the_model_back",
+    "tests/bench/test_baselines_erase.py::test_speed_never_moves_the_fixed_rows",
+    "tests/mining/test_category_members.py::test_cosines_are_those*[[]sd[12]*",
+    "tests/runtime/test_states.py::test_state[[]*-alignment]",
+    "tests/runtime/test_states.py::test_every_tensor_that_is_made*[[]sd1]",
+    "tests/runtime/test_states.py::test_schedulers_of_few_steps*",
+    "tests/alignment/test_alignment.py::test_scores_of_a_model_that_is_as_it_was",
+    "tests/alignment/test_alignment.py::test_a_hopeless_run*",
+    "tests/alignment/test_training.py::test_compiled_student*",
+    "tests/eraser/test_robustness.py::test_two_processes_find_what_one_does",
+    "tests/models/test_wrapped_models.py::test_sliced_attention",
+    "tests/models/test_wrapped_models.py::test_channels_last[[]alignment]",
+)
+"""What `make test-all` runs and `make test` leaves out, as patterns of names: together half of the
+time. Of everything here another case, or the same by another way, is in `make test`."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first: of two processes none is left with it at the end."""
+    """Names what is slow, and puts what takes longest first: of two processes none is left with it
+    at the end."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     root = Path(__file__).parent.parent
     items.sort(key=lambda item: ranks.get(os.path.relpath(item.path, root), len(ranks)))
+    for item in items:
+        if any(fnmatch.fnmatchcase(item.nodeid, pattern) for pattern in SLOW):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

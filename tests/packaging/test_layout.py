@@ -517,3 +517,21 @@ def test_the_environment_is_made_anew_when_native_code_changes(
     (kernel,) = (tmp_path / "csrc" / "cuda").glob("solve_spd.cu")
     kernel.write_text(kernel.read_text() + "// changed")
     assert setup_env.fingerprint(Path("python")) != before
+
+
+def test_what_the_order_of_the_suite_names_is_there() -> None:
+    """A file or test that was renamed would be slow, or first, no more."""
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    named = {
+        ast.unparse(node.targets[0]): ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("SLOW", "LONGEST")
+    }
+    assert len(named) == 2 and all(named.values())
+    for pattern in (*named["SLOW"], *named["LONGEST"]):
+        path, *parts = pattern.split("::")
+        files = list(ROOT.glob(path.split("[")[0]))
+        assert files, pattern
+        for part in parts:
+            name = re.split(r"[\[*]", part)[0]
+            assert any(re.search(rf"(def|class) {name}", file.read_text()) for file in files), name
