@@ -7,6 +7,13 @@ from realera_fast.runtime import on_demand
 
 if TYPE_CHECKING:
     from realera_fast.models.components import component_name, components_of, is_pipeline
+    from realera_fast.models.dense import (
+        Target,
+        Weights,
+        check_target,
+        dense_weight,
+        execution_device,
+    )
     from realera_fast.models.entrances import (
         ENTRANCES,
         Maps,
@@ -33,6 +40,7 @@ else:
         __name__,
         {
             "components": ("component_name", "components_of", "is_pipeline"),
+            "dense": ("Target", "Weights", "check_target", "dense_weight", "execution_device"),
             "entrances": (
                 "ENTRANCES",
                 "Maps",
@@ -68,15 +76,20 @@ __all__ = [
     "RefusedModelError",
     "Stream",
     "Structure",
+    "Target",
+    "Weights",
     "as_read",
     "base_hashes",
     "check_drawable",
     "check_model",
     "check_runnable",
+    "check_target",
     "check_trainable",
     "check_width",
     "component_name",
     "components_of",
+    "dense_weight",
+    "execution_device",
     "family_of",
     "find_device",
     "is_pipeline",

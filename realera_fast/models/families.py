@@ -306,7 +306,7 @@ def text_streams(
     width = None
     if family.padded:
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
-        width = projections(model, family.maps)[entry].in_features
+        width = projections(model, family.maps, target="adapter")[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
     norm = _norm_of(model, family)
     sections = [

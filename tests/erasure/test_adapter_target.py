@@ -1,0 +1,265 @@
+"""Erasing to an adapter: the weights stay, quantized and offloaded ones too."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from edits import CLOSED, edited
+from model_state import same, weights
+from peft import LoraConfig
+from tiny_erase import FAST
+from tiny_families import denoise, flux, pixart_alpha, sd1, sd3, sdxl
+from torch import nn
+
+from realera_fast import EraseConfig, Erasure, erase
+from realera_fast.erasure import applied, attached_to, attachment
+from realera_fast.models import components_of, dense_weight, projections
+
+
+def to_adapter(pipe: Any, **options: Any) -> Erasure:
+    return edited(pipe, target="adapter", **options)
+
+
+def bare(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors of a model by their names without an adapter, in the order of names."""
+    kept = {n: t for n, t in weights(model).items() if ".lora_" not in n}
+    return {n.replace(".base_layer", ""): kept[n] for n in sorted(kept)}
+
+
+def is_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [(sd1, torch.float32), (sd1, torch.bfloat16), (sdxl, torch.float32), (sd3, torch.float32)]
+    + [(flux, torch.float32), (flux, torch.float16)],
+)
+def test_an_adapter_does_what_edited_weights_do(build, dtype):
+    pipe, other = build(dtype=dtype), build(dtype=dtype)
+    model, plain = components_of(pipe).model, components_of(other).model
+    before, frozen = weights(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    erasure = to_adapter(pipe)
+    assert is_equal(bare(model), {n: before[n] for n in sorted(before)})
+    assert applied(model) == (erasure,) and erasure.provenance["target"] == "adapter"
+    erasure.apply_(plain)
+    layers, room = projections(plain), torch.finfo(dtype).eps
+    for name, layer in layers.items():
+        x = torch.eye(layer.in_features, dtype=dtype)
+        got, wanted = model.get_submodule(name)(x), layer(x)
+        original = nn.functional.linear(x, before[f"{name}.weight"], layer.bias)
+        moved = (wanted - original).float().abs().max()
+        # Of weights the sum is rounded, of an adapter its factors.
+        error = 8 * room * max(float(wanted.abs().max()), float(moved))
+        assert float((got - wanted).float().abs().max()) <= error and float(moved) > 2 * error
+    assert erasure.restore_(model) is model
+    assert same(model, before) and applied(model) == ()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == frozen
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cut off"), KeyboardInterrupt()])
+def test_a_failure_in_the_middle_leaves_no_adapter(monkeypatch, error):
+    pipe = sd1()
+    before, calls = weights(pipe.unet), []
+
+    def settle(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+
+    monkeypatch.setattr(attachment, "_settle", settle)
+    with pytest.raises(type(error)):
+        to_adapter(pipe)
+    assert same(pipe.unet, before) and attached_to(pipe.unet) is None
+    assert projections(pipe.unet) and not getattr(pipe.unet, "peft_config", None)
+
+
+def test_other_adapters_stand_beside_it_and_stay():
+    pipe = sd1()
+    erasure = to_adapter(pipe)
+    with pytest.raises(ValueError, match="an adapter is attached"):
+        to_adapter(pipe)
+    style = LoraConfig(r=2, init_lora_weights=False, target_modules=["attn2.to_q", "attn2.to_k"])
+    pipe.unet.add_adapter(style, adapter_name="style")
+    pipe.set_adapters(["erasure", "style"])
+    erasure.restore_(pipe.unet)
+    assert set(pipe.unet.peft_config) == {"style"} and applied(pipe.unet) == ()
+    with pytest.raises(ValueError, match="was not applied to this model"):
+        erasure.restore_(pipe.unet)
+    pipe.unload_lora_weights()
+    erasure.apply_(pipe.unet, target="adapter")
+    pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match="was unloaded since"):
+        erasure.restore_(pipe.unet)
+    assert same(pipe.unet, weights(sd1().unet))
+
+
+def test_a_model_without_adapters_and_another_target_are_refused():
+    pipe = pixart_alpha()
+    with pytest.raises(ValueError, match="a PixArtTransformer2DModel is none"):
+        to_adapter(pipe)
+    with pytest.raises(ValueError, match='expected "weights" or "adapter", got \'lora\''):
+        edited(pipe, target="lora")
+    unet = sd1().unet
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    parent = unet.get_submodule(layer.removesuffix(".to_v"))
+    parent.to_v = torch.ao.nn.quantized.dynamic.Linear(16, 16)
+    with pytest.raises(ValueError, match=rf"{layer} can't be read: it is a Linear with a weight"):
+        projections(unet, target="adapter")
+
+
+# Offloaded module by module
+
+
+def offloaded(pipe: Any) -> Any:
+    cpu_offload(components_of(pipe).model, execution_device=torch.device("cpu"))
+    return pipe
+
+
+def test_offloaded_weights_are_read_where_they_rest():
+    pipe, plain = offloaded(sd1()), sd1()
+    with pytest.raises(ValueError, match='are offloaded.*target="adapter"'):
+        edited(pipe)
+    original = denoise(pipe)
+    erasure = to_adapter(pipe)
+    assert all(p.is_meta for n, p in pipe.unet.named_parameters() if ".lora_" not in n)
+    assert erasure.fingerprint == to_adapter(plain).fingerprint
+    assert torch.allclose(denoise(pipe), denoise(plain), atol=1e-6)
+    assert not torch.allclose(denoise(pipe), original, atol=1e-4)
+    erasure.restore_(pipe.unet)
+    assert torch.equal(denoise(pipe), original)
+
+
+def test_what_only_an_adapter_reaches_gets_the_closed_form_alone():
+    pipe = offloaded(sd1())
+    config = EraseConfig(
+        vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs, closed_form=CLOSED.closed_form
+    )
+    erasure = erase(
+        pipe,
+        ["cat=dog"],
+        config=EraseConfig.from_dict(config.to_dict() | {"alignment": vars(FAST)}),
+        target="adapter",
+        progress=False,
+    )
+    told = [text for text in erasure.report["warnings"] if "has the closed form alone" in text]
+    assert len(told) == 1 and "are offloaded" in told[0] and not erasure.lora
+
+
+# Really quantized, where the library is installed
+
+
+def torchao(model: nn.Module) -> None:
+    quantization = importlib.import_module("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    for name, layer in projections(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, make(layer))
+
+
+def bits(model: nn.Module, kind: str, **options: Any) -> None:
+    library = importlib.import_module("bitsandbytes").nn
+
+    def make(layer: nn.Linear) -> nn.Module:
+        sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        made = getattr(library, kind)(*sizes, bias=bias, **options)
+        made.load_state_dict(layer.state_dict())
+        return made.to("cpu")
+
+    replaced(model, make)
+
+
+def eight_bits(model: nn.Module) -> None:
+    bits(model, "Linear8bitLt", has_fp16_weights=False)
+
+
+def four_bits(model: nn.Module) -> None:
+    bits(model, "Linear4bit", compute_dtype=torch.float32, quant_type="nf4")
+
+
+def gguf(model: nn.Module) -> None:
+    library, ours = (
+        importlib.import_module(n) for n in ("gguf", "diffusers.quantizers.gguf.utils")
+    )
+    kind = library.GGMLQuantizationType.Q8_0
+
+    def make(layer: nn.Linear) -> nn.Module:
+        sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        made = ours.GGUFLinear(*sizes, bias=bias, compute_dtype=torch.float32)
+        packed = torch.tensor(library.quants.quantize(layer.weight.detach().numpy(), kind))
+        made.weight, made.bias = ours.GGUFParameter(packed, quant_type=kind), layer.bias
+        return made
+
+    replaced(model, make)
+
+
+LIBRARIES = {
+    "torchao": (torchao, 1e-3),
+    "bitsandbytes 8": (eight_bits, 0.1),
+    "bitsandbytes 4": (four_bits, 1e-3),
+    "gguf": (gguf, 1e-3),
+}
+"""How a model is quantized, and how far it is from itself dequantized, of what the edit does.
+
+The 8 bits of bitsandbytes round what goes into a layer as well.
+"""
+
+
+def quantized(name: str) -> Any:
+    pytest.importorskip(name.split(" ")[0])
+    pipe = sd1()
+    LIBRARIES[name][0](pipe.unet)
+    return pipe
+
+
+def dequantized(pipe: Any) -> Any:
+    """The same model with ordinary weights."""
+    plain = sd1()
+    for name, module in plain.unet.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = dense_weight(pipe.unet.get_submodule(name)).clone()
+    return plain
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_quantized_model_draws_as_its_dequantized_edit_does(name, tmp_path):
+    pipe = quantized(name)
+    plain = dequantized(pipe)
+    with pytest.raises(ValueError, match='is quantized .* leave it as it is: target="adapter"'):
+        edited(pipe)
+    original = denoise(pipe)
+    packed = {
+        n: dense_weight(layer) for n, layer in projections(pipe.unet, target="adapter").items()
+    }
+    erasure = to_adapter(pipe)
+    got = denoise(pipe)
+    erasure.apply_(plain.unet)
+    change = (got - original).norm()
+    assert (got - denoise(plain)).norm() < LIBRARIES[name][1] * change and change > 1e-3
+    again = quantized(name)
+    loaded = Erasure.load(erasure.save(tmp_path / "delta.safetensors"))
+    loaded.apply_(again.unet, target="adapter")
+    assert torch.equal(denoise(again), got)
+    stock = quantized(name)
+    stock.load_lora_weights(erasure.save_lora(tmp_path / "lora").parent)
+    assert torch.allclose(denoise(stock), got, atol=1e-5)
+    loaded.restore_(pipe.unet)
+    layers = projections(pipe.unet, target="adapter")
+    assert all(torch.equal(dense_weight(layers[n]), weight) for n, weight in packed.items())
+    assert torch.equal(denoise(pipe), original)
+
+
+def test_a_quantized_text_encoder_is_read_as_it_is_called():
+    pytest.importorskip("torchao")
+    pipe = sd1()
+    torchao(pipe.text_encoder)
+    fingerprints = {to_adapter(pipe).fingerprint, edited(sd1()).fingerprint}
+    assert len(fingerprints) == 2 and attached_to(pipe.unet) is not None
