@@ -23,7 +23,6 @@ from realera_fast.mining import STEPS as MEMBER_STEPS
 from realera_fast.mining import KnownWords, can_be_drawn, read_known_words
 from realera_fast.models import (
     Family,
-    Maps,
     RefusedModelError,
     Stream,
     Target,
@@ -44,6 +43,7 @@ from realera_fast.models import (
     text_streams,
     value_gram,
     why_not_aligned,
+    why_not_run,
 )
 from realera_fast.provenance import provenance_of
 from realera_fast.runtime import (
@@ -230,8 +230,7 @@ def checked(given: Arguments) -> Job:
     encoders = given.text_encoders
     encoders = encoders if isinstance(encoders, tuple | list) else (encoders,)
     family = family_of(given.model, len(encoders)) if given.reading is None else given.reading
-    not_run = _why_not_run(given.model, family.maps) if given.target == "adapter" else None
-    why_not = why_not_aligned(given.model, family, config.alignment.latent_size) or not_run
+    why_not = why_not_aligned(given.model, family, config.alignment.latent_size, given.target)
     alignable = config.alignment.enabled and why_not is None
     disabled = why_not or "alignment.enabled=False"
     if not (alignable or config.closed_form.enabled):
@@ -250,7 +249,8 @@ def checked(given: Arguments) -> Job:
         )
     asks = takes_members(concepts, config) or config.mining.borderline > 0
     drawable = asks and family.aligned and can_be_drawn(given.model, config.alignment)
-    drawable = drawable and not_run is None
+    if given.target == "adapter":
+        drawable = drawable and why_not_run(given.model, family.maps) is None
     denoising = Denoising(None, alignable, why_not, drawable, ())
     if alignable or drawable:
         denoising = _with_scheduler(denoising, given.model, given.scheduler, config)
@@ -348,15 +348,6 @@ def _checked_layers(model: Any, reading: Family | None, target: Target) -> dict[
         return found
     except RefusedModelError as error:
         raise ValueError(f"{error}{error.before_erasing}") from None
-
-
-def _why_not_run(model: Any, maps: Maps | None) -> str | None:
-    """Why a denoiser that only an adapter can be made for is not run here, as a clause."""
-    try:
-        projections(model, maps)
-    except ValueError as error:
-        return str(error).removeprefix("model: ")
-    return None
 
 
 def takes_members(concepts: Sequence[Concept], config: EraseConfig) -> bool:

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
         stream_of,
         streams,
     )
-    from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
+    from realera_fast.models.families import (
+        as_read,
+        family_of,
+        text_streams,
+        why_not_aligned,
+        why_not_run,
+    )
     from realera_fast.models.fingerprint import base_hashes, weights_hash
     from realera_fast.models.lora_factors import LoraFactors
     from realera_fast.models.pipelines import DTYPES, find_device, load_pipeline
@@ -54,7 +60,13 @@ else:
                 "stream_of",
                 "streams",
             ),
-            "families": ("as_read", "family_of", "text_streams", "why_not_aligned"),
+            "families": (
+                "as_read",
+                "family_of",
+                "text_streams",
+                "why_not_aligned",
+                "why_not_run",
+            ),
             "fingerprint": ("base_hashes", "weights_hash"),
             "lora_factors": ("LoraFactors",),
             "pipelines": ("DTYPES", "find_device", "load_pipeline"),
@@ -105,5 +117,6 @@ __all__ = [
     "value_gram",
     "weights_hash",
     "why_not_aligned",
+    "why_not_run",
     "write_",
 ]

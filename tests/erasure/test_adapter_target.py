@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from tiny_erase import FAST
 from tiny_families import denoise, flux, pixart_alpha, sd1, sd3, sdxl
 from torch import nn
 
-from realera_fast import EraseConfig, Erasure, erase
+from realera_fast import Erasure
 from realera_fast.erasure import applied, attached_to, attachment
+from realera_fast.evaluation import verify
 from realera_fast.models import components_of, dense_weight, projections
 
 
@@ -113,6 +115,15 @@ def test_a_model_without_adapters_and_another_target_are_refused():
         projections(unet, target="adapter")
 
 
+def test_verifying_takes_the_adapter_out_and_puts_it_back():
+    pipe = sd1()
+    erasure = to_adapter(pipe)
+    sizes = {"steps": 1, "height": 16, "width": 16}
+    shown = verify(pipe, erasure, ["a photo of a cat"], seeds=[0], progress=False, **sizes)
+    assert shown.rows[0].text_change > 0.0 and attached_to(pipe.unet) is erasure
+    assert shown.rows[0].before[0].tobytes() != shown.rows[0].after[0].tobytes()
+
+
 # Offloaded module by module
 
 
@@ -137,16 +148,8 @@ def test_offloaded_weights_are_read_where_they_rest():
 
 def test_what_only_an_adapter_reaches_gets_the_closed_form_alone():
     pipe = offloaded(sd1())
-    config = EraseConfig(
-        vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs, closed_form=CLOSED.closed_form
-    )
-    erasure = erase(
-        pipe,
-        ["cat=dog"],
-        config=EraseConfig.from_dict(config.to_dict() | {"alignment": vars(FAST)}),
-        target="adapter",
-        progress=False,
-    )
+    config = replace(CLOSED, alignment=FAST)
+    erasure = to_adapter(pipe, config=config)
     told = [text for text in erasure.report["warnings"] if "has the closed form alone" in text]
     assert len(told) == 1 and "are offloaded" in told[0] and not erasure.lora
 
