@@ -140,6 +140,7 @@ def _unpacked(layer: Any, weight: Any) -> Tensor:
         dense = functional.int8_vectorwise_dequant(weight.data, scale)
     elif kind == "GGUFParameter":
         dense = importlib.import_module(package).dequantize_gguf_tensor(weight)
+        dense = dense.to(getattr(layer, "compute_dtype", None) or dense.dtype)
     elif _is_made(layer, weight):
         dense = weight
     else:

@@ -319,7 +319,8 @@ def projections(
     kinds = streams(model, maps)
     model = unwrapped(model)
     refuse_adapters(model)
-    refuse_offloading(model, "model", readable=target == "adapter")
+    adapted = 'leave it as it is: target="adapter"'
+    refuse_offloading(model, "model", readable=target == "adapter", otherwise=adapted)
     own = {id(p) for name, p in model.named_parameters() if ".processor." not in name}
     found: dict[str, nn.Linear] = {}
     for name in kinds:

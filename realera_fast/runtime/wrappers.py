@@ -16,12 +16,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def refuse_offloading(model: nn.Module, argument: str, *, readable: bool = False) -> None:
+def refuse_offloading(
+    model: nn.Module, argument: str, *, readable: bool = False, otherwise: str = ""
+) -> None:
     """Refuses a model whose weights are elsewhere, or come and go.
 
     Args:
         argument: what the caller calls the model.
         readable: whether those are let pass that accelerate keeps where they can be read.
+        otherwise: what else may be done about those, as the end of the sentence.
 
     Raises:
         ValueError: some are offloaded.
@@ -35,5 +38,5 @@ def refuse_offloading(model: nn.Module, argument: str, *, readable: bool = False
             raise ValueError(
                 f"{argument}: the weights of {name or 'the model'} are offloaded, so that they "
                 "can't be read and changed here; erase before enabling offloading, or reload the "
-                "model without it"
+                "model without it" + (f", or {otherwise}" if offloads and otherwise else "")
             )
