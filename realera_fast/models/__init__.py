@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from realera_fast.models.components import component_name, components_of, is_pipeline
     from realera_fast.models.dense import (
         Target,
+        UnreadableWeightError,
         Weights,
         check_target,
         dense_weight,
@@ -46,7 +47,14 @@ else:
         __name__,
         {
             "components": ("component_name", "components_of", "is_pipeline"),
-            "dense": ("Target", "Weights", "check_target", "dense_weight", "execution_device"),
+            "dense": (
+                "Target",
+                "UnreadableWeightError",
+                "Weights",
+                "check_target",
+                "dense_weight",
+                "execution_device",
+            ),
             "entrances": (
                 "ENTRANCES",
                 "Maps",
@@ -89,6 +97,7 @@ __all__ = [
     "Stream",
     "Structure",
     "Target",
+    "UnreadableWeightError",
     "Weights",
     "as_read",
     "base_hashes",

@@ -103,7 +103,7 @@ def test_an_adapter_does_what_edited_weights_do(build, dtype):
 
 
 @pytest.mark.parametrize("build", [sd1, flux])
-def test_erasing_to_an_adapter_is_the_same_erasure(build):
+def test_erasing_to_an_adapter_is_the_same_erasure(build, tmp_path):
     pipe, other = build(), build()
     model = components_of(pipe).model
     before, original = weights(model), denoise(pipe)
@@ -114,6 +114,8 @@ def test_erasing_to_an_adapter_is_the_same_erasure(build):
     got, wanted = denoise(pipe), denoise(other)
     assert (got - wanted).norm() < 2e-3 * (wanted - original).norm()
     assert max(erasure.report["layers"].values()) > 0.0
+    erasure.save(tmp_path / "delta.safetensors")
+    assert 'target="adapter")' in (tmp_path / "delta.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cut off"), KeyboardInterrupt()])
