@@ -27,6 +27,7 @@ from realera_fast.evaluation.images import (
 )
 from realera_fast.evaluation.prompt_groups import group_of
 from realera_fast.models import (
+    Target,
     Weights,
     base_hashes,
     components_of,
@@ -283,7 +284,8 @@ def _applied(model: Any, erasure: Erasure, *, wanted: bool) -> Iterator[None]:
     """Holds the model with or without `erasure` inside, and puts it back as it was after."""
     hashes = erasure.provenance.get("base_hashes", {})
     maps = None if erasure.reading is None else erasure.reading.maps
-    is_applied, target = True, "adapter"
+    is_applied = True
+    target: Target = "adapter"
     if not _is_attached(model, erasure):
         found = base_hashes(model, maps)
         is_applied = not any(hashes.get(dtype) == value for dtype, value in found.items())
