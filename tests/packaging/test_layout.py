@@ -80,6 +80,7 @@ MANY_PARAMETERS = {
     "kernels/gram.py:_products": _TRITON,
     **{f"kernels/perturb.py:{name}": _TRITON for name in ("_sums", "_scalars", "_rows")},
     **{f"kernels/project.py:{name}": _TRITON for name in ("_project", "_add", "_backward")},
+    "realera_fast/dry_run.py:preview": _PUBLIC,
     "realera_fast/eraser.py:erase": _PUBLIC,
     "realera_fast/evaluation/html.py:write_html": _PUBLIC,
     "realera_fast/evaluation/verification.py:verify": _PUBLIC,
