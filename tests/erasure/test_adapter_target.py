@@ -15,6 +15,7 @@ from model_state import same, weights
 from peft import LoraConfig
 from tiny_erase import FAST
 from tiny_families import denoise, flux, pixart_alpha, sd1, sd3, sdxl
+from tiny_models import tiny_unet
 from torch import nn
 
 from realera_fast import Concept, Erasure
@@ -118,6 +119,17 @@ def test_erasing_to_an_adapter_is_the_same_erasure(build, tmp_path):
     assert 'target="adapter")' in (tmp_path / "delta.md").read_text(encoding="utf-8")
 
 
+def test_factors_of_the_second_stage_are_part_of_the_adapter():
+    pipe, plain = sd1(), sd1()
+    before = weights(pipe.unet)
+    erasure = to_adapter(pipe, config=replace(CLOSED, alignment=FAST))
+    assert erasure.lora and is_equal(bare(pipe.unet), {n: before[n] for n in sorted(before)})
+    original = denoise(plain)
+    erasure.apply_(plain.unet)
+    wanted = denoise(plain)
+    assert (denoise(pipe) - wanted).norm() < 2e-3 * (wanted - original).norm()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("cut off"), KeyboardInterrupt()])
 def test_a_failure_in_the_middle_leaves_no_adapter(monkeypatch, error):
     pipe = sd1()
@@ -167,6 +179,26 @@ def test_a_model_without_adapters_and_another_target_are_refused():
     parent = unet.get_submodule(layer.removesuffix(".to_v"))
     parent.to_v = torch.ao.nn.quantized.dynamic.Linear(16, 16)
     with pytest.raises(ValueError, match=rf"{layer} can't be read: it is a Linear with a weight"):
+        projections(unet, target="adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda u: u.enable_layerwise_casting(torch.bfloat16, torch.float32), "layerwise casting"),
+        (
+            lambda u: u.enable_group_offload(
+                torch.device("cpu"), torch.device("cpu"), "leaf_level"
+            ),
+            "are offloaded",
+        ),
+        (lambda u: u.to("meta"), "is on the meta device"),
+    ],
+)
+def test_states_that_an_adapter_does_not_fit_are_refused(change, message):
+    unet = tiny_unet()
+    change(unet)
+    with pytest.raises(ValueError, match=message):
         projections(unet, target="adapter")
 
 
