@@ -375,7 +375,7 @@ def _measured_words(
     names = [name for name in before if kinds.get(name) == "sequence"]
     if moved:
         names = [name for name in names if name in moved.factors]
-    movement = report.Movement(*((w[name] for name in names) for w in (before, edited)))
+    movement = report.Movement(*(map(w.__getitem__, names) for w in (before, edited)))
     prompts = selection.prompts(job.text, whole=job.config.mining.mode in NOISE)
     measured: dict[int, report.WordReport] = {}
     with progress_bar(total=len(prompts), desc="report", progress=job.progress) as bar:

@@ -356,6 +356,8 @@ WRONG = {
     "erase embedded -c cat -o x --dtype int8": "expected one of fp32, bf16, fp16, got 'int8'",
     "erase embedded -c cat -o x --kind brand": "expected one of object, style, person, explicit",
     "erase embedded -c cat -o x --save all": "expected a list of pipeline, delta",
+    "erase embedded -c cat -o x --target lora": "expected weights or adapter, got 'lora'",
+    "erase embedded -c cat -o x --target adapter": "edits no weights, so there is no pipeline to",
     "erase embedded -c cat -o x --mining all": "MiningConfig.mode must be one of",
     "erase embedded -c cat -o x --config nofile.json": "nofile.json: No such file or directory",
     "demo --config nofile.json": "nofile.json: No such file or directory",
