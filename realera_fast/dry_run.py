@@ -10,7 +10,7 @@ from realera_fast.alignment import AlignmentConfig
 from realera_fast.config import EraseConfig
 from realera_fast.inputs import Arguments, checked
 from realera_fast.mining import Anchor, Line
-from realera_fast.models import Family
+from realera_fast.models import Family, Target
 from realera_fast.runtime import exclusive
 from realera_fast.selection import select
 from realera_fast.text import Concept, encode_vocabulary
@@ -47,6 +47,7 @@ def preview(
     reading: Family | None = None,
     config: EraseConfig | None = None,
     progress: bool | None = None,
+    target: Target = "weights",
 ) -> Preview:
     """Which words `erase` would move, before anything is edited: in seconds.
 
@@ -55,8 +56,8 @@ def preview(
     words in doubt (`MiningConfig.borderline`) are listed as such.
 
     Args:
-        model, text_encoders, concepts, tokenizer, preserve, reading, config, progress: as those of
-            `erase`.
+        model, text_encoders, concepts, tokenizer, preserve, reading, config, progress,
+            target: as those of `erase`.
 
     Raises:
         ValueError, TypeError: as `erase`.
@@ -76,6 +77,7 @@ def preview(
             checkpoint_dir=None,
             resume=False,
             progress=progress,
+            target=target,
         )
     )
     known = job.known_words()

@@ -20,10 +20,18 @@ from realera_fast.alignment import (
 )
 from realera_fast.config import EraseConfig
 from realera_fast.equations import Equations, Solved, gather, solve, unsolved
-from realera_fast.erasure import Erasure, report
+from realera_fast.erasure import EditedWeights, Erasure, report
 from realera_fast.inputs import Arguments, Job, checked, takes_members
 from realera_fast.mining import NOISE, KnownWords
-from realera_fast.models import Family, Stream, streams, transaction, weights_hash
+from realera_fast.models import (
+    Family,
+    Stream,
+    Target,
+    Weights,
+    streams,
+    transaction,
+    weights_hash,
+)
 from realera_fast.robustness import Hardened, hardened
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
 from realera_fast.scales import Scales, scales_of
@@ -65,6 +73,7 @@ def erase(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool | None = None,
+    target: Target = "weights",
 ) -> Erasure:
     """Removes concepts from a diffusion model, in place (RealEra, arXiv 2410.09140).
 
@@ -103,6 +112,9 @@ def erase(
         resume: continue from that checkpoint, if there is one; the result is that of a run that
             was never stopped.
         progress: draw progress bars; `None` follows diffusers' switch.
+        target: "weights" edits them in place; "adapter" attaches the same edit with peft and leaves
+            every weight as it is, so that the model may be quantized (torchao, optimum-quanto,
+            bitsandbytes, GGUF) or offloaded by accelerate. Such a model gets the closed form alone.
 
     Returns:
         A frozen `Erasure`: undo it with `restore_`, keep it with `save` or `save_lora`, read
@@ -127,11 +139,12 @@ def erase(
             checkpoint_dir=checkpoint_dir,
             resume=resume,
             progress=progress,
+            target=target,
         )
     )
     if not job.concepts:
         erasure = _nothing_erased(job)
-        erasure.apply_(job.model)
+        erasure.apply_(job.model, target=job.target)
         return erasure
     clock = Clock(logger=logger)
     options = job.config.vocabulary
@@ -150,20 +163,20 @@ def erase(
     with clock.stage("closed form"):
         scales, solved, moved = _closed_form(job, selection, known, equations)
     layers = job.trained_layers
-    with transaction(job.model, layers):
+    with transaction(job.model, layers if job.target == "weights" else {}):
         with clock.stage("attacks"):
             hard = hardened(job, selection, equations, scales, solved, run)
             hard = replace(hard, moved=moved)
         aligned = _aligned(job, selection, hard, run, clock)
         if moved:
             aligned = replace(aligned, lora=joined(moved.factors, aligned.lora))
-        before = {name: module.weight.detach().clone() for name, module in layers.items()}
+        before = Weights(layers)
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
             measured = _report(job, selection, scales, hard, aligned, erasure, before, slow)
         measured = replace(measured, seconds=clock.seconds)
         erasure = replace(erasure, report=measured.to_dict())
-        erasure.apply_(job.model)
+        erasure.apply_(job.model, target=job.target)
     for stage in (*job.texts, checkpoint.MEMBERS, checkpoint.ATTACK):
         job.checkpoint(run).remove(stage)
     return erasure
@@ -307,7 +320,9 @@ def _report(
         before: `[o, d]` weights of the layers that it edits.
         warnings: those that were given before the report.
     """
-    edited = erasure.edited_weights(before)
+    edited: Mapping[str, Tensor] = EditedWeights(erasure, before)
+    if job.target == "weights":
+        edited = erasure.edited_weights(before)
     moved = hard.moved
     words = _measured_words(job, selection, moved, before, edited)
     outcome, solved = aligned.to_dict(), hard.solved
@@ -360,7 +375,7 @@ def _measured_words(
     names = [name for name in before if kinds.get(name) == "sequence"]
     if moved:
         names = [name for name in names if name in moved.factors]
-    movement = report.Movement(*([w[name] for name in names] for w in (before, edited)))
+    movement = report.Movement(*(map(w.__getitem__, names) for w in (before, edited)))
     prompts = selection.prompts(job.text, whole=job.config.mining.mode in NOISE)
     measured: dict[int, report.WordReport] = {}
     with progress_bar(total=len(prompts), desc="report", progress=job.progress) as bar:

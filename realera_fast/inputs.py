@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +18,21 @@ from torch import Tensor, nn
 
 from realera_fast import alignment
 from realera_fast.config import EraseConfig
-from realera_fast.erasure import history_of, originals_of
+from realera_fast.erasure import check_attachable, originals_of
 from realera_fast.mining import STEPS as MEMBER_STEPS
 from realera_fast.mining import KnownWords, can_be_drawn, read_known_words
 from realera_fast.models import (
     Family,
     RefusedModelError,
     Stream,
+    Target,
     as_read,
-    base_hashes,
     check_runnable,
+    check_target,
     check_trainable,
     check_width,
     components_of,
+    dense_weight,
     family_of,
     is_pipeline,
     projections,
@@ -43,7 +43,9 @@ from realera_fast.models import (
     text_streams,
     value_gram,
     why_not_aligned,
+    why_not_run,
 )
+from realera_fast.provenance import provenance_of
 from realera_fast.runtime import (
     Checkpoint,
     Execution,
@@ -79,6 +81,7 @@ class Arguments:
     checkpoint_dir: str | os.PathLike[str] | None
     resume: bool
     progress: bool | None
+    target: Target
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Job:
     """Of the checkpoint."""
     resume: bool
     progress: bool | None
+    target: Target
 
     @property
     def text(self) -> Text:
@@ -165,7 +169,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.layers.values())).weight.device
+        return dense_weight(next(iter(self.layers.values()))).device
 
     def denoiser_text(self) -> DenoiserText:
         """Whole prompts with their pooled vector, and the empty one."""
@@ -220,13 +224,13 @@ def checked(given: Arguments) -> Job:
     given = _with_parts(given)
     config, preserve = _checked_settings(given)
     concepts = parse_concepts(given.concepts, preserve=preserve)
-    layers = _checked_layers(given.model, given.reading)
+    layers = _checked_layers(given.model, given.reading, given.target)
     if given.scheduler is not None:
         config_of(given.scheduler)
     encoders = given.text_encoders
     encoders = encoders if isinstance(encoders, tuple | list) else (encoders,)
     family = family_of(given.model, len(encoders)) if given.reading is None else given.reading
-    why_not = why_not_aligned(given.model, family, config.alignment.latent_size)
+    why_not = why_not_aligned(given.model, family, config.alignment.latent_size, given.target)
     alignable = config.alignment.enabled and why_not is None
     disabled = why_not or "alignment.enabled=False"
     if not (alignable or config.closed_form.enabled):
@@ -245,6 +249,8 @@ def checked(given: Arguments) -> Job:
         )
     asks = takes_members(concepts, config) or config.mining.borderline > 0
     drawable = asks and family.aligned and can_be_drawn(given.model, config.alignment)
+    if given.target == "adapter":
+        drawable = drawable and why_not_run(given.model, family.maps) is None
     denoising = Denoising(None, alignable, why_not, drawable, ())
     if alignable or drawable:
         denoising = _with_scheduler(denoising, given.model, given.scheduler, config)
@@ -272,11 +278,12 @@ def checked(given: Arguments) -> Job:
         family=family,
         denoising=denoising,
         latents=latents,
-        provenance=_provenance(given.model, config, family),
+        provenance=provenance_of(given.model, config, family, given.target),
         accelerator=given.accelerator,
         folder=None if given.checkpoint_dir is None else Path(given.checkpoint_dir),
         resume=given.resume,
         progress=given.progress,
+        target=given.target,
     )
 
 
@@ -329,12 +336,16 @@ def _checked_settings(given: Arguments) -> tuple[EraseConfig, tuple[str, ...]]:
     return config, preserve
 
 
-def _checked_layers(model: Any, reading: Family | None) -> dict[str, nn.Linear]:
+def _checked_layers(model: Any, reading: Family | None, target: Target) -> dict[str, nn.Linear]:
     """The linear maps that text enters a model through."""
+    check_target(target)
     if isinstance(model, nn.Module):
         refuse_adapters(model, before_erasing=True)
     try:
-        return projections(model, None if reading is None else reading.maps)
+        found = projections(model, None if reading is None else reading.maps, target=target)
+        if target == "adapter":
+            check_attachable(model)
+        return found
     except RefusedModelError as error:
         raise ValueError(f"{error}{error.before_erasing}") from None
 
@@ -467,27 +478,3 @@ def _checked_latents(
                 "VAE and multiply by its scaling factor"
             )
     return given
-
-
-def _provenance(model: Any, config: EraseConfig, family: Family) -> dict[str, Any]:
-    versions = {}
-    for package in ("realera_fast", "torch", "diffusers", "transformers", "peft"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    weight = next(iter(projections(model, family.maps).values())).weight
-    name = str(getattr(getattr(unwrapped(model), "config", None), "_name_or_path", ""))
-    is_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
-    return {
-        # A hub id; a path on this machine is nobody's business.
-        "base_model": name if is_id else None,
-        "versions": versions,
-        "model_class": type(unwrapped(model)).__name__,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-        "base_hashes": base_hashes(model, family.maps),
-        "reading": family.to_dict(),
-        "history": history_of(model),
-        "seed": config.seed,
-    }

@@ -327,8 +327,8 @@ def warn_of_stack(
     for erasure in earlier:
         gone |= {folded(w) for words in erasure.report.get("neighbors", {}).values() for w in words}
     staying = [word for word in selection.watched if folded(word) not in gone]
-    first = [originals.get(n, before[n]).to(edited[n]) for n in names]
-    movement = report.Movement(first, [edited[n] for n in names])
+    first = (originals[n].to(before[n]) if n in originals else before[n] for n in names)
+    movement = report.Movement(first, (edited[n] for n in names))
     read = read_text_rows(job.text, [fill(prompt, word) for word in staying])
     drifts = sorted(zip(movement.drifts(*read), staying, strict=True), reverse=True)
     far = [f"{word!r} {drift:.2f}" for drift, word in drifts if drift > report.DRIFTED]

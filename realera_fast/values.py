@@ -15,7 +15,7 @@ from realera_fast.equations import Equations
 from realera_fast.erasure import originals_of
 from realera_fast.inputs import VALUES, Job, has_values
 from realera_fast.mining import KnownWords
-from realera_fast.models import LoraFactors, output_maps
+from realera_fast.models import LoraFactors, dense_weight, output_maps
 from realera_fast.runtime import full_precision
 from realera_fast.scales import Looked, Scales, gone, looked_at, stays, worth
 from realera_fast.selection import Selection
@@ -182,7 +182,8 @@ def _factors(
     weights[:count] = NAMED_WEIGHT
     found = {}
     for name, layer in trials.layers.items():
-        system = ValueSystem(layer.weight[:, : rows.shape[1]], trials.moment, rows)
+        weight = dense_weight(layer)[:, : rows.shape[1]].to(rows.device)
+        system = ValueSystem(weight, trials.moment, rows)
         moves = system.held_by(ridge)
         up, down = moves.factors(goals, weights, rank_tolerance=rank_tolerance)
         found[name] = LoraFactors(down, up)
@@ -235,7 +236,9 @@ class _Trials:
         goals = torch.cat([looked.named_aims, looked.mined_aims])
         staying = torch.cat([looked.relatives, looked.things])
         width, count = rows.shape[1], len(looked.named)
-        weight = self._originals.get(name, self.layers[name].weight)[:, :width].to(rows.device)
+        found = self._originals.get(name)
+        weight = dense_weight(self.layers[name]) if found is None else found
+        weight = weight[:, :width].to(rows.device)
         system = ValueSystem(weight, self.moment.to(rows.device), rows)
         past = looked.named_aims / 2 - looked.named
         ways = torch.cat([goals - rows, past, staying - looked.mean.to(rows)])

@@ -28,9 +28,11 @@ from realera_fast.cli.options import (
     Out,
     Preset,
     Quiet,
+    Target,
     Variant,
     check_placement,
     save_list,
+    target_of,
     usage_error,
 )
 from realera_fast.cli.output import check_output, check_space, output_folder, write_report
@@ -96,6 +98,7 @@ def erase(
             metavar="WORD", help="No neighbor, whatever it looks like; may be given several times."
         ),
     ] = None,
+    target: Target = "weights",
     preset: Preset = None,
     mining: Mining = None,
     no_align: NoAlign = False,
@@ -142,10 +145,12 @@ def erase(
           --preserve Monet --save delta,lora --device cuda -o out/no-artists
       realera-fast erase CompVis/stable-diffusion-v1-4 -c cat --synonym kitten \\
           --config settings.json --no-align --seed 7 -o out/no-cat
+      realera-fast erase ./flux-8bit -c cat --target adapter --save delta,lora -o out/no-cat
       realera-fast erase ./xl.safetensors --base ./sdxl --concepts brands.csv \\
           --save delta,single-file --checkpoint out/run -o out/no-brands
     """
-    wanted = save_list(save)
+    edits = target_of(target)
+    wanted = save_list(save, edits)
     if "single-file" in wanted and not Path(model).expanduser().is_file():
         raise usage_error("--save", "single-file needs a MODEL that is a single file")
     check_placement(dtype, device)
@@ -173,7 +178,7 @@ def erase(
         check_output(out, force)
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
-        echo_plan(pipe, concepts, preserved, settings, out, wanted)
+        echo_plan(pipe, concepts, preserved, settings, out, wanted, target=edits)
         typer.echo(
             words_text(
                 preview(
@@ -182,6 +187,7 @@ def erase(
                     preserve=preserved,
                     config=settings,
                     progress=False if quiet else None,
+                    target=edits,
                 )
             )
         )
@@ -200,6 +206,7 @@ def erase(
             checkpoint_dir=checkpoint,
             resume=checkpoint is not None,
             progress=False if quiet else None,
+            target=edits,
         )
         if "delta" in wanted:
             erasure.save(folder / "erasure.safetensors")

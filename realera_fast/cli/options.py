@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,8 @@ PROGRAM = "realera-fast"
 
 SAVED = ("pipeline", "delta", "lora", "kohya", "weights", "single-file")
 """Names of ``--save``."""
+_OF_WEIGHTS = ("pipeline", "weights", "single-file")
+"""Those that hold edited weights."""
 
 
 # What the library knows as well; said here, a mistake costs no import of torch.
@@ -97,6 +99,14 @@ Preset = Annotated[
         "(default: both stages, with scales that the model chooses).",
     ),
 ]
+Target = Annotated[
+    str,
+    typer.Option(
+        metavar="weights|adapter",
+        help="What is edited: the weights, or an adapter beside them, for a MODEL that is "
+        "quantized (with --save delta,lora).",
+    ),
+]
 NoAlign = Annotated[
     bool, typer.Option("--no-align", help="Closed form alone, without the LoRA stage.")
 ]
@@ -145,11 +155,26 @@ def option_of(error: ValueError) -> str:
     return options.get(re.split("[: ]", str(error))[0], "--concept")
 
 
-def save_list(text: str) -> tuple[str, ...]:
+def target_of(text: str) -> Literal["weights", "adapter"]:
+    if text == "adapter":
+        return "adapter"
+    if text != "weights":
+        raise usage_error("--target", f"expected weights or adapter, got {text!r}")
+    return "weights"
+
+
+def save_list(text: str, target: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in SAVED]
     if unknown or not names:
         raise usage_error("--save", f"expected a list of {', '.join(SAVED)}, got {text!r}")
+    edited = [name for name in names if name in _OF_WEIGHTS]
+    if target == "adapter" and edited:
+        raise usage_error(
+            "--save",
+            f"--target adapter edits no weights, so there is no {edited[0]} to write; pass --save "
+            "delta,lora (or kohya)",
+        )
     return names
 
 

@@ -8,7 +8,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -131,10 +131,13 @@ def echo_plan(
     config: EraseConfig,
     out: Path,
     wanted: Sequence[str],
+    *,
+    target: Literal["weights", "adapter"],
 ) -> None:
     from realera_fast.mining import can_be_drawn
     from realera_fast.models import (
         components_of,
+        dense_weight,
         family_of,
         projections,
         text_streams,
@@ -142,9 +145,9 @@ def echo_plan(
     )
 
     parts = components_of(pipe)
-    layers = projections(parts.model)
+    layers = projections(parts.model, target=target)
     text = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["sequence"][0]
-    weight = next(iter(layers.values())).weight
+    weight = dense_weight(next(iter(layers.values())))
     dtype = str(weight.dtype).removeprefix("torch.")
     typer.echo(f"would edit {len(layers)} projections of {type(parts.model).__name__} ({dtype})")
     lines = [("", "word", "kind", "becomes", "tokens")]
@@ -163,7 +166,7 @@ def echo_plan(
     family = family_of(parts.model, count)
     for sentence in family.explained():
         typer.echo(f"would read {sentence}")
-    not_aligned = why_not_aligned(parts.model, family, config.alignment.latent_size)
+    not_aligned = why_not_aligned(parts.model, family, config.alignment.latent_size, target)
     names = [c.target for c in concepts if c.kind == "explicit"] if family.aligned else []
     if names and config.mining.member_words and can_be_drawn(parts.model, config.alignment):
         typer.echo(

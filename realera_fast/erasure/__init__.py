@@ -1,17 +1,22 @@
 """What erasing returns: undo, history, file format, exports and report."""
 
 from realera_fast.erasure import report
+from realera_fast.erasure.attachment import attached_to, check_attachable
 from realera_fast.erasure.base_model import BaseModelMismatchError
 from realera_fast.erasure.describe import read_description
+from realera_fast.erasure.edit import EditedWeights
 from realera_fast.erasure.erasure import Erasure
 from realera_fast.erasure.file import ErasureFileError
 from realera_fast.erasure.history import applied, history_of, originals_of
 
 __all__ = [
     "BaseModelMismatchError",
+    "EditedWeights",
     "Erasure",
     "ErasureFileError",
     "applied",
+    "attached_to",
+    "check_attachable",
     "history_of",
     "originals_of",
     "read_description",

@@ -42,16 +42,17 @@ def adapter_factors(edit: Edit, weights: Mapping[str, Tensor]) -> dict[str, tupl
     for name in weights or edit.lora:
         ups, downs = [], []
         concept_map = edit.map_of(name)
-        if concept_map is not None and concept_map.rank:
-            weight = weights[name].to("cpu", torch.float64)
+        # Read once: what is quantized is unpacked whenever it is asked for.
+        weight = weights[name].to("cpu", torch.float64) if name in weights else None
+        if concept_map is not None and concept_map.rank and weight is not None:
             ups.append(weight[:, : concept_map.width] @ concept_map.left.to(weight))
             downs.append(concept_map.right.to(weight))
         if name in edit.lora:
             ups.append(edit.lora[name].up.to("cpu", torch.float64))
             downs.append(edit.lora[name].down.to("cpu", torch.float64))
         up, down = torch.cat(ups, 1), torch.cat(downs, 0)
-        if name in weights:
-            down = functional.pad(down, (0, weights[name].shape[1] - down.shape[1]))
+        if weight is not None:
+            down = functional.pad(down, (0, weight.shape[1] - down.shape[1]))
         if down.shape[0] >= min(up.shape[0], down.shape[1]):
             u, s, vh = torch.linalg.svd(up @ down, full_matrices=False)
             floor = s[0] * torch.finfo(torch.float64).eps * max(up.shape[0], down.shape[1])

@@ -9,6 +9,7 @@ from torch import nn
 from realera_fast.erasure.edit import Edit
 from realera_fast.models import (
     Maps,
+    Target,
     base_hashes,
     check_width,
     projections,
@@ -22,15 +23,18 @@ class BaseModelMismatchError(ValueError):
     """The model is not the one the erasure was made for."""
 
 
-def layers_of(model: nn.Module, edit: Edit) -> dict[str, nn.Linear]:
+def layers_of(model: nn.Module, edit: Edit, target: Target = "weights") -> dict[str, nn.Linear]:
     """The layers of a model that an edit is about, by name.
+
+    Args:
+        target: what they are wanted for, as for `projections`.
 
     Raises:
         BaseModelMismatchError: the edit does not fit them in shape.
         ValueError: the model can't be edited.
     """
     maps = edit.takes
-    layers = projections(model, maps, as_run=False)
+    layers = projections(model, maps, as_run=False, target=target)
     pooled = "pooled" in streams(model, maps).values()
     if pooled != ("pooled" in edit.maps):
         raise BaseModelMismatchError(
@@ -46,7 +50,7 @@ def layers_of(model: nn.Module, edit: Edit) -> dict[str, nn.Linear]:
                 "erasure is for"
             ) from error
     if not all(stream_of(name) for name in edit.lora):
-        layers |= queries_and_outputs(model)
+        layers |= queries_and_outputs(model, target=target)
     for name, factors in edit.lora.items():
         if name not in layers:
             raise BaseModelMismatchError(f"model: it has no projection {name!r}")

@@ -10,7 +10,7 @@ weights) and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,3 +113,24 @@ def edit_of(erasure: Erasure) -> Edit:
     if erasure.pooled_map is not None:
         maps["pooled"] = erasure.pooled_map
     return Edit(maps, erasure.lora, (erasure.provenance.get("reading") or {}).get("maps"))
+
+
+def is_same(erasure: Erasure, other: Erasure) -> bool:
+    """The same factors for the same base: a loaded copy may undo what the original did."""
+    return erasure is other or erasure.fingerprint == other.fingerprint
+
+
+class EditedWeights(Mapping[str, Tensor]):
+    """`[o, d]` weights as an erasure makes them, by layer name, computed when one is asked for."""
+
+    def __init__(self, erasure: Erasure, weights: Mapping[str, Tensor]) -> None:
+        self._edit, self._weights = edit_of(erasure), weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._edit.edited({name: self._weights[name]})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from realera_fast.erasure import export, file, history
+from realera_fast.erasure import attachment, export, file, history
 from realera_fast.erasure.adapters import Layout
 from realera_fast.erasure.edit import edit_of
 from realera_fast.erasure.model_card import write_card
 from realera_fast.erasure.report import anchor_name, anchors_of
-from realera_fast.models import Family, LoraFactors, Stream
+from realera_fast.models import Family, LoraFactors, Stream, Target, check_target
 from realera_fast.runtime import composed, encode_json, exclusive, ordinary, tensor_bytes, valid
 from realera_fast.solver import ConceptMap, IncrementalSystem, PromptMap
 from realera_fast.text import Concept
@@ -118,13 +118,15 @@ class Erasure:
         return edit_of(self).edited(weights)
 
     @exclusive
-    def apply_(self, model: nn.Module) -> nn.Module:
+    def apply_(self, model: nn.Module, *, target: Target = "weights") -> nn.Module:
         """Edits the model in place; any failure leaves it bit-identical to before.
 
         An erasure of nothing (rank 0, no LoRA) writes nothing.
 
         Args:
             model: The base model that the erasure was made for, in any dtype of at most its width.
+            target: "weights" are edited, or an "adapter" named "erasure" is attached with peft and
+                every weight stays, of quantized and offloaded layers too.
 
         Returns:
             The same `model`.
@@ -133,11 +135,15 @@ class Erasure:
             BaseModelMismatchError: other weights, or already edited ones.
             ValueError: the model can't be edited (see :func:`realera_fast.models.projections`).
         """
+        check_target(target)
+        if target == "adapter":
+            return attachment.attach_(self, model)
         return history.apply_(self, model)
 
     @exclusive
     def restore_(self, model: nn.Module, *, force: bool = False) -> nn.Module:
-        """Undoes this erasure bit for bit, if it was the last one applied to `model`.
+        """Undoes this erasure bit for bit, if it was the last one applied to `model`; one that is
+        attached as an adapter is taken out, and other adapters stay.
 
         Args:
             force: put the original weights back also where something else changed the weights
@@ -150,6 +156,8 @@ class Erasure:
             ValueError: it is not the last one, the weights changed since, or it was not applied
                 to this model object in this process.
         """
+        if attachment.detached(self, model):
+            return model
         return history.restore_(self, model, force=force)
 
     @exclusive
@@ -444,42 +452,7 @@ class Erasure:
         Raises:
             ValueError: it was made on another model.
         """
-        made_on = [entry.get("fingerprint") for entry in later.provenance.get("history", [])]
-        if self.fingerprint not in made_on and later.provenance.get(
-            "base_hashes"
-        ) != self.provenance.get("base_hashes"):
-            raise ValueError("later: it was made on another model than this erasure, or than left")
-        edit, lora = edit_of(later), dict(later.lora)
-        for name, factors in self.lora.items():
-            taken = edit.map_of(name)
-            # (W T + up down) T' = W T T' + up (down T')
-            down = factors.down
-            if taken is not None:
-                down = down + (down @ taken.left.to(down)) @ taken.right.to(down)
-            moved = LoraFactors(down.contiguous(), factors.up)
-            lora[name] = moved + lora[name] if name in lora else moved
-        maps = {
-            # Weights are edited from the right: W T T' is the later map first.
-            stream: edit.maps[stream].compose(concept_map).compressed()
-            for stream, concept_map in edit_of(self).maps.items()
-            if stream in edit.maps
-        }
-        return Erasure(
-            maps["sequence"],
-            lora,
-            (*self.concepts, *later.concepts),
-            later.config,
-            {
-                **self.provenance,
-                "history": [
-                    *self.provenance.get("history", []),
-                    history.history_entry(self),
-                    history.history_entry(later),
-                ],
-            },
-            {"parts": [self.report, later.report]},
-            pooled_map=maps.get("pooled"),
-        )
+        return history.then(self, later)
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast.erasure.adapters import Layout, adapter_factors, in_layout
+from realera_fast.erasure.attachment import weights_beneath
 from realera_fast.erasure.base_model import BaseModelMismatchError, check_base, layers_of
 from realera_fast.erasure.edit import edit_of
 from realera_fast.erasure.history import (
@@ -24,7 +25,7 @@ from realera_fast.erasure.history import (
 )
 from realera_fast.erasure.model_card import Use, write_card
 from realera_fast.erasure.single_file import find_weights
-from realera_fast.models import ENTRANCES
+from realera_fast.models import ENTRANCES, Weights
 from realera_fast.runtime import folder_atomically, patch, unwrapped, write
 
 if TYPE_CHECKING:
@@ -126,8 +127,11 @@ def component_of(provenance: Mapping[str, Any]) -> str:
     return "unet" if kind.startswith("UNet") else "transformer"
 
 
-def _base_weights(erasure: Erasure, model: nn.Module | None) -> dict[str, Tensor]:
+def _base_weights(erasure: Erasure, model: nn.Module | None) -> Mapping[str, Tensor]:
     """Un-edited weights of what changes, from the model or from what was kept at its edit."""
+    beneath = weights_beneath(erasure, model)
+    if beneath is not None:
+        return beneath
     edit = edit_of(erasure)
     if model is None and not any(concept_map.rank for concept_map in edit.maps.values()):
         return {}
@@ -142,9 +146,9 @@ def _base_weights(erasure: Erasure, model: nn.Module | None) -> dict[str, Tensor
             "model: the adapter is made from the base model's weights, and this erasure is not "
             "applied to a model in this process; pass model=, the base model"
         )
-    layers = layers_of(model, edit)
+    layers = layers_of(model, edit, "adapter")
     check_base(model, erasure.provenance.get("base_hashes"), edit.takes)
-    return {n: layer.weight.detach() for n, layer in layers.items() if edit.changes(n)}
+    return Weights({n: layer for n, layer in layers.items() if edit.changes(n)})
 
 
 def _loads_adapters(kind: str | None, model: nn.Module | None) -> bool:

@@ -15,9 +15,17 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from realera_fast.erasure.attachment import attached_to
 from realera_fast.erasure.base_model import BaseModelMismatchError, check_base, layers_of
-from realera_fast.erasure.edit import edit_of
-from realera_fast.models import base_hashes, projections, transaction, weights_hash, write_
+from realera_fast.erasure.edit import edit_of, is_same
+from realera_fast.models import (
+    LoraFactors,
+    base_hashes,
+    projections,
+    transaction,
+    weights_hash,
+    write_,
+)
 from realera_fast.runtime import exclusive, unwrapped
 
 if TYPE_CHECKING:
@@ -110,11 +118,6 @@ def forget_undone(history: list[Application], now: WeightStates) -> None:
         del history[place + 1 :]
 
 
-def is_same(erasure: Erasure, other: Erasure) -> bool:
-    """The same factors for the same base: a loaded copy may undo what the original did."""
-    return erasure is other or erasure.fingerprint == other.fingerprint
-
-
 def is_last(erasure: Erasure, model: nn.Module) -> bool:
     """Whether the weights of now are what this erasure made, with none applied after it."""
     history = applications_of(model)
@@ -127,13 +130,12 @@ def applied(model: nn.Module) -> tuple[Erasure, ...]:
     """The erasures that are applied to a model object in this process, in order.
 
     Those that were undone since are left out; where the weights were changed by something else,
-    nothing is known and the result is empty.
+    nothing is known of them. One that is attached as an adapter is the last.
     """
-    history = applications_of(model)
-    if not history:
-        return ()
-    place = place_of(history, WeightStates(model))
-    return () if place is None else tuple(entry.erasure for entry in history[: place + 1])
+    history, attached = applications_of(model), attached_to(model)
+    place = place_of(history, WeightStates(model)) if history else None
+    written = history[: 0 if place is None else place + 1]
+    return (*(entry.erasure for entry in written), *((attached,) if attached else ()))
 
 
 @exclusive
@@ -264,7 +266,7 @@ def rebase(erasure: Erasure, model: nn.Module) -> Erasure:
         "history": history,
     }
     rebased = dataclasses.replace(erasure, provenance=provenance, lora=lora)
-    layers_of(model, edit_of(rebased))
+    layers_of(model, edit_of(rebased), "adapter")
     return rebased
 
 
@@ -297,3 +299,43 @@ def withdraw_(erasure: Erasure, model: nn.Module) -> tuple[Erasure, ...]:
         history[:] = kept
         raise
     return tuple(remaining)
+
+
+def then(erasure: Erasure, later: Erasure) -> Erasure:
+    """Two erasures as one, as `Erasure.then`."""
+    made_on = [entry.get("fingerprint") for entry in later.provenance.get("history", [])]
+    if erasure.fingerprint not in made_on and later.provenance.get(
+        "base_hashes"
+    ) != erasure.provenance.get("base_hashes"):
+        raise ValueError("later: it was made on another model than this erasure, or than left")
+    edit, lora = edit_of(later), dict(later.lora)
+    for name, factors in erasure.lora.items():
+        taken = edit.map_of(name)
+        # (W T + up down) T' = W T T' + up (down T')
+        down = factors.down
+        if taken is not None:
+            down = down + (down @ taken.left.to(down)) @ taken.right.to(down)
+        moved = LoraFactors(down.contiguous(), factors.up)
+        lora[name] = moved + lora[name] if name in lora else moved
+    maps = {
+        # Weights are edited from the right: W T T' is the later map first.
+        stream: edit.maps[stream].compose(concept_map).compressed()
+        for stream, concept_map in edit_of(erasure).maps.items()
+        if stream in edit.maps
+    }
+    return type(erasure)(
+        maps["sequence"],
+        lora,
+        (*erasure.concepts, *later.concepts),
+        later.config,
+        {
+            **erasure.provenance,
+            "history": [
+                *erasure.provenance.get("history", []),
+                history_entry(erasure),
+                history_entry(later),
+            ],
+        },
+        {"parts": [erasure.report, later.report]},
+        pooled_map=maps.get("pooled"),
+    )

@@ -28,7 +28,7 @@ _HOW: Mapping[str, str] = {
     ),
     "single-file": 'pipe = DiffusionPipeline.from_single_file("{file}")',
     "component": 'pipe.{component} = type(pipe.{component}).from_pretrained("{folder}")',
-    "factors": 'realera_fast.Erasure.load("{file}").apply_(pipe.{component})',
+    "factors": 'realera_fast.Erasure.load("{file}").apply_(pipe.{component}{target})',
 }
 _SHOWN = 100
 
@@ -82,7 +82,13 @@ def write_card(
     )
     # Inside of double quotes, whatever it is made of.
     name = repr(path.name)[1:-1].replace('"', '\\"')
-    how = _HOW[use].format(folder="path/to/this/folder", file=name, component=component)
+    adapter = erasure.provenance.get("target") == "adapter"
+    how = _HOW[use].format(
+        folder="path/to/this/folder",
+        file=name,
+        component=component,
+        target=', target="adapter"' if adapter else "",
+    )
     neighbors, anchors = erasure.report.get("neighbors", {}), anchors_of(erasure.report)
     versions = erasure.provenance.get("versions", {})
     hashes = erasure.provenance.get("base_hashes", {})

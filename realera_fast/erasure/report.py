@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,16 +111,19 @@ class Movement:
     product with the weights.
     """
 
-    def __init__(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    def __init__(self, before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
         """
         Args:
-            before, after: `[o_l, d]` weights of the projections.
+            before, after: `[o_l, d]` weights of the projections, one at least; each is asked for
+                once, and none is kept.
         """
-        width, device = before[0].shape[1], before[0].device
-        self._original = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._mixed, self._change = (torch.zeros_like(self._original) for _ in range(2))
+        empty = True
         for old, new in zip(before, after, strict=True):
             weight = old.double()
+            if empty:
+                self._original = weight.new_zeros(weight.shape[1], weight.shape[1])
+                self._mixed, self._change = (torch.zeros_like(self._original) for _ in range(2))
+                empty = False
             change = new.double() - weight
             self._original.addmm_(weight.mT, weight)
             self._mixed.addmm_(change.mT, weight)

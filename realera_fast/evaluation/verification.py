@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realera_fast.erasure import Erasure
+from realera_fast.erasure import Erasure, attached_to
 from realera_fast.evaluation.evaluators import Detector, Judge, Scorer, identity_of
 from realera_fast.evaluation.images import (
     GROUPS,
@@ -25,7 +26,15 @@ from realera_fast.evaluation.images import (
     sampling_settings,
 )
 from realera_fast.evaluation.prompt_groups import group_of
-from realera_fast.models import base_hashes, components_of, projections, streams, text_streams
+from realera_fast.models import (
+    Target,
+    Weights,
+    base_hashes,
+    components_of,
+    projections,
+    streams,
+    text_streams,
+)
 from realera_fast.runtime import alone, cpu_warnings, valid_texts
 
 logger = logging.getLogger(__name__)
@@ -145,10 +154,12 @@ def verify(
     for warning in cpu_warnings(pipe.components.values()):
         logger.warning(warning)
     # Before anything is undone: what can't be applied again must not be.
-    layers = projections(model, None if erasure.reading is None else erasure.reading.maps)
+    maps = None if erasure.reading is None else erasure.reading.maps
+    if not _is_attached(model, erasure):
+        projections(model, maps, target=erasure.provenance.get("target", "weights"))
     with _applied(model, erasure, wanted=False):
         before = sample("before:")
-        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        weights = Weights(projections(model, maps, target="adapter"))
         changes = text_changes(pipe, weights, erasure, texts)
     with _applied(model, erasure, wanted=True):
         after = sample("after:")
@@ -262,19 +273,28 @@ def text_changes(
     return (change / whole.clamp_min(1e-30)).tolist()
 
 
+def _is_attached(model: Any, erasure: Erasure) -> bool:
+    """Whether a model has it as an adapter."""
+    attached = attached_to(model)
+    return attached is not None and attached.fingerprint == erasure.fingerprint
+
+
 @contextmanager
 def _applied(model: Any, erasure: Erasure, *, wanted: bool) -> Iterator[None]:
     """Holds the model with or without `erasure` inside, and puts it back as it was after."""
     hashes = erasure.provenance.get("base_hashes", {})
     maps = None if erasure.reading is None else erasure.reading.maps
-    is_base = any(hashes.get(dtype) == value for dtype, value in base_hashes(model, maps).items())
-    is_applied = not is_base
+    is_applied = True
+    target: Target = "adapter"
+    if not _is_attached(model, erasure):
+        found = base_hashes(model, maps)
+        is_applied = not any(hashes.get(dtype) == value for dtype, value in found.items())
+        target = "weights" if is_applied else erasure.provenance.get("target", "weights")
     if is_applied == wanted:
         yield
         return
-    change, undo = (
-        (erasure.apply_, erasure.restore_) if wanted else (erasure.restore_, erasure.apply_)
-    )
+    apply_ = functools.partial(erasure.apply_, target=target)
+    change, undo = (apply_, erasure.restore_) if wanted else (erasure.restore_, apply_)
     change(model)
     try:
         yield

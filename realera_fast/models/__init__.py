@@ -7,6 +7,14 @@ from realera_fast.runtime import on_demand
 
 if TYPE_CHECKING:
     from realera_fast.models.components import component_name, components_of, is_pipeline
+    from realera_fast.models.dense import (
+        Target,
+        UnreadableWeightError,
+        Weights,
+        check_target,
+        dense_weight,
+        execution_device,
+    )
     from realera_fast.models.entrances import (
         ENTRANCES,
         Maps,
@@ -20,7 +28,13 @@ if TYPE_CHECKING:
         stream_of,
         streams,
     )
-    from realera_fast.models.families import as_read, family_of, text_streams, why_not_aligned
+    from realera_fast.models.families import (
+        as_read,
+        family_of,
+        text_streams,
+        why_not_aligned,
+        why_not_run,
+    )
     from realera_fast.models.fingerprint import base_hashes, weights_hash
     from realera_fast.models.lora_factors import LoraFactors
     from realera_fast.models.pipelines import DTYPES, find_device, load_pipeline
@@ -33,6 +47,14 @@ else:
         __name__,
         {
             "components": ("component_name", "components_of", "is_pipeline"),
+            "dense": (
+                "Target",
+                "UnreadableWeightError",
+                "Weights",
+                "check_target",
+                "dense_weight",
+                "execution_device",
+            ),
             "entrances": (
                 "ENTRANCES",
                 "Maps",
@@ -46,7 +68,13 @@ else:
                 "stream_of",
                 "streams",
             ),
-            "families": ("as_read", "family_of", "text_streams", "why_not_aligned"),
+            "families": (
+                "as_read",
+                "family_of",
+                "text_streams",
+                "why_not_aligned",
+                "why_not_run",
+            ),
             "fingerprint": ("base_hashes", "weights_hash"),
             "lora_factors": ("LoraFactors",),
             "pipelines": ("DTYPES", "find_device", "load_pipeline"),
@@ -68,15 +96,21 @@ __all__ = [
     "RefusedModelError",
     "Stream",
     "Structure",
+    "Target",
+    "UnreadableWeightError",
+    "Weights",
     "as_read",
     "base_hashes",
     "check_drawable",
     "check_model",
     "check_runnable",
+    "check_target",
     "check_trainable",
     "check_width",
     "component_name",
     "components_of",
+    "dense_weight",
+    "execution_device",
     "family_of",
     "find_device",
     "is_pipeline",
@@ -92,5 +126,6 @@ __all__ = [
     "value_gram",
     "weights_hash",
     "why_not_aligned",
+    "why_not_run",
     "write_",
 ]

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from realera_fast.models.dense import Target
 from realera_fast.models.refusals import (
     RefusedModelError,
     check_alike,
@@ -28,6 +29,8 @@ from realera_fast.models.refusals import (
     check_attention,
     check_config,
     check_layer,
+    check_places,
+    check_readable,
     check_way,
     forward_class,
     refuse_adapters,
@@ -288,19 +291,26 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def projections(
-    model: nn.Module, maps: Maps | None = None, *, as_run: bool = True
+    model: nn.Module,
+    maps: Maps | None = None,
+    *,
+    as_run: bool = True,
+    target: Target = "weights",
 ) -> dict[str, nn.Linear]:
-    """The text-conditioned linear maps of a denoiser, checked to be editable in place.
+    """The text-conditioned linear maps of a denoiser, checked to be editable.
 
     Args:
         model: a diffusers U-Net or transformer, or a ControlNet of `COMPANIONS`.
         maps: what the caller knows of a model of another class (`streams`).
         as_run: whether the model must also run them as they stand. To read or undo an edit, what a
             processor, hook or replaced ``forward`` adds does not matter.
+        target: "weights" are edited in place; for an "adapter" they need to be readable alone, in
+            any dtype (`dense_weight`).
 
     Returns:
         Module name to ``nn.Linear``, those of the token sequence first, in the order of the module
-        tree; see `streams`. All share dtype and device, and those of the sequence their width.
+        tree; see `streams`. Those of the sequence share their width; to be edited in place, all
+        share dtype and device.
 
     Raises:
         TypeError: `model` is not a module, or is a whole pipeline.
@@ -309,7 +319,8 @@ def projections(
     kinds = streams(model, maps)
     model = unwrapped(model)
     refuse_adapters(model)
-    refuse_offloading(model, "model")
+    adapted = 'leave it as it is: target="adapter"'
+    refuse_offloading(model, "model", readable=target == "adapter", otherwise=adapted)
     own = {id(p) for name, p in model.named_parameters() if ".processor." not in name}
     found: dict[str, nn.Linear] = {}
     for name in kinds:
@@ -324,32 +335,40 @@ def projections(
             owner = model.get_submodule(parent)
         if getattr(owner, "is_cross_attention", False) and leaf == "to_k":
             check_attention(parent, owner, own if as_run else None)
-        found[name] = check_layer(name, getattr(owner, leaf, None))
+        check = check_layer if target == "weights" else check_readable
+        found[name] = check(name, getattr(owner, leaf, None))
         if as_run:
             check_way(model, name, known=maps is None)
     widths = {layer.in_features: name for name, layer in found.items() if kinds[name] == "sequence"}
     if len(widths) > 1:
         listed = ", ".join(f"{width} ({name})" for width, name in widths.items())
         raise ValueError(f"model: its text projections must share one text width, got {listed}")
-    check_alike(found)
-    check_apart(model, found)
+    if target == "weights":
+        check_alike(found)
+        check_apart(model, found)
+    else:
+        check_places(model, found)
     return found
 
 
-def queries_and_outputs(model: nn.Module) -> dict[str, nn.Linear]:
+def queries_and_outputs(model: nn.Module, *, target: Target = "weights") -> dict[str, nn.Linear]:
     """``to_q`` and ``to_out.0`` of each cross-attention layer, which never see the text itself.
 
-    No closed form reaches them; adapters may. Checked like `projections`, which `model` must pass.
+    No closed form reaches them; factors of alignment may. Checked like `projections`, which `model`
+    must pass.
 
     Raises:
         ValueError: a layer that an edit would not (or not correctly) reach.
     """
     found: dict[str, nn.Linear] = {}
+    check = check_layer if target == "weights" else check_readable
     for name, module in unwrapped(model).named_modules():
         if getattr(module, "is_cross_attention", False):
-            found[f"{name}.to_q"] = check_layer(f"{name}.to_q", module.to_q)
+            found[f"{name}.to_q"] = check(f"{name}.to_q", module.to_q)
             output = module.to_out[0] if module.to_out is not None else None
-            found[f"{name}.to_out.0"] = check_layer(f"{name}.to_out.0", output)
+            found[f"{name}.to_out.0"] = check(f"{name}.to_out.0", output)
+    if target == "adapter":
+        return found
     check_alike(projections(model, as_run=False) | found)
     check_apart(unwrapped(model), found)
     return found
@@ -357,7 +376,7 @@ def queries_and_outputs(model: nn.Module) -> dict[str, nn.Linear]:
 
 def check_width(model: nn.Module, stream: Stream, width: int, maps: Maps | None = None) -> None:
     """Raises ValueError unless the maps of a stream take text of that many features."""
-    layers = projections(model, maps, as_run=False)
+    layers = projections(model, maps, as_run=False, target="adapter")
     takes = {n: layers[n].in_features for n, kind in streams(model, maps).items() if kind == stream}
     for name, features in takes.items():
         # Beside the pooled text stand embedded sizes and crops, five or six numbers (SDXL).

@@ -16,7 +16,9 @@ from typing import Any
 from torch import nn
 
 from realera_fast.models.components import BESIDE
+from realera_fast.models.dense import Target
 from realera_fast.models.entrances import (
+    Maps,
     Stream,
     check_drawable,
     class_of,
@@ -249,11 +251,28 @@ def as_read(
     )
 
 
-def why_not_aligned(model: nn.Module, family: Family, latent_size: int | None) -> str | None:
+def why_not_run(model: nn.Module, maps: Maps | None = None) -> str | None:
+    """Why a denoiser that an adapter can be made for is not run here, as a clause; None where it
+    is: its weights are ordinary ones.
+
+    Args:
+        maps: what the caller knows of a model of another class.
+    """
+    try:
+        projections(model, maps)
+    except ValueError as error:
+        return str(error).removeprefix("model: ")
+    return None
+
+
+def why_not_aligned(
+    model: nn.Module, family: Family, latent_size: int | None, target: Target = "weights"
+) -> str | None:
     """Why noise alignment does not run on a model, as a clause; None where it does.
 
     Args:
         latent_size: height and width of the latents, if the caller knows them.
+        target: what the erasure is written to; of the weights it is known that they can be edited.
     """
     if not family.aligned:
         return f"{family.name} has the closed form alone"
@@ -261,7 +280,7 @@ def why_not_aligned(model: nn.Module, family: Family, latent_size: int | None) -
         check_drawable(model, latent_size)
     except ValueError as error:
         return str(error).removeprefix("model: ")
-    return None
+    return why_not_run(model, family.maps) if target == "adapter" else None
 
 
 def text_streams(
@@ -306,7 +325,7 @@ def text_streams(
     width = None
     if family.padded:
         entry = next(name for name, kind in kinds.items() if kind == "sequence")
-        width = projections(model, family.maps)[entry].in_features
+        width = projections(model, family.maps, target="adapter")[entry].in_features
     result: dict[Stream, tuple[Text, ...]] = {}
     norm = _norm_of(model, family)
     sections = [

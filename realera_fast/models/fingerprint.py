@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from realera_fast.models.dense import WEIGHT_DTYPES, dense_weight
 from realera_fast.models.entrances import Maps, projections
-from realera_fast.models.refusals import WEIGHT_DTYPES
 
 
 def weights_hash(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
@@ -30,13 +30,17 @@ def weights_hash(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
 def base_hashes(model: nn.Module, maps: Maps | None = None) -> dict[str, str]:
     """Identifies the projection weights, also as they would be after loading in a narrower dtype.
 
+    Of quantized weights these are the values that they stand for, so that a model and the same one
+    dequantized agree.
+
     Returns:
-        Dtype name ("float32" …) to SHA-256, for the stored dtype and each of fewer bytes. The
-        same checkpoint loaded in float32 and in bfloat16 agrees on "bfloat16".
+        Dtype name ("float32" …) to SHA-256, for the stored dtype (the widest of several) and each
+        of fewer bytes. The same checkpoint loaded in float32 and in bfloat16 agrees on "bfloat16".
     """
-    layers = projections(model, maps, as_run=False)
-    weights = {name: layer.weight.detach().cpu() for name, layer in layers.items()}
-    stored = next(iter(weights.values())).dtype
+    layers = projections(model, maps, as_run=False, target="adapter")
+    weights = {name: dense_weight(layer).cpu() for name, layer in layers.items()}
+    present = {weight.dtype for weight in weights.values()}
+    stored = next(dtype for dtype in WEIGHT_DTYPES if dtype in present)
     return {
         str(dtype).removeprefix("torch."): weights_hash(weights, dtype)
         for dtype in WEIGHT_DTYPES

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from realera_fast.models.dense import (
+    QUANTIZERS,
+    UnreadableWeightError,
+    dense_weight,
+    is_plain,
+)
 from realera_fast.runtime import unwrapped
-
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Weights that can be edited, widest first."""
 
 
 class RefusedModelError(ValueError):
@@ -175,7 +178,9 @@ def check_way(model: nn.Module, name: str, *, known: bool) -> None:
                 "erased with it; remove it before the call, and set it up again afterwards"
             )
         source = forward_class(module).__module__
-        if known and not source.startswith(("diffusers.", "torch.nn.")):
+        # The map itself may be of a quantizer: it is checked before whether that can be read.
+        stock = ("diffusers.", "torch.nn.", *(QUANTIZERS if place == name else ()))
+        if known and not source.startswith(stock):
             raise ValueError(
                 f"model: {place} is a {type(module).__name__}, a class that is not of diffusers, "
                 "so it is not known what text it shows its layers; undo that (a patch for speed?) "
@@ -314,21 +319,52 @@ def check_layer(name: str, layer: Any) -> nn.Linear:
             f"model: {name}.weight is on the meta device (no values); load the weights first, "
             "without device_map or offloading"
         )
-    # Quantizers replace the layer, the parameter's class (bitsandbytes), the tensor's class
-    # (torchao) or only its dtype (float8 storage); a parametrization replaces the parameter.
-    plain = (
-        isinstance(layer, nn.Linear)
-        and type(layer).forward is nn.Linear.forward
-        and type(weight) is nn.Parameter
-        and type(weight.data) is Tensor
-        and weight.dtype in WEIGHT_DTYPES
-        and weight.layout == torch.strided
-    )
-    if not plain:
+    if not is_plain(layer, weight):
         kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}"
         dtype = f", {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
             f"model: {name} is quantized or not a plain linear layer ({kind}{dtype}); load the "
             "model in float32, bfloat16 or float16 without quantization or adapters"
+            + (', or leave it as it is: target="adapter"' if _is_readable(layer) else "")
         )
     return layer
+
+
+def _is_readable(layer: Any) -> bool:
+    try:
+        dense_weight(layer)
+    except UnreadableWeightError:
+        return False
+    return True
+
+
+def check_readable(name: str, layer: Any) -> nn.Linear:
+    """Refuses a layer whose values an adapter can't be made of."""
+    if "layerwise_casting" in getattr(getattr(layer, "_diffusers_hook", None), "hooks", {}):
+        raise ValueError(
+            f"model: {name} has another dtype while it runs (layerwise casting), which an adapter "
+            "around it has not; load the model without enable_layerwise_casting"
+        )
+    try:
+        weight = dense_weight(layer)
+    except UnreadableWeightError as error:
+        raise ValueError(
+            f"model: the weight of {name} can't be read: {error}; an adapter is made for plain "
+            "linear layers, those of torchao, optimum-quanto, bitsandbytes and GGUF, and those "
+            "that accelerate offloads: load the model as one of these"
+        ) from error
+    if not weight.isfinite().all():
+        raise ValueError(f"model: {name}.weight holds NaN or infinity; reload the model")
+    return layer
+
+
+def check_places(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuses layers that stand in several places: an adapter would be around one of them."""
+    names = {id(layer): name for name, layer in layers.items()}
+    for place, module in model.named_modules(remove_duplicate=False):
+        name = names.get(id(module), place)
+        if name != place:
+            raise ValueError(
+                f"model: {name} and {place} are one layer, and an adapter would change one of the "
+                "two; put copy.deepcopy(layer) in one of the places"
+            )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from realera_fast.models.dense import UnreadableWeightError, dense_weight
 from realera_fast.runtime import unwrapped
 
 _VALUE, _OUTPUT = ".to_v", ".to_out.0"
@@ -37,10 +38,11 @@ def value_gram(
     originals = originals or {}
     values = {n: layer for n, layer in layers.items() if n.endswith(_VALUE)} or dict(layers)
     outward = output_maps(model, values, originals)
-    device = next(iter(values.values())).weight.device
+    device = dense_weight(next(iter(values.values()))).device
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
     for name, layer in values.items():
-        weight = originals.get(name, layer.weight).to(device)[:, :width].float()
+        weight = originals[name] if name in originals else dense_weight(layer)
+        weight = weight.to(device)[:, :width].float()
         if name in outward:
             weight = outward[name].to(device).float() @ weight
         total += (weight.mT @ weight).double()
@@ -62,5 +64,8 @@ def output_maps(
         behind = name.removesuffix(_VALUE) + _OUTPUT
         output = modules.get(behind)
         if isinstance(output, nn.Linear) and output.in_features == layer.out_features:
-            found[name] = originals.get(behind, output.weight).detach()
+            try:
+                found[name] = originals[behind] if behind in originals else dense_weight(output)
+            except UnreadableWeightError as error:
+                raise ValueError(f"model: the weight of {behind} can't be read: {error}") from error
     return found

@@ -16,11 +16,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def refuse_offloading(model: nn.Module, argument: str) -> None:
+def refuse_offloading(
+    model: nn.Module, argument: str, *, readable: bool = False, otherwise: str = ""
+) -> None:
     """Refuses a model whose weights are elsewhere, or come and go.
 
     Args:
         argument: what the caller calls the model.
+        readable: whether those are let pass that accelerate keeps where they can be read.
+        otherwise: what else may be done about those, as the end of the sentence.
 
     Raises:
         ValueError: some are offloaded.
@@ -30,9 +34,9 @@ def refuse_offloading(model: nn.Module, argument: str) -> None:
         offloads = any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
         # diffusers keeps its own hooks, by name, in a registry on the module.
         registry = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        if offloads or any("offload" in key for key in registry):
+        if (offloads and not readable) or any("offload" in key for key in registry):
             raise ValueError(
                 f"{argument}: the weights of {name or 'the model'} are offloaded, so that they "
                 "can't be read and changed here; erase before enabling offloading, or reload the "
-                "model without it"
+                "model without it" + (f", or {otherwise}" if offloads and otherwise else "")
             )
