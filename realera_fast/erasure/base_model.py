@@ -11,10 +11,12 @@ from realera_fast.models import (
     Maps,
     base_hashes,
     check_width,
+    is_joint,
     projections,
     queries_and_outputs,
     stream_of,
     streams,
+    text_projections,
 )
 
 
@@ -46,7 +48,8 @@ def layers_of(model: nn.Module, edit: Edit) -> dict[str, nn.Linear]:
                 "erasure is for"
             ) from error
     if not all(stream_of(name) for name in edit.lora):
-        layers |= queries_and_outputs(model)
+        joint = is_joint(model)
+        layers |= text_projections(model, as_run=False) if joint else queries_and_outputs(model)
     for name, factors in edit.lora.items():
         if name not in layers:
             raise BaseModelMismatchError(f"model: it has no projection {name!r}")
