@@ -186,7 +186,7 @@ def _run_flux(
 ) -> Tensor:
     """FLUX.1, as its pipeline calls it: latents in rows of 2 x 2, each with its place."""
     height, width = (side // 2 for side in latents.shape[-2:])
-    rows = functional.pixel_unshuffle(latents, 2).flatten(2).mT
+    rows = functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
     place = latents.new_zeros(height, width, 3)
     place[..., 1] += torch.arange(height, device=place.device)[:, None]
     place[..., 2] += torch.arange(width, device=place.device)

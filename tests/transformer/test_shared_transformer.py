@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from tiny_families import denoise, flux, sd3, sd3_without_t5, sd35
-from tiny_flow import LATENT, factors, given, maps, prompts_of, shared_transformer
+from tiny_flow import LATENT, given, maps, prompts_of, shared_transformer
 from torch import Tensor
 
-from realera_fast.alignment import AlignmentConfig, Trainer, loss_of
+from realera_fast.alignment import loss_of
 from realera_fast.alignment.trainer import Batch
 from realera_fast.models import class_of, text_projections
-from realera_fast.runtime import Processes, progress_bar
+from realera_fast.runtime import progress_bar
 from realera_fast.transformer import EulerSampler
 
 BUILDS = [sd3, sd3_without_t5, sd35, flux]
@@ -44,8 +46,6 @@ def stock(transformer, latents: Tensor, timesteps: Tensor, states: Tensor, zeros
     sequence = torch.nn.functional.pad(sequence, (0, 0, 0, zeros))
     if class_of(transformer) == "SD3Transformer2DModel":
         return transformer(latents, sequence, pooled, timesteps).sample
-    from diffusers import FluxPipeline
-
     b, c, h, w = latents.shape
     rows = FluxPipeline._pack_latents(latents, b, c, h, w)
     places = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", latents.dtype)
@@ -117,11 +117,11 @@ def test_gradients_of_the_factors_are_those_of_merged_weights(build, targets):
     for name, pair in shared.lora.hidden.items():
         assert pair[1].grad is not None and pair[1].grad.abs().max() > 0
         for mine, plain in zip(pair, leaves[name], strict=True):
-            torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-8, atol=1e-12)
+            assert (mine.grad - plain.grad).norm() < 1e-5 * plain.grad.norm()
 
 
-@pytest.mark.parametrize("build", [sd3, flux])
-def test_the_gradient_of_prompts_is_that_of_finite_differences(build):
+@pytest.mark.parametrize(("build", "length"), [(sd3, 1e-5), (flux, 1e-2)])
+def test_the_gradient_of_prompts_is_that_of_finite_differences(build, length):
     transformer = build().transformer.double()
     shared = shared_transformer(transformer, dtype=torch.float64)
     latents, timesteps, states, goal = given(transformer, dtype=torch.float64)
@@ -136,37 +136,30 @@ def test_the_gradient_of_prompts_is_that_of_finite_differences(build):
         found, gradient = shared.error_gradient(latents, timesteps, states, goal, "aligned")
         with torch.no_grad():
             torch.testing.assert_close(found, errors(0.0))
-            slope = (errors(1e-5) - errors(-1e-5)) / 2e-5
-    # The result is float32. The pooled vector is a part of it.
-    torch.testing.assert_close(
-        (gradient.double() * way).flatten(1).sum(1), slope, rtol=1e-4, atol=0
-    )
+            slope = (errors(length) - errors(-length)) / (2 * length)
+    # The result is float32, and so are FLUX's rotary embeddings: its steps have to be longer.
+    slope_found = (gradient.double() * way).flatten(1).sum(1)
+    torch.testing.assert_close(slope_found, slope, rtol=1e-4 if build is sd3 else 1e-2, atol=0)
     assert gradient[:, -1].abs().max() > 0
 
 
-def test_recomputed_and_compiled_students_have_the_same_gradients(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: torch._dynamo.optimize("eager")(model))
-
-    def gradients(checkpointed=False, **options):
+def test_recomputed_activations_give_the_same_gradients():
+    def gradients(checkpointed: bool) -> dict[str, Tensor]:
         transformer = sd3().transformer
         if checkpointed:
             transformer.enable_gradient_checkpointing()
-        shared = shared_transformer(transformer, **options)
+        shared = shared_transformer(transformer)
         latents, timesteps, states, goal = given(transformer)
         batch = Batch(latents, timesteps, states, goal, torch.ones(3), torch.eye(3))
         with shared.installed():
             loss_of(shared, batch)[0].backward()
         return {name: value.grad for name, value in shared.lora.named_tensors().items()}
 
-    plain = gradients()
-    for other in (gradients(checkpointed=True), gradients(compiled=True)):
-        for name, value in plain.items():
-            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+    once, again = gradients(False), gradients(True)
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_others_may_draw_with_the_model_and_nothing_of_it_changes():
-    import threading
-
     transformer = sd3().transformer
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     shared = shared_transformer(transformer)
@@ -192,6 +185,7 @@ def test_trajectories_are_those_of_the_stock_pipeline(build, shift):
     pipe = build()
     options = {"shift": 3.0} if shift == "static" else {"use_dynamic_shifting": True}
     pipe.scheduler = type(pipe.scheduler)(**options)
+    pixels = LATENT * pipe.vae_scale_factor
     for scale in (1.0, 3.0):
         text, empty, zeros = prompts_of(pipe)
         shared = shared_transformer(pipe.transformer, zero_rows=zeros, guidance_scale=scale)
@@ -214,11 +208,11 @@ def test_trajectories_are_those_of_the_stock_pipeline(build, shift):
             latents=given_latents,
             guidance_scale=scale,
             max_sequence_length=128,
-            height=8 * LATENT,
-            width=8 * LATENT,
+            height=pixels,
+            width=pixels,
         )
         if packed:
-            latents = pipe._unpack_latents(latents, 8 * LATENT, 8 * LATENT, 8)
+            latents = pipe._unpack_latents(latents, pixels, pixels, pipe.vae_scale_factor)
         torch.testing.assert_close(way.latents[-1], latents, rtol=1e-4, atol=1e-5)
         assert len(way.timesteps) == 2 and sampler.is_guided == (scale > 1 and not packed)
 
@@ -254,11 +248,3 @@ def test_text_projections_are_those_of_the_text_in_double_blocks():
     # The last block of SD3 gives no text.
     names = text_projections(sd3().transformer)
     assert len(names) == 7 and "transformer_blocks.1.attn.to_add_out" not in names
-
-
-def test_a_step_of_the_trainer_moves_the_factors_alone():
-    transformer = sd3().transformer
-    shared = shared_transformer(transformer)
-    config = AlignmentConfig(steps=2, batch_size=2, gradient_checkpointing=False)
-    trainer = Trainer(shared, config, None, seed=0, processes=Processes())
-    assert len(trainer.parameters) == 2 * len(factors(transformer).hidden)
