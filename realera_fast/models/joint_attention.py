@@ -60,9 +60,10 @@ def text_projections(model: nn.Module, *, as_run: bool = True) -> dict[str, nn.L
                 f"model: {place} runs fused projections, which ignore the weights of its add_k_proj"
                 " and add_v_proj; call unfuse_qkv_projections() first, and fuse again afterwards"
             )
+        # The last block of SD3 gives no text: nobody asks what its queries find.
+        silent = getattr(attn, "to_add_out", None) is None
         for leaf in TEXT_STREAM.values():
-            # The last block of SD3 gives no text, so it has no output for it.
-            if getattr(attn, leaf, None) is not None:
+            if getattr(attn, leaf, None) is not None and not (silent and leaf == "add_q_proj"):
                 name = f"{place}.{leaf}"
                 found[name] = check_layer(name, getattr(attn, leaf))
                 if as_run:

@@ -246,5 +246,5 @@ def test_text_projections_are_those_of_the_text_in_double_blocks():
         for leaf in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     }
     # The last block of SD3 gives no text.
-    names = text_projections(sd3().transformer)
-    assert len(names) == 7 and "transformer_blocks.1.attn.to_add_out" not in names
+    last = [name for name in text_projections(sd3().transformer) if ".1." in name]
+    assert [name.rpartition(".")[2] for name in last] == ["add_k_proj", "add_v_proj"]
