@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         check_alignable,
         is_joint,
         latent_shape,
+        patch_side,
         text_projections,
     )
     from realera_fast.models.lora_factors import LoraFactors
@@ -64,6 +65,7 @@ else:
                 "check_alignable",
                 "is_joint",
                 "latent_shape",
+                "patch_side",
                 "text_projections",
             ),
             "lora_factors": ("LoraFactors",),
@@ -106,6 +108,7 @@ __all__ = [
     "latent_shape",
     "load_pipeline",
     "output_maps",
+    "patch_side",
     "projections",
     "queries_and_outputs",
     "refuse_adapters",

@@ -73,6 +73,12 @@ def text_projections(model: nn.Module, *, as_run: bool = True) -> dict[str, nn.L
     return found
 
 
+def patch_side(model: nn.Module) -> int:
+    """Latents on a side of what a transformer of `is_joint` takes as one token."""
+    inner: Any = unwrapped(model)
+    return 2 if class_of(inner) == PACKED else int(inner.config.patch_size)
+
+
 def latent_shape(model: nn.Module, latent_size: int | None) -> tuple[int, int, int]:
     """`(c, h, w)` of the latents that a denoiser draws from.
 
@@ -89,8 +95,7 @@ def latent_shape(model: nn.Module, latent_size: int | None) -> tuple[int, int, i
     height, width = (size, size) if isinstance(size, int) else size
     channels = int(config.in_channels)
     if is_joint(model):
-        packed = class_of(unwrapped(model)) == PACKED
-        patch = 2 if packed else int(config.patch_size)
+        packed, patch = class_of(unwrapped(model)) == PACKED, patch_side(model)
         most = None if packed else int(config.pos_embed_max_size) * patch
         if height % patch or width % patch or (most and max(height, width) > most):
             limit = f" and at most {most}" if most else ""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera_fast.models import PACKED, class_of, latent_shape
+from realera_fast.models import PACKED, class_of, latent_shape, patch_side
 from realera_fast.runtime import unwrapped
 from realera_fast.transformer.shared_transformer import SharedTransformer
 from realera_fast.unet import Sampler, config_of
@@ -56,8 +56,7 @@ def euler_of(scheduler: Any, model: Any, steps: int, latent_size: int | None) ->
         )
     own = copy.deepcopy(scheduler)
     _, height, width = latent_shape(model, latent_size)
-    packed = class_of(unwrapped(model)) == PACKED
-    patch = 2 if packed else int(unwrapped(model).config.patch_size)
+    packed, patch = class_of(unwrapped(model)) == PACKED, patch_side(model)
     # FLUX's pipeline spaces the steps itself.
     sigmas = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64, device="cpu").tolist()
     own.set_timesteps(

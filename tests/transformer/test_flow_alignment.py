@@ -71,6 +71,8 @@ def test_factors_are_kept_undone_saved_and_loaded_as_an_adapter(make, tmp_path):
     apart = (erased - original).norm()
     loaded = Erasure.load(erasure.save(tmp_path / "erased.safetensors"))
     erasure.save_lora(tmp_path / "adapter", model)
+    with pytest.raises(ValueError, match="use layout='diffusers'"):
+        erasure.save_lora(tmp_path / "kohya", model, layout="kohya")
     erasure.restore_(model)
     assert all(torch.equal(value, before[n]) for n, value in weights(model).items())
     loaded.apply_(model)
