@@ -30,6 +30,7 @@ from realera_fast.denoising import (
 from realera_fast.erasure import history_of, originals_of
 from realera_fast.mining import KnownWords, can_be_drawn, read_known_words
 from realera_fast.models import (
+    TEXT_STREAM,
     Family,
     RefusedModelError,
     Stream,
@@ -143,9 +144,12 @@ class Job:
         """The layers, and those that alignment changes as well if its settings name them."""
         if not self.denoising.alignable:
             return self.layers
+        targets = self.config.alignment.target_modules
         if is_joint(self.model):
-            return {**self.layers, **text_projections(self.model)}
-        if set(self.config.alignment.target_modules) <= {"to_k", "to_v"}:
+            leaves = tuple(f".{TEXT_STREAM[leaf]}" for leaf in targets)
+            found = text_projections(self.model)
+            return {**self.layers, **{n: x for n, x in found.items() if n.endswith(leaves)}}
+        if set(targets) <= {"to_k", "to_v"}:
             return self.layers
         return {**self.layers, **queries_and_outputs(self.model)}
 

@@ -28,7 +28,7 @@ from realera_fast.alignment import (
     shared_denoiser,
 )
 from realera_fast.mining import MiningConfig, Region
-from realera_fast.models import components_of, streams
+from realera_fast.models import components_of, family_of, streams
 from realera_fast.runtime import Processes, checkpoint, progress_bar
 from realera_fast.text import align
 
@@ -141,6 +141,17 @@ def test_the_scheduler_has_to_be_that_of_the_flow():
     )
     (told,) = [text for text in erasure.report["warnings"] if "noise alignment runs on" in text]
     assert told.endswith("pass scheduler=pipe.scheduler")
+
+
+def test_rows_of_zeros_stand_for_t5_as_many_as_the_reading_says():
+    pipe = sd3()
+    encoders = components_of(pipe).text_encoders
+    family = family_of(pipe.transformer, 3)
+    short = dataclasses.replace(family.sections[1][0], max_tokens=1)
+    other = dataclasses.replace(family, sections=(family.sections[0], (short,)))
+    without = (*encoders[:2], None)
+    assert family.absent_rows(encoders) == 0 and family.absent_rows(without) == 256
+    assert other.absent_rows(without) == 1
 
 
 @pytest.fixture(scope="module")
