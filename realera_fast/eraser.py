@@ -408,7 +408,7 @@ def _warn_of_attacks(job: Job, hard: Hardened) -> Iterator[str]:
     if job.config.mining.attack_rounds and hard.attacker is None:
         text = (
             "mining.attack_rounds: nothing was attacked, as the closed form or the noise alignment "
-            "does not run; the erasure is not trained against attacks"
+            "does not run, or the model is no U-Net; the erasure is not trained against attacks"
         )
         logger.warning(text)
         yield text

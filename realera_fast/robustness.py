@@ -27,7 +27,7 @@ from realera_fast.mining import (
     attack,
     points_of,
 )
-from realera_fast.models import Stream
+from realera_fast.models import Stream, is_joint
 from realera_fast.ops import philox
 from realera_fast.runtime import Execution, checkpoint, progress_bar
 from realera_fast.scales import Scales
@@ -73,7 +73,8 @@ def hardened(
     """
     config = job.config
     rounds = config.mining.attack_rounds if config.closed_form.enabled else 0
-    if not (rounds and job.denoising.alignable):
+    # Of several text encoders in sections the gradient does not reach every token vector.
+    if not (rounds and job.denoising.alignable) or is_joint(job.model):
         return Hardened(solved)
     shown = job.denoiser_text()
     _check_encoders(shown)
