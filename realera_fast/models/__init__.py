@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from realera_fast.models.joint_attention import (
         PACKED,
         TEXT_STREAM,
-        check_alignable,
         is_joint,
         latent_shape,
         patch_side,
@@ -62,7 +61,6 @@ else:
             "joint_attention": (
                 "PACKED",
                 "TEXT_STREAM",
-                "check_alignable",
                 "is_joint",
                 "latent_shape",
                 "patch_side",
@@ -92,7 +90,6 @@ __all__ = [
     "TEXT_STREAM",
     "as_read",
     "base_hashes",
-    "check_alignable",
     "check_drawable",
     "check_model",
     "check_runnable",
