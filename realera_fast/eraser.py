@@ -95,15 +95,16 @@ def erase(
             own files.
         preserve: words that must keep their meaning, in addition to the vocabulary's.
         scheduler: noise scheduler of the pipeline; `None` looks beside the model's own files and
-            falls back to Stable Diffusion's schedule. Used by the alignment stage and to find the
-            members of a category.
+            falls back to Stable Diffusion's schedule (of a transformer to none). Used by the
+            alignment stage and to find the members of a category.
         reading: where text enters the model and how its pipeline encodes prompts
             (`models.Family`), for models that this library does not know, or for prompts that are
             encoded otherwise than by the pipeline's defaults; None looks it up (`family_of`) and
             refuses an unknown model.
         config: settings of all stages.
-        latents: `[n, c, h, w]` encoded images by named word (the VAE's latents times its scaling
-            factor): alignment noises these in place of denoising the word itself.
+        latents: `[n, c, h, w]` encoded images by named word, as the denoiser takes them (the VAE's
+            latents, less its shift factor if it has one, times its scaling factor): alignment
+            noises these in place of denoising the word itself.
         accelerator: an `accelerate.Accelerator`: its processes share the search for members of a
             category and the alignment stage (start the script with `accelerate launch`; each erases
             its own copy of the model and all get the same result), its trackers get the losses.
@@ -275,6 +276,7 @@ def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Cl
                 empty=shown.empty,
                 attacked=hard.attacker.probe if attacked and hard.attacker else None,
                 latents=job.latents,
+                zero_rows=job.denoising.zero_rows,
             ),
             config.alignment,
             config.mining,
@@ -421,15 +423,15 @@ def _warn_of_attacks(job: Job, hard: Hardened) -> Iterator[str]:
     if job.config.mining.attack_rounds and hard.attacker is None:
         text = (
             "mining.attack_rounds: nothing was attacked, as the closed form or the noise alignment "
-            "does not run; the erasure is not trained against attacks"
+            "does not run, or the model is no U-Net; the erasure is not trained against attacks"
         )
         logger.warning(text)
         yield text
 
 
 _NO_ALIGNMENT = (
-    "noise alignment runs on Stable Diffusion 1, 2 and XL that draw from text alone; this model "
-    "has the closed form alone"
+    "noise alignment runs on Stable Diffusion 1, 2, XL, 3 and FLUX.1 that draw from text alone; "
+    "this model has the closed form alone"
 )
 
 

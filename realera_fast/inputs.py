@@ -16,33 +16,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realera_fast import alignment
 from realera_fast.config import EraseConfig
+from realera_fast.denoising import (
+    DenoiserText,
+    Denoising,
+    checked_latents,
+    checked_shape,
+    why_not,
+    with_scheduler,
+)
 from realera_fast.erasure import check_attachable, originals_of
-from realera_fast.mining import STEPS as MEMBER_STEPS
 from realera_fast.mining import KnownWords, can_be_drawn, read_known_words
 from realera_fast.models import (
+    TEXT_STREAM,
     Family,
     RefusedModelError,
     Stream,
     Target,
     as_read,
-    check_runnable,
     check_target,
-    check_trainable,
     check_width,
     components_of,
     dense_weight,
     family_of,
+    is_joint,
     is_pipeline,
     projections,
     queries_and_outputs,
     refuse_adapters,
     stream_of,
     streams,
+    text_projections,
     text_streams,
     value_gram,
-    why_not_aligned,
     why_not_run,
 )
 from realera_fast.provenance import provenance_of
@@ -50,13 +56,18 @@ from realera_fast.runtime import (
     Checkpoint,
     Execution,
     Processes,
-    clean,
     clean_names,
     cpu_warnings,
-    unwrapped,
 )
-from realera_fast.text import Concept, Text, TextWithPooled, check_names, parse_concepts
-from realera_fast.unet import config_of, ddim_of
+from realera_fast.text import (
+    Concept,
+    Text,
+    TextInSections,
+    TextWithPooled,
+    check_names,
+    parse_concepts,
+)
+from realera_fast.unet import config_of
 
 VALUES = ".to_v"
 """How the names of value projections end."""
@@ -82,33 +93,6 @@ class Arguments:
     resume: bool
     progress: bool | None
     target: Target
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """What the denoiser itself is run for, beside the closed form."""
-
-    scheduler: Any
-    """The noise schedule; None where the denoiser is not run."""
-    alignable: bool
-    """Whether the alignment stage runs."""
-    why_not: str | None
-    """Why the model can't be aligned, as a clause."""
-    drawable: bool
-    """Whether members of a category are found by sampling images."""
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DenoiserText:
-    """What a U-Net is shown of prompts."""
-
-    text: Text
-    """Encodes whole prompts, with their pooled vector where there is one."""
-    empty: Tensor
-    """`[1, t, d]` what guidance leads away from."""
-    pooled_width: int | None
-    """Features of the pooled vector in a prompt's last row, for SDXL."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +147,12 @@ class Job:
         """The layers, and those that alignment changes as well if its settings name them."""
         if not self.denoising.alignable:
             return self.layers
-        if set(self.config.alignment.target_modules) <= {"to_k", "to_v"}:
+        targets = self.config.alignment.target_modules
+        if is_joint(self.model):
+            leaves = tuple(f".{TEXT_STREAM[leaf]}" for leaf in targets)
+            found = text_projections(self.model)
+            return {**self.layers, **{n: x for n, x in found.items() if n.endswith(leaves)}}
+        if set(targets) <= {"to_k", "to_v"}:
             return self.layers
         return {**self.layers, **queries_and_outputs(self.model)}
 
@@ -173,12 +162,16 @@ class Job:
 
     def denoiser_text(self) -> DenoiserText:
         """Whole prompts with their pooled vector, and the empty one."""
-        pooled = self.texts.get("pooled")
+        sections, pooled = self.texts["sequence"], self.texts.get("pooled")
+        text = self.text if len(sections) == 1 else TextInSections(sections)
         if pooled is None:
-            return DenoiserText(self.text, self.text.encode([""]), None)
-        joined = TextWithPooled(self.text, pooled[0])
-        # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
-        return DenoiserText(joined, torch.zeros_like(joined.encode([""])), pooled[0].width)
+            return DenoiserText(text, text.encode([""]), None)
+        joined = TextWithPooled(text, pooled[0])
+        empty = joined.encode([""])
+        if not is_joint(self.model):
+            # SDXL is guided away from zeros (force_zeros_for_empty_prompt).
+            empty = torch.zeros_like(empty)
+        return DenoiserText(joined, empty, pooled[0].width)
 
     def warn_of_slow_dtypes(self) -> tuple[str, ...]:
         """Warns of a 16-bit dtype that the CPU does not multiply natively."""
@@ -202,6 +195,7 @@ class Job:
             [text.fingerprint() for sections in self.texts.values() for text in sections],
             # Private entries come in an order of chance.
             {name: value for name, value in options.items() if not name.startswith("_")},
+            self.denoising.zero_rows,
             *more,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -230,9 +224,9 @@ def checked(given: Arguments) -> Job:
     encoders = given.text_encoders
     encoders = encoders if isinstance(encoders, tuple | list) else (encoders,)
     family = family_of(given.model, len(encoders)) if given.reading is None else given.reading
-    why_not = why_not_aligned(given.model, family, config.alignment.latent_size, given.target)
-    alignable = config.alignment.enabled and why_not is None
-    disabled = why_not or "alignment.enabled=False"
+    not_aligned = why_not(given.model, family, given.scheduler, config, given.target)
+    alignable = config.alignment.enabled and not_aligned is None
+    disabled = not_aligned or "alignment.enabled=False"
     if not (alignable or config.closed_form.enabled):
         raise ValueError(
             "config: closed_form.enabled=False leaves nothing to do, as noise alignment is off or "
@@ -242,7 +236,7 @@ def checked(given: Arguments) -> Job:
         raise ValueError("resume: expected a checkpoint_dir to continue from, got none")
     latents: Mapping[str, Tensor] = {}
     if alignable:
-        latents = _checked_latents(given.latents, concepts, latent_shape(given.model, config))
+        latents = checked_latents(given.latents, concepts, checked_shape(given.model, config))
     elif given.latents:
         raise ValueError(
             f"latents: they are for the alignment stage, which does not run here: {disabled}"
@@ -251,9 +245,10 @@ def checked(given: Arguments) -> Job:
     drawable = asks and family.aligned and can_be_drawn(given.model, config.alignment)
     if given.target == "adapter":
         drawable = drawable and why_not_run(given.model, family.maps) is None
-    denoising = Denoising(None, alignable, why_not, drawable, ())
+    rows = family.absent_rows(encoders) if alignable else 0
+    denoising = Denoising(None, alignable, not_aligned, drawable, (), rows)
     if alignable or drawable:
-        denoising = _with_scheduler(denoising, given.model, given.scheduler, config)
+        denoising = with_scheduler(denoising, given.model, given.scheduler, config)
     texts = text_streams(given.model, given.text_encoders, given.tokenizer, given.reading)
     for stream, sections in texts.items():
         for section in sections:
@@ -400,81 +395,3 @@ def check_tokens(
                     "erased; name it in another way"
                 )
     check_names(concepts, preserve, key=key)
-
-
-def latent_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
-    """`(c, h, w)` of the latents that alignment denoises, for a model that it runs on.
-
-    Raises:
-        ValueError: the model is in a state in which it can't denoise.
-    """
-    try:
-        check_runnable(model)
-        check_trainable(model)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
-            "the closed form alone"
-        ) from None
-    options: Any = unwrapped(model).config
-    size = config.alignment.latent_size or options.sample_size
-    return (options.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
-
-
-def _with_scheduler(
-    denoising: Denoising, model: Any, scheduler: Any, config: EraseConfig
-) -> Denoising:
-    """What is run with the scheduler whose noise schedule is used, and what is to say of it.
-
-    Raises:
-        ValueError: alignment needs the scheduler, and it can't be used.
-    """
-    options, alignable = config.alignment, denoising.alignable
-    warnings = []
-    counts = {options.sampling_steps, options.check_sampling_steps} if alignable else {MEMBER_STEPS}
-    try:
-        found = alignment.find_scheduler(model) if scheduler is None else scheduler
-        if found is None:
-            found = alignment.assumed_scheduler()
-            warnings.append(alignment.ASSUMED)
-        for steps in counts:
-            ddim_of(found, steps)
-    except ValueError as error:
-        if alignable:
-            raise ValueError(
-                f"{error}; or set alignment.enabled=False for the closed form alone"
-            ) from None
-        logger.warning("%s", error)
-        return dataclasses.replace(denoising, drawable=False, warnings=tuple(warnings))
-    if alignable and (few := alignment.distilled(found, options)) is not None:
-        logger.warning(few)
-        warnings.append(few)
-    return dataclasses.replace(denoising, scheduler=found, warnings=tuple(warnings))
-
-
-def _checked_latents(
-    latents: Mapping[str, Tensor] | None, concepts: Sequence[Concept], shape: tuple[int, ...]
-) -> Mapping[str, Tensor]:
-    """The given latents, if they are of named words."""
-    if not isinstance(latents, Mapping | None):
-        raise TypeError(
-            f"latents: expected a mapping of words to tensors, got {type(latents).__name__}"
-        )
-    named = {word for concept in concepts for word in concept.words}
-    given: dict[str, Tensor] = {}
-    for word, values in (latents or {}).items():
-        word = clean(word, "latents")
-        if word in given:
-            raise ValueError(f"latents: {word!r} is there twice; leave one out")
-        given[word] = values
-        if word not in named:
-            raise ValueError(f"latents: {word!r} is not to be erased; {sorted(named)} are")
-        fits = isinstance(values, Tensor) and values.dim() == 4 and values.shape[1:] == shape
-        if not fits or not len(values) or not bool(values.isfinite().all()):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"latents[{word!r}]: expected finite [n, {', '.join(map(str, shape))}], got {got}; "
-                "encode pictures of that size (AlignmentConfig.latent_size) with the pipeline's "
-                "VAE and multiply by its scaling factor"
-            )
-    return given

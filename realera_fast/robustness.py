@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from realera_fast.alignment import prepared
+from realera_fast.alignment import ClosedForm, prepared, sampler_of, shared_denoiser
 from realera_fast.equations import Equations, Solved, add_mined_word, solve
 from realera_fast.inputs import DenoiserText, Job
 from realera_fast.mining import (
@@ -27,14 +27,14 @@ from realera_fast.mining import (
     attack,
     points_of,
 )
-from realera_fast.models import Stream
+from realera_fast.models import Stream, is_joint
 from realera_fast.ops import philox
 from realera_fast.runtime import Execution, checkpoint, progress_bar
 from realera_fast.scales import Scales
 from realera_fast.selection import Selection
 from realera_fast.solver import ConceptMap
 from realera_fast.text import AlignedPrompts, ConceptPrompts, FreePrompts
-from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet, Variant
+from realera_fast.unet import LoraParameters, Sampler, SharedDenoiser, Variant
 from realera_fast.values import MovedValues
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def hardened(
     """
     config = job.config
     rounds = config.mining.attack_rounds if config.closed_form.enabled else 0
-    if not (rounds and job.denoising.alignable):
+    # Of several text encoders in sections the gradient does not reach every token vector.
+    if not (rounds and job.denoising.alignable) or is_joint(job.model):
         return Hardened(solved)
     shown = job.denoiser_text()
     _check_encoders(shown)
@@ -146,7 +147,7 @@ class Attacker:
         steps = rounds * options.mining.attack_steps * parts
         return len(self.named.concepts) * (steps + batches * options.alignment.sampling_steps)
 
-    def probe(self, shared: SharedUNet, variant: Variant) -> float:
+    def probe(self, shared: SharedDenoiser, variant: Variant) -> float:
         """How near to the concept an attack on a variant comes, of the one it comes nearest to: 0
         where its predictions are as far from the concept's as the anchor's are, 1 where they are
         the same. Of many concepts an even sample.
@@ -182,7 +183,7 @@ class Attacker:
                     near.append(1.0 - float(errors.mean()) / distance)
         return max(near)
 
-    def _distance(self, shared: SharedUNet, index: int) -> float:
+    def _distance(self, shared: SharedDenoiser, index: int) -> float:
         """Mean squared error between what the original predicts for a concept and its anchor."""
         points, word = self.points[index], self.named[self.named.numbers(index)[0]]
         latents, timesteps = (x.to(shared.device) for x in (points.latents, points.timesteps))
@@ -220,12 +221,12 @@ class Attacker:
             number: of the round.
         """
         job, found = self.job, {}
-        shared = SharedUNet(
+        shared = shared_denoiser(
             job.model,
-            maps["sequence"],
+            ClosedForm(maps),
             LoraParameters({}, {}, r=1, lora_alpha=1.0, seed=0),
-            pooled_map=maps.get("pooled"),
-            mixed_precision=job.config.alignment.mixed_precision,
+            replace(job.config.alignment, compile=False),
+            zero_rows=job.denoising.zero_rows,
         )
         with prepared(job.model, job.config.alignment), shared.installed():
             for index in range(len(self.named.concepts)):
@@ -234,7 +235,9 @@ class Attacker:
                     found[index] = outcome
         return found
 
-    def _attacked(self, shared: SharedUNet, index: int, number: int, bar: Any) -> Attacked | None:
+    def _attacked(
+        self, shared: SharedDenoiser, index: int, number: int, bar: Any
+    ) -> Attacked | None:
         processes, start = self.execution.processes, self._start(index)
         name = f"{number}.{index}"
         if f"{name}.errors" not in self.tensors:
@@ -272,7 +275,7 @@ class Attacker:
 
     def _part(
         self,
-        shared: SharedUNet,
+        shared: SharedDenoiser,
         start: FreePrompts,
         index: int,
         number: int,
@@ -299,19 +302,11 @@ class Attacker:
             bar=bar,
         )
 
-    def _sampler(self, shared: SharedUNet) -> DDIMSampler:
-        options = self.job.config.alignment
-        return DDIMSampler(
-            shared,
-            self.job.denoising.scheduler,
-            self.shown.empty,
-            steps=options.sampling_steps,
-            guidance_scale=options.guidance_scale,
-            latent_size=options.latent_size,
-            batch_size=options.sampling_batch_size,
-        )
+    def _sampler(self, shared: SharedDenoiser) -> Sampler:
+        options, scheduler = self.job.config.alignment, self.job.denoising.scheduler
+        return sampler_of(shared, scheduler, self.shown.empty, options, options.sampling_steps)
 
-    def _points(self, shared: SharedUNet, index: int, seed: int, bar: Any) -> AttackPoints:
+    def _points(self, shared: SharedDenoiser, index: int, seed: int, bar: Any) -> AttackPoints:
         word = self.named[self.named.numbers(index)[0]]
         seeds = [philox.fold_seed(seed, i) for i in range(ATTACK_TRAJECTORIES)]
         return points_of(self._sampler(shared), word.source[word.plain], seeds, bar)

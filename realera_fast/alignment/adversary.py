@@ -14,7 +14,7 @@ from torch import Tensor
 from realera_fast import mining
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.mining import MiningConfig, Region
-from realera_fast.unet import SharedUNet, Variant
+from realera_fast.unet import SharedDenoiser, Variant
 
 _OVERSHOOT = 2.5
 """Several steps are together so many times as long as the region is wide (Madry et al.)."""
@@ -23,7 +23,7 @@ _OVERSHOOT = 2.5
 class Adversary:
     """Moves prompts inside a region around them."""
 
-    def __init__(self, shared: SharedUNet, region: Region, steps: int) -> None:
+    def __init__(self, shared: SharedDenoiser, region: Region, steps: int) -> None:
         """
         Args:
             region: where the prompts may go.
@@ -75,7 +75,7 @@ class Adversary:
 
 
 def worst_neighbor(
-    shared: SharedUNet, config: AlignmentConfig, mining_config: MiningConfig
+    shared: SharedDenoiser, config: AlignmentConfig, mining_config: MiningConfig
 ) -> Adversary:
     """The adversary "worst" of these settings."""
     region = Region(mining_config.min_cosine, 1.0, config.adversary_distance)
@@ -83,7 +83,7 @@ def worst_neighbor(
 
 
 def adversary_of(
-    shared: SharedUNet, config: AlignmentConfig, mining_config: MiningConfig
+    shared: SharedDenoiser, config: AlignmentConfig, mining_config: MiningConfig
 ) -> Adversary | None:
     """What the settings ask for; None where prompts stay as they are."""
     if config.adversary == "none":

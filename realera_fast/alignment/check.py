@@ -14,7 +14,7 @@ from realera_fast.alignment.adversary import Adversary
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.runtime import progress_bar
-from realera_fast.unet import DDIMSampler, Moved, Variant
+from realera_fast.unet import Moved, Sampler, Variant
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HeldOutCheck:
 
     def __init__(
         self,
-        sampler: DDIMSampler,
+        sampler: Sampler,
         prompts: AlignmentPrompts,
         region: mining.Region,
         adversary: Adversary,

@@ -66,7 +66,8 @@ class AlignmentConfig:
 
     target_modules: tuple[str, ...] = ("to_k", "to_v")
     """Projections of each cross-attention layer with factors; "to_q" and "to_out.0" are possible
-    too (default: those that text enters through)."""
+    too (default: those that text enters through). In joint attention those of the text's stream:
+    "add_k_proj", "add_v_proj", "add_q_proj" and "to_add_out"."""
 
     learning_rate: float = 1e-3
     """AdamW step size, falling linearly to 0 over the steps (ours; MACE uses 1e-5 to 1e-4)."""
@@ -116,13 +117,15 @@ class AlignmentConfig:
     """Denoising steps of a trajectory (count; ours)."""
 
     guidance_scale: float = 5.0
-    """Classifier-free guidance of the trajectories (ratio; diffusers' SD default is 7.5)."""
+    """Classifier-free guidance of the trajectories (ratio; diffusers' SD default is 7.5). FLUX.1
+    dev is told it as an input, schnell takes none."""
 
     min_timestep: float = 0.0
     """Latest part of the schedule that is left out, as a fraction of it (0 to 1; ours)."""
 
     latent_size: int | None = None
-    """Height and width of the latents in latent pixels; `None` is the U-Net's `sample_size`."""
+    """Height and width of the latents in latent pixels; `None` is the model's `sample_size`. FLUX.1
+    has none: the stage runs where this is named."""
 
     gradient_accumulation_steps: int = 1
     """Parts that a step's batch goes through the U-Net in (count)."""

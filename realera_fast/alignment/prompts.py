@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import SharedUNet, Variant
+from realera_fast.unet import SharedDenoiser, Variant
 
 
 class Prompts(Protocol):
@@ -22,7 +22,7 @@ class Prompts(Protocol):
     def __getitem__(self, number: int) -> AlignedPrompts: ...
 
 
-Attacked: TypeAlias = Callable[[SharedUNet, Variant], float]
+Attacked: TypeAlias = Callable[[SharedDenoiser, Variant], float]
 """How near to its concepts an attack on a variant of the model comes (`AlignmentScore.worst`)."""
 
 
@@ -41,5 +41,7 @@ class AlignmentPrompts:
     attacked: Attacked | None = None
     """Attacks a variant of the model; where there is none, the worst neighbor stands for it."""
     latents: Mapping[str, Tensor] = field(default_factory=dict)
-    """`[n, c, h, w]` encoded images by word (VAE latents times its scaling factor); z_t of these
-    words is noised from them in place of a trajectory."""
+    """`[n, c, h, w]` encoded images by word, as the denoiser takes them; z_t of these words is
+    noised from them in place of a trajectory."""
+    zero_rows: int = 0
+    """Rows of zeros that the pipeline shows behind each prompt (`models.Family.absent_rows`)."""

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_scheduler(unet: Any) -> Any | None:
-    """The noise scheduler beside the U-Net's own files, of the class that they name; None if none.
+    """The scheduler beside the model's own files, of the class that they name; None if none.
 
     Raises:
         ValueError: there is one, but none that diffusers can make.
@@ -44,7 +44,7 @@ def find_scheduler(unet: Any) -> Any | None:
         # The file is anybody's, and so is what a class makes of it.
         why = str(error)
     raise ValueError(
-        f"scheduler: {kind!r}, named beside the U-Net's files, can't be made ({why}); pass "
+        f"scheduler: {kind!r}, named beside the model's files, can't be made ({why}); pass "
         "scheduler=pipe.scheduler"
     )
 

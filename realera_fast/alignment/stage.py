@@ -1,43 +1,39 @@
-"""Noise alignment: LoRA on the cross-attention projections (RealEra, stage 2).
+"""Noise alignment: LoRA on the projections of text (RealEra, stage 2).
 
-The original U-Net teaches the edited one: one module, which is handed the text's keys and values of
-either (`SharedUNet`). Training (`trainer`) takes its points from windows of trajectories
-(`windows`). At the end both variants, closed form alone and with the factors, generate images from
-held-out seeds of the *named* words (`check`): the factors stay only where they bring these closer
-to the anchor's images, or with the adversary "worst" hold an attack better, and the preserved ones
-hardly move (docs/method.md, section 6.3).
+The original denoiser teaches the edited one: one module, run as either (`SharedDenoiser`). Training
+(`trainer`) takes its points from windows of trajectories (`windows`). At the end both variants,
+closed form alone and with the factors, generate images from held-out seeds of the *named* words
+(`check`): the factors stay only where they bring these closer to the anchor's images, or with the
+adversary "worst" hold an attack better, and the preserved ones hardly move (docs/method.md, section
+6.3).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from torch import Tensor
 
 from realera_fast import mining
 from realera_fast.alignment.adversary import adversary_of, worst_neighbor
 from realera_fast.alignment.check import THERE, AlignmentScore, HeldOutCheck, is_better
 from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.denoisers import (
+    ClosedForm,
+    new_factors,
+    sampler_of,
+    shared_denoiser,
+)
 from realera_fast.alignment.prompts import AlignmentPrompts
 from realera_fast.alignment.trainer import DivergedError, Terms, Trainer
 from realera_fast.alignment.windows import Window, WindowFiller
-from realera_fast.models import (
-    LoraFactors,
-    Stream,
-    Structure,
-    projections,
-    queries_and_outputs,
-)
+from realera_fast.models import LoraFactors, Structure
 from realera_fast.runtime import Execution, Processes, checkpoint, progress_bar, unwrapped
-from realera_fast.solver import ConceptMap
-from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet, Variant
+from realera_fast.unet import Sampler, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +70,12 @@ class Alignment:
         }
 
 
-@dataclass(frozen=True)
-class ClosedForm:
-    """What the student of the stage starts from."""
-
-    maps: Mapping[Stream, ConceptMap]
-    """Of each text stream, T = I + L R."""
-    moved: Mapping[str, LoraFactors] = field(default_factory=dict)
-    """What is added to single projections, by name."""
-
-
 NOT_ALIGNED = Alignment({}, False, None, None, (), (), "not run", 0.0)
 """The outcome where the stage is off."""
 
 
 def align_noise(
-    unet: Any,
+    model: Any,
     scheduler: Any,
     closed_form: ClosedForm,
     prompts: AlignmentPrompts,
@@ -99,15 +85,15 @@ def align_noise(
     seed: int,
     execution: Execution,
 ) -> Alignment:
-    """Trains LoRA factors on top of the closed form; the U-Net is unchanged on return.
+    """Trains LoRA factors on top of the closed form; the model is unchanged on return.
 
     Memory does not grow with the number of words: a window of trajectories holds a few.
 
     Args:
-        unet: the original `UNet2DConditionModel`.
-        scheduler: its noise scheduler (a diffusers one; only its config is used).
-        closed_form: what the weights are edited by; with a map of the pooled vector (SDXL) every
-            prompt has the vector as its last row (`text.TextWithPooled`).
+        model: the original `UNet2DConditionModel`, or a transformer of `models.is_joint`.
+        scheduler: its scheduler (a diffusers one, which is not changed).
+        closed_form: what the weights are edited by; with a map of the pooled vector (SDXL, SD3,
+            FLUX.1) every prompt has the vector as its last row (`text.TextWithPooled`).
         seed: all randomness comes from it.
         execution: its processes share the work, and the accelerator's trackers get the losses; its
             checkpoint is replaced as training goes on.
@@ -119,8 +105,13 @@ def align_noise(
     started = time.perf_counter()
     processes = execution.processes
     _check_batch(config, processes)
-    shared = _shared_unet(unet, closed_form, config, seed)
-    sampler = functools.partial(_sampler, shared, scheduler, prompts.empty, config)
+    shared = shared_denoiser(
+        model, closed_form, new_factors(model, config, seed), config, zero_rows=prompts.zero_rows
+    )
+
+    def sampler(steps: int) -> Sampler:
+        return sampler_of(shared, scheduler, prompts.empty, config, steps)
+
     adversary = adversary_of(shared, config, mining_config)
     trainer = Trainer(shared, config, adversary, seed=seed, processes=processes)
     filler = WindowFiller(
@@ -147,7 +138,7 @@ def align_noise(
 
     check, counts_worst = check_of(config.check_seeds), config.adversary == "worst"
     before = after = None
-    with prepared(unet, config), shared.installed():
+    with prepared(model, config), shared.installed():
         saved = execution.checkpoint.load_together(checkpoint.ALIGNMENT, processes, shared.device)
         if config.check_seeds:
             # Most closed forms leave nothing; where it is plain, one start of each prompt shows it.
@@ -194,50 +185,10 @@ def _check_batch(config: AlignmentConfig, processes: Processes) -> None:
         )
 
 
-def _shared_unet(
-    unet: Any, closed_form: ClosedForm, config: AlignmentConfig, seed: int
-) -> SharedUNet:
-    """The U-Net as the original, as the edited one, and with new factors."""
-    leaves = tuple(f".{leaf}" for leaf in config.target_modules)
-    layers = projections(unet)
-    lora = LoraParameters(
-        {name: layer for name, layer in layers.items() if name.endswith(leaves)},
-        {n: layer for n, layer in queries_and_outputs(unet).items() if n.endswith(leaves)},
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        use_rslora=config.use_rslora,
-        seed=seed,
-        device=next(iter(layers.values())).weight.device,
-    )
-    return SharedUNet(
-        unet,
-        closed_form.maps["sequence"],
-        lora,
-        pooled_map=closed_form.maps.get("pooled"),
-        moved=closed_form.moved,
-        mixed_precision=config.mixed_precision,
-        compiled=config.compile,
-    )
-
-
-def _sampler(
-    shared: SharedUNet, scheduler: Any, empty: Tensor, config: AlignmentConfig, steps: int
-) -> DDIMSampler:
-    return DDIMSampler(
-        shared,
-        scheduler,
-        empty,
-        steps=steps,
-        guidance_scale=config.guidance_scale,
-        latent_size=config.latent_size,
-        batch_size=config.sampling_batch_size,
-    )
-
-
 @contextlib.contextmanager
-def prepared(unet: Any, config: AlignmentConfig) -> Iterator[None]:
+def prepared(denoiser: Any, config: AlignmentConfig) -> Iterator[None]:
     """Evaluation mode, frozen weights and checkpointing as asked for; all as before afterwards."""
-    model: Any = unwrapped(unet)
+    model: Any = unwrapped(denoiser)
     structure = Structure(model)
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
     try:

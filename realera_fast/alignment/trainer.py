@@ -23,7 +23,7 @@ from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.windows import Window
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
-from realera_fast.unet import LoraParameters, SharedUNet
+from realera_fast.unet import LoraParameters, SharedDenoiser
 
 _MAX_NORM = 1.0
 _WORSE = 10.0
@@ -62,7 +62,7 @@ class Batch:
     """`[3, b]` of a row's mean squared error in the three terms."""
 
 
-def loss_of(shared: SharedUNet, batch: Batch) -> tuple[Tensor, Tensor]:
+def loss_of(shared: SharedDenoiser, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss of some rows, and `[3]` its terms without weights or gradients."""
     prompts = shared.condition(batch.states, "aligned")
     student = shared.predict(batch.latents, batch.timesteps, prompts)
@@ -75,11 +75,11 @@ class DivergedError(FloatingPointError):
 
 
 class Trainer:
-    """Takes optimizer steps on the LoRA factors of a `SharedUNet`."""
+    """Takes optimizer steps on the LoRA factors of a `SharedDenoiser`."""
 
     def __init__(
         self,
-        shared: SharedUNet,
+        shared: SharedDenoiser,
         config: AlignmentConfig,
         adversary: Adversary | None,
         *,

@@ -23,7 +23,7 @@ from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import DDIMSampler, Variant
+from realera_fast.unet import Sampler, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Points:
     latents: Tensor
     """`[e, c, h, w]` float32."""
     timesteps: Tensor
-    """`[e]` integer."""
+    """`[e]` integer, of a flow float32."""
     states: Tensor
     """`[q, t, d]` prompts."""
     prompt: Tensor
@@ -164,7 +164,7 @@ class WindowFiller:
 
     def __init__(
         self,
-        sampler: DDIMSampler,
+        sampler: Sampler,
         prompts: Any,
         preserve: Tensor,
         config: AlignmentConfig,
@@ -189,10 +189,9 @@ class WindowFiller:
         self.needs_shown = config.negative_guidance > 0 or config.adversary == "worst"
         self.by_turns = config.original_trajectories
         self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
-        last = sampler.scheduler.config.num_train_timesteps * config.min_timestep
-        self.used = sampler.scheduler.timesteps >= last
+        self.used = sampler.timesteps >= sampler.train_timesteps * config.min_timestep
         if not bool(self.used.any()):
-            first = int(sampler.scheduler.timesteps[0])
+            first = int(sampler.timesteps[0])
             raise ValueError(
                 f"AlignmentConfig.min_timestep: {config.min_timestep} leaves none of "
                 f"{len(self.used)} denoising steps, of which the first is at time step {first}; "
@@ -206,7 +205,7 @@ class WindowFiller:
         return (min(own[0], few), min(own[1], few)) if held_back else own
 
     def passes(self, *, held_back: bool) -> int:
-        """Passes through the U-Net that a window's trajectories take in this process."""
+        """Passes through the denoiser that a window's trajectories take in this process."""
         targets, kept = (
             range(count)[self.processes.share(count)] for count in self._counts(held_back)
         )
@@ -285,7 +284,7 @@ class WindowFiller:
         starts = [philox.fold_seed(seed, _TARGET_STARTS + place) for place in places]
         by_original = [self._by_original(place) for place in places]
         latents = self._followed(torch.stack(plain), starts, by_original, variant, bar)
-        timesteps = self.sampler.scheduler.timesteps[self.used].repeat(len(numbers), 1)
+        timesteps = self.sampler.timesteps[self.used].repeat(len(numbers), 1)
         for i, (word_name, start) in enumerate(zip(words, starts, strict=True)):
             if word_name in self.latents:
                 latents[i] = self._noised(self.latents[word_name], timesteps[i], start)
@@ -364,7 +363,7 @@ class WindowFiller:
         chosen = torch.randint(len(images), (len(timesteps),), device="cpu", generator=generator)
         clean = images[chosen.to(images.device)].to(timesteps.device, torch.float32)
         noise = torch.randn(clean.shape, dtype=torch.float32, device="cpu", generator=generator)
-        return self.sampler.scheduler.add_noise(clean, noise.to(clean.device), timesteps)
+        return self.sampler.noised(clean, noise.to(clean.device), timesteps)
 
     def _gathered(self, points: Points) -> Points:
         """The points of all processes, in the order of one process that made them all."""

@@ -128,7 +128,12 @@ def _kohya_name(name: str, component: str, config: Any) -> str:
     if component != "unet":
         # FLUX.2 has no pooled vector, and names of its own.
         of_flux1 = hasattr(config, "guidance_embeds") and hasattr(config, "pooled_projection_dim")
-        if name not in _FLUX or not of_flux1:
+        if of_flux1 and name not in _FLUX:
+            raise ValueError(
+                "layout: 'kohya' has one name for the queries, keys and values of a FLUX.1 block, "
+                f"so none for {name}; use layout='diffusers'"
+            )
+        if not of_flux1:
             raise ValueError(
                 "layout: 'kohya' has names for Stable Diffusion 1, 2, XL and FLUX.1 alone; use "
                 "layout='diffusers'"

@@ -12,10 +12,12 @@ from realera_fast.models import (
     Target,
     base_hashes,
     check_width,
+    is_joint,
     projections,
     queries_and_outputs,
     stream_of,
     streams,
+    text_projections,
 )
 
 
@@ -50,7 +52,9 @@ def layers_of(model: nn.Module, edit: Edit, target: Target = "weights") -> dict[
                 "erasure is for"
             ) from error
     if not all(stream_of(name) for name in edit.lora):
-        layers |= queries_and_outputs(model, target=target)
+        joint = is_joint(model)
+        further = text_projections(model, as_run=False, target=target) if joint else None
+        layers |= further or queries_and_outputs(model, target=target)
     for name, factors in edit.lora.items():
         if name not in layers:
             raise BaseModelMismatchError(f"model: it has no projection {name!r}")

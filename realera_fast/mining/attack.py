@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from realera_fast.text import FreePrompts, Text
-from realera_fast.unet import DDIMSampler, SharedUNet, Variant
+from realera_fast.unet import Sampler, SharedDenoiser, Variant
 
 _STEP = 0.03
 """Adam's step, in units of the root mean square of the encoder's own token vectors (ours)."""
@@ -45,12 +45,12 @@ class AttackPoints:
     latents: Tensor
     """`[e, c, h, w]` float32."""
     timesteps: Tensor
-    """`[e]` integer."""
+    """`[e]` integer, of a flow float32."""
     shown: Tensor
     """`[e, c, h, w]` float32."""
 
 
-def points_of(sampler: DDIMSampler, states: Tensor, seeds: Sequence[int], bar: Any) -> AttackPoints:
+def points_of(sampler: Sampler, states: Tensor, seeds: Sequence[int], bar: Any) -> AttackPoints:
     """All points of trajectories on which the original model draws a prompt.
 
     Args:
@@ -76,7 +76,7 @@ class Attacked:
 
 
 def attack(
-    shared: SharedUNet,
+    shared: SharedDenoiser,
     text: Text,
     prompts: FreePrompts,
     points: AttackPoints,
@@ -92,7 +92,7 @@ def attack(
 
     Args:
         shared: installed.
-        text: encodes prompts as the U-Net is shown them.
+        text: encodes prompts as the denoiser is shown them.
         prompts: where the attack begins.
         variant: what is attacked.
         steps: of the optimizer.

@@ -99,7 +99,7 @@ class MiningConfig:
     attack_rounds: int = 0
     """Rounds in which prompts are looked for that bring a concept back (`attack`), a count; those
     that are found go to its anchor, and the noise alignment trains on them with the adversary
-    "worst". On models that the noise alignment runs on. Default (ours): none, for what they
+    "worst". On U-Nets that the noise alignment runs on. Default (ours): none, for what they
     cost."""
     attack_prompts: int = 4
     """Prompts that are looked for in each round for each concept, a count. Default (ours)."""

@@ -20,11 +20,11 @@ from realera_fast.models.dense import Target
 from realera_fast.models.entrances import (
     Maps,
     Stream,
-    check_drawable,
     class_of,
     projections,
     streams,
 )
+from realera_fast.models.joint_attention import check_alignable
 from realera_fast.models.reading import Family, Reading
 from realera_fast.models.refusals import check_way
 from realera_fast.runtime import unwrapped
@@ -123,12 +123,14 @@ FAMILIES: Mapping[str, Family] = {
             (Reading(2, max_tokens=256, model_types=("t5",)),),
         ),
         tuple(_clip(number, "pooled", multi_vector=False) for number in (0, 1)),
+        aligned=True,
         padded=True,
     ),
     "FluxTransformer2DModel": Family(
         "FLUX.1",
         ((Reading(1, max_tokens=512, multi_vector=True, model_types=("t5",)),),),
         (_clip(0, "pooled"),),
+        aligned=True,
     ),
     "PixArtTransformer2DModel": Family("PixArt", ((_masked("t5", lowercase=True),),)),
     "SanaTransformer2DModel": _sana("Sana", "SanaPipeline"),
@@ -277,7 +279,7 @@ def why_not_aligned(
     if not family.aligned:
         return f"{family.name} has the closed form alone"
     try:
-        check_drawable(model, latent_size)
+        check_alignable(model, latent_size, target)
     except ValueError as error:
         return str(error).removeprefix("model: ")
     return why_not_run(model, family.maps) if target == "adapter" else None

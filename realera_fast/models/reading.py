@@ -197,6 +197,14 @@ class Family:
             if all(encoders[reading.encoder] is not None for reading in readings)
         )
 
+    def absent_rows(self, encoders: Sequence[Any]) -> int:
+        """Rows of zeros that stand in the token sequence for sections that are not loaded (SD3
+        without T5); 0 where the denoiser sees none."""
+        if not self.padded:
+            return 0
+        missing = [part for part in self.sections if any(encoders[r.encoder] is None for r in part)]
+        return sum(part[0].max_tokens or 0 for part in missing)
+
     def explained(self) -> tuple[str, ...]:
         """For which prompts an erasure holds that was made with this reading, in sentences."""
         parts = [

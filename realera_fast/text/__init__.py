@@ -9,7 +9,7 @@ from realera_fast.text.concepts import KINDS, Concept, check_names, parse_concep
 if TYPE_CHECKING:
     from realera_fast.text.encoders import Output, Text, TextModel
     from realera_fast.text.free_prompts import FreePrompts
-    from realera_fast.text.joined import JoinedText, TextWithPooled
+    from realera_fast.text.joined import JoinedText, TextInSections, TextWithPooled
     from realera_fast.text.lexicon import Lexicon, run_together
     from realera_fast.text.padding import read_text_rows
     from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, WithFound, align
@@ -31,7 +31,7 @@ else:
             "encoders": ("Output", "Text", "TextModel"),
             "free_prompts": ("FreePrompts",),
             "lexicon": ("Lexicon", "run_together"),
-            "joined": ("JoinedText", "TextWithPooled"),
+            "joined": ("JoinedText", "TextInSections", "TextWithPooled"),
             "padding": ("read_text_rows",),
             "prompts": ("AlignedPrompts", "ConceptPrompts", "WithFound", "align"),
             "templates": ("PairsConfig", "fill"),
@@ -60,6 +60,7 @@ __all__ = [
     "Output",
     "PairsConfig",
     "Text",
+    "TextInSections",
     "TextModel",
     "TextWithPooled",
     "TokenWords",

@@ -116,8 +116,102 @@ class JoinedText:
         return hashlib.sha256(f"{parts} {self.width}".encode()).hexdigest()
 
 
+class TextInSections:
+    """Sections of a token sequence one after the other (SD3: CLIP, then T5), for noise alignment.
+
+    Words are looked for in the first one, whose rows alone carry weight: the closed form reads each
+    section by itself.
+
+    Args:
+        sections: of one width.
+    """
+
+    def __init__(self, sections: Sequence[Text]) -> None:
+        self.sections = tuple(sections)
+        self.width, self.device = sections[0].width, sections[0].device
+        self.max_tokens = sum(section.max_tokens for section in sections)
+        self.reads_unpadded = sections[0].reads_unpadded
+        self.parameters_per_token = sum(section.parameters_per_token for section in sections)
+
+    @property
+    def first(self) -> TextModel:
+        """The encoder whose tokenizer says what words there are."""
+        return self.sections[0].first
+
+    @property
+    def models(self) -> tuple[TextModel, ...]:
+        """All encoders."""
+        return tuple(model for section in self.sections for model in section.models)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of a text alone, without special ones, never cut."""
+        return self.sections[0].token_ids(text)
+
+    def name_key(self, name: str) -> Hashable:
+        """Equal for names that are the same tokens to every encoder."""
+        return tuple(section.name_key(name) for section in self.sections)
+
+    def control_token(self, text: str) -> str | None:
+        """A control token of a tokenizer that the text holds, if any."""
+        return next(filter(None, (s.control_token(text) for s in self.sections)), None)
+
+    def unknown(self, name: str) -> bool:
+        """Whether a tokenizer has no token of its own for a part of the name."""
+        return any(section.unknown(name) for section in self.sections)
+
+    def overflow(self, prompt: str) -> str:
+        """The longest end of a prompt that a section would not see; `""` if all see all."""
+        return max((section.overflow(prompt) for section in self.sections), key=len)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32 embeddings, on the first section's device."""
+        found = [section.encode(prompts).to(self.device) for section in self.sections]
+        return torch.cat(found, dim=1)
+
+    def encode_visible(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t, d]` float32 embeddings: all of them, as it is drawn from."""
+        return self.encode(prompts)
+
+    def encode_free(self, prompts: FreePrompts) -> Tensor:
+        """`[j, t, d]` float32 embeddings, with gradients of their vectors where these ask for
+        them."""
+        found = [section.encode_free(prompts).to(self.device) for section in self.sections]
+        return torch.cat(found, dim=1)
+
+    @property
+    def is_causal(self) -> bool:
+        """Never: later sections stand behind the first one's padding."""
+        return False
+
+    def first_rows(self, prompts: Sequence[str], counts: Sequence[int]) -> Tensor:
+        """`[sum of counts, d]` float32: of each prompt so many rows of the first section."""
+        return self.sections[0].first_rows(prompts, counts)
+
+    def last_rows(self, prompts: Sequence[str], *, progress: bool | None = False) -> Tensor:
+        """`[p, d]` float32 rows of the last token of each prompt in the first section."""
+        return self.sections[0].last_rows(prompts, progress=progress)
+
+    def span(self, before: str, word: str) -> Span:
+        """Rows of a word that follows the text `before` in a prompt."""
+        return self.sections[0].span(before, word)
+
+    def ends(self, prompts: Sequence[str]) -> list[int]:
+        """Row of the last token of each prompt in the first section."""
+        return self.sections[0].ends(prompts)
+
+    def shares(self, prompts: Sequence[str]) -> Tensor:
+        """`[p, t]` float64 weights of the rows, a sum of 1 each."""
+        first = self.sections[0]
+        return nn.functional.pad(first.shares(prompts), (0, self.max_tokens - first.max_tokens))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the embeddings depend on."""
+        parts = [section.fingerprint() for section in self.sections]
+        return hashlib.sha256(f"sections {parts}".encode()).hexdigest()
+
+
 class TextWithPooled:
-    """A token sequence whose last row is the pooled vector (SDXL), for noise alignment.
+    """A token sequence whose last row is the pooled vector (SDXL, SD3, FLUX), for noise alignment.
 
     Zeros fill the row up. It carries no weight: the closed form has the vector as a stream of its
     own.

@@ -1,7 +1,8 @@
-"""Deterministic sampling of the original and of the edited U-Net."""
+"""Deterministic sampling of the original and of the edited model."""
 
 from __future__ import annotations
 
+import abc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from realera_fast.unet.shared_unet import SharedUNet, Variant
+from realera_fast.unet.denoiser import SharedDenoiser, Variant
+from realera_fast.unet.shared_unet import SharedUNet
 
 _MARGIN_STEPS = 8
 """Noise levels at which two prompts are compared."""
@@ -149,43 +151,64 @@ class SamplingOptions(Protocol):
     def sampling_batch_size(self) -> int: ...
 
 
-class DDIMSampler:
-    """DDIM with a U-Net alone, without a pipeline, in batches of bounded size."""
+class Sampler(abc.ABC):
+    """Denoises with a model alone, without a pipeline, in batches of bounded size."""
+
+    shape: tuple[int, int, int]
+    """Channels, height and width of the latents."""
+    train_timesteps: int
+    """Length of the schedule."""
 
     def __init__(
-        self,
-        shared: SharedUNet,
-        scheduler: Any,
-        empty: Tensor,
-        *,
-        steps: int,
-        guidance_scale: float,
-        latent_size: int | None,
-        batch_size: int,
+        self, shared: SharedDenoiser, empty: Tensor, *, guidance_scale: float, batch_size: int
     ) -> None:
         """
         Args:
-            scheduler: a diffusers scheduler; only its noise schedule is used (`ddim_of`).
             empty: `[1, t, d]` embedding of the empty prompt, for guidance.
-            batch_size: rows that go through the U-Net at a time.
+            batch_size: rows that go through the model at a time.
         """
         self.shared, self.empty, self.guidance_scale = shared, empty, guidance_scale
-        self.scheduler = ddim_of(scheduler, steps)
-        self.scheduler.timesteps = self.scheduler.timesteps.to(shared.device)
         self.batch_size = batch_size
-        config = shared.unet.config
-        size = latent_size or config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        self.shape = (int(config.in_channels), int(height), int(width))
+
+    @property
+    @abc.abstractmethod
+    def timesteps(self) -> Tensor:
+        """`[s]` those of a trajectory, from noise to image, on the model's device."""
+
+    @abc.abstractmethod
+    def step(self, prediction: Tensor, number: int, latents: Tensor) -> Tensor:
+        """`[b, c, h, w]` latents after the step of that number."""
+
+    @abc.abstractmethod
+    def noised(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`[b, c, h, w]` clean latents with as much noise as there is at `[b]` time steps."""
+
+    @abc.abstractmethod
+    def goal(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model was trained to predict for `noised`."""
+
+    @abc.abstractmethod
+    def time_at(self, share: float) -> Tensor:
+        """Time step at that share of the schedule (0 is the image, 1 is noise)."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a step is guided away from the empty prompt, with two passes."""
+        return True
 
     @property
     def passes(self) -> int:
-        """Passes through the U-Net for one batch of starts."""
-        return len(self.scheduler.timesteps)
+        """Steps of one batch of starts."""
+        return len(self.timesteps)
+
+    @property
+    def _starts(self) -> int:
+        """Starts that are denoised together."""
+        return max(1, self.batch_size // 2) if self.is_guided else self.batch_size
 
     def batches(self, starts: int) -> int:
         """Batches that so many starts are denoised in."""
-        return -(-starts // max(1, self.batch_size // 2))
+        return -(-starts // self._starts)
 
     @torch.no_grad()
     def run(
@@ -205,7 +228,7 @@ class DDIMSampler:
             seeds: of the b starts.
             moved: what becomes of the prompts at each time step; None leaves them.
         """
-        size = max(1, self.batch_size // 2)
+        size = self._starts
         parts = [
             self._batch(states[i : i + size], seeds[i : i + size], variant, bar, moved)
             for i in range(0, len(states), size)
@@ -213,7 +236,7 @@ class DDIMSampler:
         return Trajectories(
             torch.cat([way for way, _ in parts], dim=1),
             torch.cat([predicted for _, predicted in parts], dim=1),
-            self.scheduler.timesteps,
+            self.timesteps,
         )
 
     def _batch(
@@ -226,18 +249,20 @@ class DDIMSampler:
     ) -> tuple[Tensor, Tensor]:
         latents = self.noise(seeds)
         states = states.to(latents.device)
-        empty = self.empty.to(states).expand(len(states), -1, -1)
-        both = self.shared.condition(torch.cat([empty, states]), variant)
+        empty = self.empty.to(states).expand(len(states) if self.is_guided else 0, -1, -1)
+        prompts = self.shared.condition(torch.cat([empty, states]), variant)
         way, predictions = [latents], []
-        for timestep in self.scheduler.timesteps:
+        for number, timestep in enumerate(self.timesteps):
             if moved is not None:
                 own = moved(latents, timestep.expand(len(latents)), states)
-                both = self.shared.condition(torch.cat([empty, own.to(states)]), variant)
-            free, guided = self.shared.predict(
-                torch.cat([latents, latents]), timestep.expand(2 * len(latents)), both
-            ).chunk(2)
-            noise = free + self.guidance_scale * (guided - free)
-            latents = self.scheduler.step(noise, timestep, latents).prev_sample
+                prompts = self.shared.condition(torch.cat([empty, own.to(states)]), variant)
+            rows = torch.cat([latents, latents]) if self.is_guided else latents
+            prediction = self.shared.predict(rows, timestep.expand(len(rows)), prompts)
+            guided = prediction
+            if self.is_guided:
+                free, guided = prediction.chunk(2)
+                prediction = free + self.guidance_scale * (guided - free)
+            latents = self.step(prediction, number, latents)
             way.append(latents)
             predictions.append(guided)
             bar.update(1)
@@ -277,16 +302,15 @@ class DDIMSampler:
             images: `[b, c, h, w]` clean latents.
             first, second: `[b, t, d]` prompts.
         """
-        count = int(self.scheduler.config.num_train_timesteps)
         total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         for number in range(_MARGIN_STEPS):
             # The middle of the schedule: early steps hold no content, late ones only texture.
-            step = int(count * (0.2 + 0.6 * (number + 0.5) / _MARGIN_STEPS))
+            time = self.time_at(0.2 + 0.6 * (number + 0.5) / _MARGIN_STEPS)
             noise = self.noise([number])
             noise = noise.expand_as(images)
-            times = torch.full((len(images),), step, dtype=torch.long, device=images.device)
-            noisy = self.scheduler.add_noise(images, noise, times)
-            goal = self._goal(images, noise, times)
+            times = time.to(images.device).expand(len(images))
+            noisy = self.noised(images, noise, times)
+            goal = self.goal(images, noise, times)
             errors = [
                 (self.teacher(noisy, times, states.to(noisy.device)) - goal).square().flatten(1)
                 for states in (second, first)
@@ -294,10 +318,59 @@ class DDIMSampler:
             total += errors[0].mean(1) - errors[1].mean(1)
         return total / _MARGIN_STEPS
 
-    def _goal(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+
+class DDIMSampler(Sampler):
+    """DDIM with a U-Net."""
+
+    def __init__(
+        self,
+        shared: SharedUNet,
+        scheduler: Any,
+        empty: Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        latent_size: int | None,
+        batch_size: int,
+    ) -> None:
+        """
+        Args:
+            scheduler: a diffusers scheduler; only its noise schedule is used (`ddim_of`).
+        """
+        super().__init__(shared, empty, guidance_scale=guidance_scale, batch_size=batch_size)
+        self.scheduler = ddim_of(scheduler, steps)
+        self.scheduler.timesteps = self.scheduler.timesteps.to(shared.device)
+        self.train_timesteps = int(self.scheduler.config.num_train_timesteps)
+        config = shared.unet.config
+        size = latent_size or config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (int(config.in_channels), int(height), int(width))
+
+    @property
+    def timesteps(self) -> Tensor:
+        """`[s]` integer, those of a trajectory, from noise to image, on the model's device."""
+        found: Tensor = self.scheduler.timesteps
+        return found
+
+    def step(self, prediction: Tensor, number: int, latents: Tensor) -> Tensor:
+        """`[b, c, h, w]` latents after the step of that number."""
+        after: Tensor = self.scheduler.step(prediction, self.timesteps[number], latents).prev_sample
+        return after
+
+    def noised(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`[b, c, h, w]` clean latents with as much noise as there is at `[b]` time steps."""
+        noisy: Tensor = self.scheduler.add_noise(images, noise, timesteps)
+        return noisy
+
+    def goal(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the U-Net was trained to predict."""
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
             velocity: Tensor = self.scheduler.get_velocity(images, noise, timesteps)
             return velocity
         return images if kind == "sample" else noise
+
+    def time_at(self, share: float) -> Tensor:
+        """Time step at that share of the schedule (0 is the image, 1 is noise)."""
+        step = int(self.train_timesteps * share)
+        return torch.tensor(step, dtype=torch.long, device=self.shared.device)

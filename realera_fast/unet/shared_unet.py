@@ -23,19 +23,15 @@ from realera_fast.models import LoraFactors, projections, stream_of
 from realera_fast.runtime import uncompiled, unwrapped
 from realera_fast.solver import ConceptMap
 from realera_fast.unet import attention
+from realera_fast.unet.denoiser import FP16_SCALE, Variant
 from realera_fast.unet.lora import LoraParameters
 
 _SHORT = 256
 """Up to so many latent pixels PyTorch's fused attention loses on a CPU in half precision: its
 backward pass costs 5 ms a layer whatever the length."""
 
-_FP16_SCALE = 2.0**14
-"""Half precision holds no gradient below 6e-8: it travels scaled."""
 _VAE_SCALE = 8
 """Pixels of a latent's side, in every autoencoder of Stable Diffusion."""
-
-Variant = Literal["original", "edited", "aligned"]
-"""What one U-Net is run as: its own weights; the closed form; the closed form with LoRA factors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +98,7 @@ class SharedUNet:
         self.device = weight.device
         self._autocast = mixed_precision == "bf16" and weight.dtype == torch.float32
         self.dtype = torch.bfloat16 if self._autocast else weight.dtype
-        self.gradient_scale = _FP16_SCALE if self.dtype == torch.float16 else 1.0
+        self.gradient_scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
         """What a loss is multiplied with before its gradient is taken, and that divided by."""
         # Layers with factors come first: theirs and the others' weights are one slice each.
         rest = [name for name in self._layers if name not in lora.names]

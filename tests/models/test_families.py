@@ -549,7 +549,7 @@ def test_without_alignment_the_report_says_so():
         auraflow(), config=EraseConfig(vocabulary=CLOSED.vocabulary, pairs=CLOSED.pairs)
     )
     assert any(
-        "noise alignment runs on Stable Diffusion 1, 2 and XL" in text
+        "noise alignment runs on Stable Diffusion 1, 2, XL, 3 and FLUX.1" in text
         for text in erasure.report["warnings"]
     )
     assert erasure.concepts == (Concept("cat", "dog"),)

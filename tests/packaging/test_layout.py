@@ -34,6 +34,7 @@ ROOMS = (
     "models",
     "erasure",
     "unet",
+    "transformer",
     "mining",
     "alignment",
     "eraser",
