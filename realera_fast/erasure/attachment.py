@@ -54,6 +54,12 @@ def check_attachable(model: nn.Module) -> None:
             f'{type(inner).__name__} is none; use target="weights" on a model in float32, '
             "bfloat16 or float16"
         )
+    for name, module in inner.named_modules():
+        if "layerwise_casting" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError(
+                f"model: {name} has another dtype while it runs (layerwise casting), which an "
+                "adapter around it has not; load the model without enable_layerwise_casting"
+            )
 
 
 def attach_(erasure: Erasure, model: nn.Module) -> nn.Module:

@@ -340,11 +340,6 @@ def _is_readable(layer: Any) -> bool:
 
 def check_readable(name: str, layer: Any) -> nn.Linear:
     """Refuses a layer whose values an adapter can't be made of."""
-    if "layerwise_casting" in getattr(getattr(layer, "_diffusers_hook", None), "hooks", {}):
-        raise ValueError(
-            f"model: {name} has another dtype while it runs (layerwise casting), which an adapter "
-            "around it has not; load the model without enable_layerwise_casting"
-        )
     try:
         weight = dense_weight(layer)
     except UnreadableWeightError as error:

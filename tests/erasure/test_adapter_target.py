@@ -197,10 +197,10 @@ def test_a_model_without_adapters_and_another_target_are_refused():
     ],
 )
 def test_states_that_an_adapter_does_not_fit_are_refused(change, message):
-    unet = tiny_unet()
-    change(unet)
+    pipe = sd1()
+    change(pipe.unet)
     with pytest.raises(ValueError, match=message):
-        projections(unet, target="adapter")
+        to_adapter(pipe)
 
 
 def test_verifying_takes_the_adapter_out_and_puts_it_back():
