@@ -25,8 +25,8 @@ _HOMES = {
     "unfuse": "unet",
 }
 _ROOMS = (
-    *("runtime", "ops", "solver", "text", "models", "erasure", "unet", "mining", "alignment"),
-    *("eraser", "evaluation", "embedded", "cli"),
+    *("runtime", "ops", "solver", "text", "models", "erasure", "unet", "transformer", "mining"),
+    *("alignment", "eraser", "evaluation", "embedded", "cli"),
 )
 
 
