@@ -15,7 +15,6 @@ from model_state import same, weights
 from peft import LoraConfig
 from tiny_erase import FAST
 from tiny_families import denoise, flux, pixart_alpha, sd1, sd3, sdxl
-from tiny_models import tiny_unet
 from torch import nn
 
 from realera_fast import Concept, Erasure
