@@ -56,8 +56,9 @@ def preview(
     words in doubt (`MiningConfig.borderline`) are listed as such.
 
     Args:
-        model, text_encoders, concepts, tokenizer, preserve, reading, config, progress,
-            target: as those of `erase`.
+        model, text_encoders, concepts, tokenizer, preserve, reading, config, progress: as those of
+            `erase`.
+        target: as that of `erase`.
 
     Raises:
         ValueError, TypeError: as `erase`.

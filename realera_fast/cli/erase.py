@@ -145,8 +145,6 @@ def erase(
           --preserve Monet --save delta,lora --device cuda -o out/no-artists
       realera-fast erase CompVis/stable-diffusion-v1-4 -c cat --synonym kitten \\
           --config settings.json --no-align --seed 7 -o out/no-cat
-      realera-fast erase ./flux-8bit -c cat --target adapter --save delta,lora \\
-          -o out/no-cat
       realera-fast erase ./xl.safetensors --base ./sdxl --concepts brands.csv \\
           --save delta,single-file --checkpoint out/run -o out/no-brands
     """

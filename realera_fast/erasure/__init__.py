@@ -1,7 +1,7 @@
 """What erasing returns: undo, history, file format, exports and report."""
 
 from realera_fast.erasure import report
-from realera_fast.erasure.attachment import attached_to, check_attachable
+from realera_fast.erasure.attachment import attached_to, check_alone, check_attachable
 from realera_fast.erasure.base_model import BaseModelMismatchError
 from realera_fast.erasure.describe import read_description
 from realera_fast.erasure.edit import EditedWeights
@@ -16,6 +16,7 @@ __all__ = [
     "ErasureFileError",
     "applied",
     "attached_to",
+    "check_alone",
     "check_attachable",
     "history_of",
     "originals_of",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -29,7 +31,17 @@ logger = logging.getLogger(__name__)
 ADAPTER = "erasure"
 """What the adapter is called in the model: the name for `pipe.set_adapters`."""
 
-_attached: WeakKeyDictionary[nn.Module, Erasure] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Attachment:
+    """An erasure, and by what it is known that the adapter of its name is its own."""
+
+    erasure: Erasure
+    layer: str
+    factor: weakref.ref[nn.Module]
+
+
+_attached: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -38,7 +50,47 @@ def attached_to(model: nn.Module) -> Erasure | None:
     inner: Any = unwrapped(model)
     with _lock:
         found = _attached.get(inner)
-    return found if ADAPTER in (getattr(inner, "peft_config", None) or {}) else None
+    if found is None:
+        return None
+    factors = getattr(inner.get_submodule(found.layer), "lora_A", {})
+    own = factors[ADAPTER] if ADAPTER in factors else None
+    if own is not None and own is found.factor():
+        return found.erasure
+    # It was unloaded, whatever has its name now.
+    with _lock:
+        _attached.pop(inner, None)
+    return None
+
+
+def check_alone(model: nn.Module) -> None:
+    """Refuses an attached erasure that others stand beside, or that does not act.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    inner: Any = unwrapped(model)
+    others = [name for name in inner.peft_config if name != ADAPTER]
+    if others:
+        raise ValueError(
+            f"pipe: other adapters ({', '.join(others)}) stand beside the erasure, and pictures "
+            "would be of both; verify without them: pipe.delete_adapters(...)"
+        )
+    layers = [m for m in inner.modules() if ADAPTER in getattr(m, "lora_A", {})]
+    _refuse_fused(layers)
+    if any(m.disable_adapters or ADAPTER not in m.active_adapters for m in layers):
+        raise ValueError(
+            f"pipe: the adapter {ADAPTER!r} is switched off; call pipe.enable_lora() and "
+            f"pipe.set_adapters([{ADAPTER!r}]) first"
+        )
+
+
+def _refuse_fused(layers: Iterable[Any]) -> None:
+    """Raises ValueError where adapters are fused into the weights."""
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise ValueError(
+            "model: its adapters are fused into the weights, which are not those of before; call "
+            "pipe.unfuse_lora() first"
+        )
 
 
 def check_attachable(model: nn.Module) -> None:
@@ -94,24 +146,27 @@ def attach_(erasure: Erasure, model: nn.Module) -> nn.Module:
             ) from error
         for name, (up, down) in factors.items():
             layer: Any = inner.get_submodule(name)
-            _settle(layer.lora_A[ADAPTER], down, devices[name], layer.training)
-            _settle(layer.lora_B[ADAPTER], up, devices[name], layer.training)
+            layer.train(changed[name].training)
+            _settle(layer.lora_A[ADAPTER], down, devices[name])
+            _settle(layer.lora_B[ADAPTER], up, devices[name])
         for weight, requires_grad in gradients:
             if weight.requires_grad != requires_grad:
                 weight.requires_grad_(requires_grad)
+        first = next(iter(factors))
+        factor = weakref.ref(inner.get_submodule(first).lora_A[ADAPTER])
         with _lock:
-            _attached[inner] = erasure
+            _attached[inner] = _Attachment(erasure, first, factor)
     logger.info("attached %r to %d layers", erasure, len(changed))
     return model
 
 
-def _settle(part: nn.Linear, values: torch.Tensor, device: torch.device, training: bool) -> None:
+def _settle(part: nn.Linear, values: torch.Tensor, device: torch.device) -> None:
     """Puts one factor where its layer runs. Beside offloaded weights it was made without values."""
     if part.weight.is_meta:
         part.to_empty(device=device)
         with torch.no_grad():
             part.weight.copy_(values)
-    part.to(device).requires_grad_(False).train(training)
+    part.to(device).requires_grad_(False)
 
 
 def detached(erasure: Erasure, model: nn.Module) -> bool:
@@ -121,22 +176,25 @@ def detached(erasure: Erasure, model: nn.Module) -> bool:
         Whether it was attached.
 
     Raises:
-        ValueError: it was unloaded since.
+        ValueError: it is fused into the weights.
     """
     inner: Any = unwrapped(model)
-    with _lock:
-        found = _attached.get(inner)
+    found = attached_to(model)
     if found is None or not is_same(found, erasure):
         return False
-    if attached_to(model) is None:
-        raise ValueError(
-            f"model: the adapter {ADAPTER!r} of this erasure was unloaded since, so there is "
-            "nothing to undo"
-        )
+    layers = [m for m in inner.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
+    _refuse_fused(layers)
+    active = {layer: [n for n in layer.active_adapters if n != ADAPTER] for layer in layers}
+    gradients = [(weight, weight.requires_grad) for weight in inner.parameters()]
     if set(inner.peft_config) == {ADAPTER}:
         inner.unload_lora()
     else:
         inner.delete_adapters(ADAPTER)
+        # Where the erasure alone was active peft would switch another one on.
+        for layer, names in active.items():
+            layer.set_adapter(names)
+        for weight, requires_grad in gradients:
+            weight.requires_grad_(requires_grad)
     with _lock:
         _attached.pop(inner, None)
     return True
@@ -156,5 +214,6 @@ def weights_beneath(erasure: Erasure, model: nn.Module | None) -> Weights | None
         if found is not None and is_same(found, erasure):
             names = [n for n in {**streams(inner, edit.takes), **edit.lora} if edit.changes(n)]
             layers: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
+            _refuse_fused(layers.values())
             return Weights({name: layer.get_base_layer() for name, layer in layers.items()})
     return None

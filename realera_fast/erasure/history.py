@@ -20,7 +20,9 @@ from realera_fast.erasure.base_model import BaseModelMismatchError, check_base, 
 from realera_fast.erasure.edit import edit_of, is_same
 from realera_fast.models import (
     LoraFactors,
+    UnreadableWeightError,
     base_hashes,
+    dense_weight,
     projections,
     transaction,
     weights_hash,
@@ -88,9 +90,13 @@ class WeightStates:
 
     def _hash(self, name: str) -> str:
         if name not in self._found:
-            layer: Any = self._model.get_submodule(name)
-            weight = layer.weight.detach()
-            self._found[name] = weights_hash({name: weight}, weight.dtype)
+            try:
+                weight = dense_weight(self._model.get_submodule(name))
+            except UnreadableWeightError:
+                # Whatever it was before, it is something else now.
+                self._found[name] = ""
+            else:
+                self._found[name] = weights_hash({name: weight}, weight.dtype)
         return self._found[name]
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realera_fast.erasure import Erasure, attached_to
+from realera_fast.erasure import Erasure, attached_to, check_alone
 from realera_fast.evaluation.evaluators import Detector, Judge, Scorer, identity_of
 from realera_fast.evaluation.images import (
     GROUPS,
@@ -155,7 +155,9 @@ def verify(
         logger.warning(warning)
     # Before anything is undone: what can't be applied again must not be.
     maps = None if erasure.reading is None else erasure.reading.maps
-    if not _is_attached(model, erasure):
+    if _is_attached(model, erasure):
+        check_alone(model)
+    else:
         projections(model, maps, target=erasure.provenance.get("target", "weights"))
     with _applied(model, erasure, wanted=False):
         before = sample("before:")

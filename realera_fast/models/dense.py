@@ -69,8 +69,17 @@ def dense_weight(layer: Any) -> Tensor:
     weight = _resting(layer)
     if is_plain(layer, weight):
         return weight.detach()
-    with torch.no_grad():
-        dense = _unpacked(layer, weight)
+    try:
+        with torch.no_grad():
+            dense = _unpacked(layer, weight)
+    except UnreadableWeightError:
+        raise
+    except Exception as error:
+        # Such as a layer of bitsandbytes that was not moved to its device yet.
+        raise UnreadableWeightError(
+            f"{type(weight).__module__} can't unpack its {type(weight).__name__} "
+            f"({type(error).__name__}: {error})"
+        ) from error
     if dense.dtype not in WEIGHT_DTYPES:
         dense = dense.float()
     size = (layer.out_features, layer.in_features)

@@ -22,9 +22,10 @@ from realera_fast.models.entrances import (
     Stream,
     class_of,
     projections,
+    queries_and_outputs,
     streams,
 )
-from realera_fast.models.joint_attention import check_alignable
+from realera_fast.models.joint_attention import check_alignable, is_joint
 from realera_fast.models.reading import Family, Reading
 from realera_fast.models.refusals import check_way
 from realera_fast.runtime import unwrapped
@@ -279,10 +280,15 @@ def why_not_aligned(
     if not family.aligned:
         return f"{family.name} has the closed form alone"
     try:
-        check_alignable(model, latent_size, target)
+        check_alignable(model, latent_size)
+        if target == "adapter":
+            if (clause := why_not_run(model, family.maps)) is not None:
+                return clause
+            if not is_joint(model):
+                queries_and_outputs(model)
     except ValueError as error:
         return str(error).removeprefix("model: ")
-    return why_not_run(model, family.maps) if target == "adapter" else None
+    return None
 
 
 def text_streams(

@@ -120,13 +120,12 @@ def latent_shape(model: nn.Module, latent_size: int | None) -> tuple[int, int, i
     return channels, int(height), int(width)
 
 
-def check_alignable(model: nn.Module, latent_size: int | None, target: Target = "weights") -> None:
+def check_alignable(model: nn.Module, latent_size: int | None) -> None:
     """Refuses a denoiser that alignment can't run: it needs more than a prompt to draw, or its size
     is not known.
 
     Args:
         latent_size: height and width of the latents, if the caller knows them.
-        target: what the erasure is written to.
 
     Raises:
         ValueError: says why.
@@ -148,4 +147,4 @@ def check_alignable(model: nn.Module, latent_size: int | None, target: Target = 
                 "pipe.unload_ip_adapter() first"
             )
     latent_shape(model, latent_size)
-    text_projections(model, target=target)
+    text_projections(model)

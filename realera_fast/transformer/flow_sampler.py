@@ -56,12 +56,13 @@ def euler_of(scheduler: Any, model: Any, steps: int, latent_size: int | None) ->
         )
     own = copy.deepcopy(scheduler)
     _, height, width = latent_shape(model, latent_size)
-    packed, patch = class_of(unwrapped(model)) == PACKED, patch_side(model)
-    # FLUX's pipeline spaces the steps itself.
+    patch = patch_side(model)
+    # FLUX's pipeline spaces the steps itself, unless the scheduler says how.
+    spaced = class_of(unwrapped(model)) == PACKED and not config.get("use_flow_sigmas")
     sigmas = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64, device="cpu").tolist()
     own.set_timesteps(
         steps,
-        sigmas=sigmas if packed else None,
+        sigmas=sigmas if spaced else None,
         mu=_shift(config, (height // patch) * (width // patch)),
     )
     return own

@@ -153,19 +153,83 @@ def test_other_adapters_stand_beside_it_and_stay():
     erasure.apply_(pipe.unet, target="adapter")
     with pytest.raises(ValueError, match="an adapter is attached"):
         to_adapter(pipe)
-    style = LoraConfig(r=2, init_lora_weights=False, target_modules=["attn2.to_q", "attn2.to_k"])
-    pipe.unet.add_adapter(style, adapter_name="style")
+    pipe.unet.add_adapter(style(), adapter_name="style")
     pipe.set_adapters(["erasure", "style"])
     erasure.restore_(pipe.unet)
     assert set(pipe.unet.peft_config) == {"style"} and applied(pipe.unet) == ()
     pipe.unload_lora_weights()
     with pytest.raises(ValueError, match="was not applied to this model"):
         erasure.restore_(pipe.unet)
+
+
+def style() -> LoraConfig:
+    return LoraConfig(r=2, init_lora_weights=False, target_modules=["attn2.to_q", "attn2.to_k"])
+
+
+def test_an_adapter_that_is_off_stays_off():
+    pipe = sd1()
+    before, erasure = denoise(pipe), made(pipe.unet)
+    erasure.apply_(pipe.unet, target="adapter")
+    pipe.unet.add_adapter(style(), adapter_name="style")
+    pipe.set_adapters(["erasure"])
+    erasure.restore_(pipe.unet)
+    assert torch.equal(denoise(pipe), before)
+    pipe.set_adapters(["style"])
+    assert not torch.equal(denoise(pipe), before)
+
+
+def test_what_was_unloaded_is_not_taken_for_it():
+    pipe = sd1()
+    before, erasure = weights(pipe.unet), made(pipe.unet)
     erasure.apply_(pipe.unet, target="adapter")
     pipe.unload_lora_weights()
-    with pytest.raises(ValueError, match="was unloaded since"):
+    # Another adapter of that name is the user's.
+    pipe.unet.add_adapter(style(), adapter_name="erasure")
+    assert applied(pipe.unet) == ()
+    with pytest.raises(ValueError, match="an adapter is attached"):
         erasure.restore_(pipe.unet)
-    assert same(pipe.unet, weights(sd1().unet))
+    assert set(pipe.unet.peft_config) == {"erasure"}
+    pipe.unload_lora_weights()
+    erasure.apply_(pipe.unet)
+    erasure.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_fused_it_can_not_be_taken_out():
+    pipe = sd1()
+    before, erasure = weights(pipe.unet), made(pipe.unet)
+    erasure.apply_(pipe.unet, target="adapter")
+    pipe.fuse_lora()
+    for call in (lambda: erasure.restore_(pipe.unet), lambda: erasure.save_lora("nowhere")):
+        with pytest.raises(ValueError, match=r"fused into the weights.*unfuse_lora"):
+            call()
+    pipe.unfuse_lora()
+    erasure.restore_(pipe.unet)
+    room = 1e-6
+    assert all((t - before[n]).abs().max() <= room for n, t in weights(pipe.unet).items())
+
+
+def test_verifying_refuses_what_it_would_not_judge_alone():
+    pipe = sd1()
+    erasure = made(pipe.unet)
+    erasure.apply_(pipe.unet, target="adapter")
+    sizes = {"steps": 1, "height": 16, "width": 16, "seeds": [0], "progress": False}
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match="is switched off"):
+        verify(pipe, erasure, ["a photo of a cat"], **sizes)
+    pipe.enable_lora()
+    pipe.unet.add_adapter(style(), adapter_name="style")
+    with pytest.raises(ValueError, match=r"other adapters \(style\) stand beside"):
+        verify(pipe, erasure, ["a photo of a cat"], **sizes)
+    assert attached_to(pipe.unet) is erasure
+
+
+def test_an_edit_of_weights_that_are_offloaded_since_is_seen_as_changed():
+    pipe = sd1()
+    edited(pipe)
+    offloaded(pipe)
+    with pytest.raises(ValueError, match="base model|weights"):
+        made(sd1().unet).apply_(pipe.unet, target="adapter")
 
 
 def test_a_model_without_adapters_and_another_target_are_refused():
