@@ -90,8 +90,11 @@ class WeightStates:
 
     def _hash(self, name: str) -> str:
         if name not in self._found:
+            layer: Any = self._model.get_submodule(name)
+            # An adapter around it changes no weight.
+            layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
             try:
-                weight = dense_weight(self._model.get_submodule(name))
+                weight = dense_weight(layer)
             except UnreadableWeightError:
                 # Whatever it was before, it is something else now.
                 self._found[name] = ""
