@@ -20,7 +20,7 @@ from torch.nn import functional
 from realera_fast.models import class_of, projections
 from realera_fast.runtime import uncompiled, unwrapped
 from realera_fast.solver import ConceptMap
-from realera_fast.unet import FP16_SCALE, LoraParameters, Variant
+from realera_fast.unet import FP16_SCALE, LoraParameters, Variant, is_own_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class SharedTransformer:
 
     def _hook_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not (self._adapted and self._is_own_call()):
+            if not (self._adapted and is_own_call(self._thread)):
                 return output
             return self.lora.add_hidden(name, inputs[0], output)
 
@@ -154,13 +154,6 @@ class SharedTransformer:
             errors = (velocity - goal.to(velocity)).square().flatten(1).mean(dim=1)
             (gradient,) = torch.autograd.grad(errors.sum() * scale, [asked])
         return errors.detach(), gradient.float() / scale
-
-    def _is_own_call(self) -> bool:
-        """Whether it is `predict` that runs the layer, not someone who draws in another thread."""
-        if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
-            return True
-        # Recomputed layers run in the threads of the backward pass.
-        return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _run_sd3(

@@ -5,7 +5,7 @@ and DDIM are the U-Net's.
 """
 
 from realera_fast.unet import attention
-from realera_fast.unet.denoiser import FP16_SCALE, SharedDenoiser, Variant
+from realera_fast.unet.denoiser import FP16_SCALE, SharedDenoiser, Variant, is_own_call
 from realera_fast.unet.kv_cache import fuse, unfuse
 from realera_fast.unet.lora import TARGET_MODULES, LoraParameters
 from realera_fast.unet.sampler import (
@@ -34,5 +34,6 @@ __all__ = [
     "config_of",
     "ddim_of",
     "fuse",
+    "is_own_call",
     "unfuse",
 ]

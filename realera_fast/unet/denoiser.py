@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any, Literal, Protocol
 
 import torch
@@ -50,3 +51,12 @@ class SharedDenoiser(Protocol):
         """`[b]` mean squared errors of predictions and a goal `[b, c, h, w]`, and `[b, t, d]`
         float32 the gradient of each with respect to its prompt."""
         ...
+
+
+def is_own_call(thread: int) -> bool:
+    """Whether the thread that installed a `SharedDenoiser` runs a layer now, not someone who draws
+    in another one."""
+    if torch.compiler.is_compiling() or threading.get_ident() == thread:
+        return True
+    # Recomputed layers run in the threads of the backward pass.
+    return bool(torch._C._current_graph_task_id() != -1)

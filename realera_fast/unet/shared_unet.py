@@ -23,7 +23,7 @@ from realera_fast.models import LoraFactors, projections, stream_of
 from realera_fast.runtime import uncompiled, unwrapped
 from realera_fast.solver import ConceptMap
 from realera_fast.unet import attention
-from realera_fast.unet.denoiser import FP16_SCALE, Variant
+from realera_fast.unet.denoiser import FP16_SCALE, Variant, is_own_call
 from realera_fast.unet.lora import LoraParameters
 
 _SHORT = 256
@@ -278,7 +278,7 @@ class SharedUNet:
 
     def keys_values(self, layer: str, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         """The handed keys and values of a layer."""
-        if not self._is_own_call():
+        if not is_own_call(self._thread):
             return attn.to_k(states), attn.to_v(states)
         assert self._handed is not None
         projected = self._handed.projected
@@ -293,14 +293,7 @@ class SharedUNet:
         return self._adapted(f"{layer}.to_out.0", hidden, attn.to_out[0](hidden))
 
     def _adapted(self, name: str, hidden: Tensor, output: Tensor) -> Tensor:
-        if not self._is_own_call():
+        if not is_own_call(self._thread):
             return output
         assert self._handed is not None
         return self.lora.add_hidden(name, hidden, output) if self._handed.adapted else output
-
-    def _is_own_call(self) -> bool:
-        """Whether it is `predict` that runs the layer, not someone who draws in another thread."""
-        if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
-            return True
-        # Recomputed layers run in the threads of the backward pass.
-        return bool(torch._C._current_graph_task_id() != -1)
