@@ -88,6 +88,12 @@ def checked_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
             f"{error}: the alignment stage can't denoise with it; set alignment.enabled=False for "
             "the closed form alone"
         ) from None
+    if is_joint(model) and config.alignment.down_projection == "null_space":
+        raise ValueError(
+            'config.alignment.down_projection: "null_space" needs second moments of what the '
+            "layers read, which are known of U-Nets alone, and this is a "
+            f'{type(model).__name__}; set "trained"'
+        )
     return latent_shape(model, config.alignment.latent_size)
 
 

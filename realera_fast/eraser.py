@@ -168,7 +168,7 @@ def erase(
         with clock.stage("attacks"):
             hard = hardened(job, selection, equations, scales, solved, run)
             hard = replace(hard, moved=moved)
-        aligned = _aligned(job, selection, hard, run, clock)
+        aligned = _aligned(job, selection, equations, hard, run, clock)
         if moved:
             aligned = replace(aligned, lora=joined(moved.factors, aligned.lora))
         before = Weights(layers)
@@ -247,12 +247,22 @@ def _closed_form(
     return scales, solved, moved
 
 
-def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Clock) -> Alignment:
+def _aligned(
+    job: Job,
+    selection: Selection,
+    equations: Mapping[Stream, Equations],
+    hard: Hardened,
+    run: str,
+    clock: Clock,
+) -> Alignment:
     config, solved, moved = job.config, hard.solved, hard.moved
     moves = moved or solved["sequence"].solution.map.rank or not config.closed_form.enabled
     if not (job.denoising.alignable and moves):
         return NOT_ALIGNED
-    shown = job.denoiser_text()
+    shown, moments = job.denoiser_text(), None
+    if config.alignment.down_projection == "null_space":
+        sums = equations["sequence"]
+        moments = (sums.staying.gram, sums.named.gram)
     with clock.stage("alignment"):
         staying = [fill(_PROMPT, word) for word in selection.watched]
         prompts: Sequence[AlignedPrompts]
@@ -268,6 +278,7 @@ def _aligned(job: Job, selection: Selection, hard: Hardened, run: str, clock: Cl
             ClosedForm(
                 {stream: each.solution.map for stream, each in solved.items()},
                 moved.factors if moved else {},
+                moments,
             ),
             AlignmentPrompts(
                 trained=prompts,

@@ -13,6 +13,7 @@ from publish.quality_parts import (
     unsafe_lines,
 )
 from publish.quality_tables import (
+    flow_lines,
     model_lines,
     objects_lines,
     scores_lines,
@@ -50,6 +51,7 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("An unsafe category by its name", unsafe_lines),
     ("Synonyms that no list names", withheld_lines),
     ("Another world", worlds_lines),
+    ("Flow matching", flow_lines),
     (
         "RealEra's parts",
         lambda: scores_lines(

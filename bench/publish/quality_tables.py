@@ -20,6 +20,7 @@ from publish.quality_rows import (
     score,
 )
 from realera_fast.embedded import words
+from realera_fast.embedded.flow import FLOW
 
 
 def scores_table(found: Found) -> list[str]:
@@ -199,6 +200,7 @@ def worlds_lines() -> list[str]:
     """The same tables on other models, on which nothing was chosen."""
     lines = []
     worlds = dict.fromkeys(row["world"] for row in committed(QUALITY) if "world" in row)
+    worlds.pop(FLOW, None)
     for world in worlds:
         tables = (Found(name, world=world) for name in ("objects", "several"))
         objects, several = (found if found.rows else None for found in tables)
@@ -219,6 +221,34 @@ def worlds_lines() -> list[str]:
                 *several_table(several),
                 "",
             ]
+    return lines
+
+
+def flow_lines() -> list[str]:
+    """The tables on the flow-matching sibling."""
+    objects, several = (Found(name, world=FLOW) for name in ("objects", "several"))
+    model = committed_object("embedded_flow.json")
+    if not objects.rows or model is None:
+        return []
+    names, sampling = model["names"], model["sampling"]
+    lines = [
+        "A stock `SD3Transformer2DModel`, trained by the same script on the same pictures, words, "
+        f"text encoder and autoencoder. Before anything is erased {100 * names['accuracy']:.1f} % "
+        f"of {names['pictures']} pictures show the thing that was asked for, and "
+        f"{100 * names['junk']:.1f} % are junk ({sampling['steps']} {sampling['sampler']} steps, "
+        f"guidance {sampling['guidance_scale']}). Text enters by two maps, and the closed form is "
+        f"made at both, or at one. {objects.note()}",
+        "",
+        *scores_table(objects),
+        "",
+    ]
+    if several.rows:
+        lines += [
+            f"Several at once: Acc_s / H_o. {several.note()}",
+            "",
+            *several_table(several),
+            "",
+        ]
     return lines
 
 

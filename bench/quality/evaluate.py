@@ -37,11 +37,12 @@ from harness.provenance import add_dtype, provenance
 from harness.rows import read
 from harness.tables import UNERASED
 
-from quality import cost
+from quality import cost, flow_methods
 from quality.methods import Method
 from quality.studio import STEPS, Studio
 from quality.tasks import TABLES, Plan, Task
 from realera_fast.embedded import ACCURACY, Words
+from realera_fast.embedded.flow import FLOW
 from realera_fast.evaluation import Scores, Shot, is_right, scores_of
 
 
@@ -140,16 +141,18 @@ def rows_of(
 
 def run(table: str, arguments: argparse.Namespace) -> None:
     about = provenance() | {"dtype": arguments.dtype, "steps": STEPS, "table": table}
-    world = arguments.world.resolve().name if arguments.world else None
+    flow = arguments.denoiser == "transformer"
+    parts = [arguments.world.resolve().name] if arguments.world else []
+    world = "/".join([*parts, FLOW] if flow else parts)
     if world:
         about["world"] = world
     kind = TABLES[table]
     out = arguments.out or RESULTS / kind.out
     out.parent.mkdir(parents=True, exist_ok=True)
     present = read(out) if out.exists() else []
-    present = [row for row in present if row.get("world") == world and row["table"] == table]
+    present = [row for row in present if row.get("world", "") == world and row["table"] == table]
     done = {(r["table"], r["method"], r["task"], r["seed"]) for r in present}
-    studio = Studio(getattr(torch, arguments.dtype), arguments.world)
+    studio = Studio(getattr(torch, arguments.dtype), arguments.world, arguments.denoiser)
     about["model"] = studio.fingerprint
     if any(row.get("model") != studio.fingerprint for row in present):
         raise SystemExit(
@@ -160,7 +163,8 @@ def run(table: str, arguments: argparse.Namespace) -> None:
     for task in tasks:
         if arguments.tasks and task.name not in arguments.tasks:
             continue
-        chosen: dict[str, Method | None] = {UNERASED: None, **kind.methods_for(len(task.concepts))}
+        methods = flow_methods.compared if flow else kind.methods_for
+        chosen: dict[str, Method | None] = {UNERASED: None, **methods(len(task.concepts))}
         for name, method in chosen.items():
             if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
                 continue
@@ -199,9 +203,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--world", type=Path, metavar="FOLDER", help="of another model (run.py embedded --out)"
     )
+    parser.add_argument(
+        "--denoiser",
+        choices=("unet", "transformer"),
+        default="unet",
+        help="transformer: the flow-matching sibling",
+    )
     arguments = parser.parse_args(argv)
-    if arguments.world and arguments.table == "costs":
-        parser.error("--world: costs are those of the shipped model; leave the option out")
+    if arguments.table == "costs" and (arguments.world or arguments.denoiser != "unet"):
+        parser.error("costs are those of the shipped model; leave --world and --denoiser out")
     for name in ("words.json", ACCURACY) if arguments.world else ():
         if not (arguments.world / name).is_file():
             parser.error(f"--world {arguments.world}: no {name}; run embedded's export, evaluate")

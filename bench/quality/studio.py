@@ -14,6 +14,7 @@ from PIL import Image
 from quality.methods import Method
 from quality.tasks import Task
 from realera_fast import embedded
+from realera_fast.embedded.flow import FLOW, flow_words, load_flow
 from realera_fast.evaluation import Sampling, Shot, generate, judged
 
 STEPS = 6
@@ -23,27 +24,34 @@ STEPS = 6
 class Studio:
     """The embedded pipeline and its judge: draws, names, and puts the model back."""
 
-    def __init__(self, dtype: torch.dtype, world: Path | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, world: Path | None = None, denoiser: str = "unet"
+    ) -> None:
         """
         Args:
             world: Folder of another model, as `run.py embedded --out` exports it.
+            denoiser: "unet", or "transformer": the flow-matching sibling.
         """
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe = embedded.load_pipeline(dtype, world).to(self.device)
-        self.judge = embedded.load_judge(world)
-        self.table = embedded.words(world)
+        flow = denoiser == "transformer"
+        load, words = (load_flow, flow_words) if flow else (embedded.load_pipeline, embedded.words)
+        self.pipe: Any = load(dtype, world).to(self.device)
+        self.denoiser: Any = getattr(self.pipe, denoiser)
+        self.judge, self.table = embedded.load_judge(world), words(world)
         call = self.table.sampling
         self.sampling = Sampling(
-            steps=STEPS,
+            steps=call["steps"] if flow else STEPS,
             guidance=call["guidance_scale"],
             height=call["height"],
             width=call["width"],
             batch_size=64,
+            max_sequence_length=call.get("max_sequence_length"),
         )
-        weights = (world or embedded.FOLDER) / "pipeline/unet/diffusion_pytorch_model.safetensors"
+        folder = (world or embedded.FOLDER) / (FLOW if flow else "pipeline") / denoiser
+        weights = folder / "diffusion_pytorch_model.safetensors"
         self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
         """Of the denoiser's file: rows of two models do not mix."""
-        self._weights = {k: v.clone() for k, v in self.pipe.unet.state_dict().items()}
+        self._weights = {k: v.clone() for k, v in self.denoiser.state_dict().items()}
 
     def draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """Image i of shot i."""
@@ -79,6 +87,6 @@ class Studio:
                 "aligned": report["alignment"]["kept"],
                 "stopped": report["alignment"]["stopped"],
             }
-            result.restore_(self.pipe.unet)
-        self.pipe.unet.load_state_dict(self._weights)
+            result.restore_(self.denoiser)
+        self.denoiser.load_state_dict(self._weights)
         return found, seconds, about

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from realera_fast.alignment.losses import LOSSES, Loss
 from realera_fast.runtime import check_types, valid_texts
 from realera_fast.unet import TARGET_MODULES
 
@@ -26,6 +27,8 @@ _POSITIVE_COUNTS = (
 )
 ADVERSARIES = ("none", "random", "worst")
 """What moves the prompts that are trained on; see `AlignmentConfig.adversary`."""
+DOWN_PROJECTIONS = ("trained", "null_space")
+"""How the factors' down-projections come about; see `AlignmentConfig.down_projection`."""
 _NOT_NEGATIVE = (
     "beyond_scale",
     "preserve_scale",
@@ -82,6 +85,23 @@ class AlignmentConfig:
     """g in the target eps(A) - g (eps(E) - eps(A)): away from the concept (ESD's idea, arXiv
     2303.07345). 0 follows the anchor, as RealEra's text has it, and was seen to bring synonyms back
     (ratio; ours)."""
+
+    loss: Loss = "guided"
+    """What a target row is asked for. "guided": the mean squared error to the target above;
+    "triplet": relu(|s - eps(A)|^2 - eta |s - eps(E)|^2 + m) of the student's prediction s, which is
+    0 from that target on, so that training ends where all are there (after GEM, arXiv 2606.00140,
+    whose distances are not squared and whose m is 0); "adversarial_target": eps(E) in the target is
+    that of the prompt nearby, one signed gradient step away, that the student is most like (after
+    AEGIS, as docs/method.md, section 6.1 has it)."""
+
+    triplet_eta: float = 0.5
+    """eta of "triplet" (above 0, at most 1; ours, GEM has 1, with which nothing holds a prediction
+    on the way from the concept to the anchor)."""
+
+    down_projection: Literal["trained", "null_space"] = "trained"
+    """"null_space" freezes the factors' down-projections where text that stays has next to nothing
+    and the named words have most, by the second moments of the closed form, and trains the
+    up-projections alone (after SuPLoRA, arXiv 2601.03305). Of `to_k` and `to_v` of U-Nets."""
 
     adversary: Literal["none", "random", "worst"] = "none"
     """What moves a prompt before the student is shown it. "none": nothing; "random": noise in
@@ -189,6 +209,17 @@ class AlignmentConfig:
             raise ValueError(
                 f"AlignmentConfig.adversary must be one of {ADVERSARIES}, got {self.adversary!r}"
             )
+        if self.loss not in LOSSES:
+            raise ValueError(f"AlignmentConfig.loss must be one of {LOSSES}, got {self.loss!r}")
+        if not 0.0 < self.triplet_eta <= 1.0:
+            raise ValueError(
+                f"AlignmentConfig.triplet_eta must be in (0, 1], got {self.triplet_eta}"
+            )
+        if self.down_projection not in DOWN_PROJECTIONS:
+            raise ValueError(
+                f"AlignmentConfig.down_projection must be one of {DOWN_PROJECTIONS}, got "
+                f"{self.down_projection!r}"
+            )
         if not 0.0 < self.adversary_distance < math.inf:
             raise ValueError(
                 "AlignmentConfig.adversary_distance must be positive and finite, got "
@@ -199,6 +230,11 @@ class AlignmentConfig:
             raise ValueError(
                 f"AlignmentConfig.target_modules must name some of {TARGET_MODULES}, "
                 f"got {self.target_modules}"
+            )
+        if self.down_projection == "null_space" and not set(names) <= {"to_k", "to_v"}:
+            raise ValueError(
+                'AlignmentConfig.target_modules: down_projection="null_space" knows the input of '
+                f'"to_k" and "to_v" alone, got {names}; name these, or train the down-projections'
             )
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(

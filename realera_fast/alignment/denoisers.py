@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.null_space import null_space_down
 from realera_fast.models import (
     TEXT_STREAM,
     LoraFactors,
@@ -38,10 +39,22 @@ class ClosedForm:
     """Of each text stream, T = I + L R."""
     moved: Mapping[str, LoraFactors] = field(default_factory=dict)
     """What is added to single projections, by name."""
+    moments: tuple[Tensor, Tensor] | None = None
+    """`[d, d]` of the token sequence, of what stays and of the named words; None where no factors
+    rest on them."""
 
 
-def new_factors(model: Any, config: AlignmentConfig, seed: int) -> LoraParameters:
-    """Factors of the layers that the settings name, which add nothing yet."""
+def new_factors(
+    model: Any,
+    config: AlignmentConfig,
+    seed: int,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> LoraParameters:
+    """Factors of the layers that the settings name, which add nothing yet.
+
+    Args:
+        moments: see `ClosedForm.moments`.
+    """
     layers = projections(model)
     device = next(iter(layers.values())).weight.device
     if is_joint(model):
@@ -51,7 +64,7 @@ def new_factors(model: Any, config: AlignmentConfig, seed: int) -> LoraParameter
         leaves = tuple(f".{leaf}" for leaf in config.target_modules)
         text = {name: layer for name, layer in layers.items() if name.endswith(leaves)}
         hidden = queries_and_outputs(model)
-    return LoraParameters(
+    lora = LoraParameters(
         text,
         {name: layer for name, layer in hidden.items() if name.endswith(leaves)},
         r=config.r,
@@ -60,6 +73,10 @@ def new_factors(model: Any, config: AlignmentConfig, seed: int) -> LoraParameter
         seed=seed,
         device=device,
     )
+    if config.down_projection == "null_space":
+        assert moments is not None
+        lora.freeze_down(null_space_down(*moments, config.r))
+    return lora
 
 
 def shared_denoiser(

@@ -19,7 +19,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from realera_fast import mining
-from realera_fast.alignment.adversary import adversary_of, worst_neighbor
+from realera_fast.alignment.adversary import (
+    adversarial_target_of,
+    adversary_of,
+    worst_neighbor,
+)
 from realera_fast.alignment.check import THERE, AlignmentScore, HeldOutCheck, is_better
 from realera_fast.alignment.config import AlignmentConfig
 from realera_fast.alignment.denoisers import (
@@ -105,15 +109,15 @@ def align_noise(
     started = time.perf_counter()
     processes = execution.processes
     _check_batch(config, processes)
-    shared = shared_denoiser(
-        model, closed_form, new_factors(model, config, seed), config, zero_rows=prompts.zero_rows
-    )
+    lora = new_factors(model, config, seed, closed_form.moments)
+    shared = shared_denoiser(model, closed_form, lora, config, zero_rows=prompts.zero_rows)
 
     def sampler(steps: int) -> Sampler:
         return sampler_of(shared, scheduler, prompts.empty, config, steps)
 
     adversary = adversary_of(shared, config, mining_config)
-    trainer = Trainer(shared, config, adversary, seed=seed, processes=processes)
+    moving = adversarial_target_of(shared, config, mining_config)
+    trainer = Trainer(shared, config, adversary, target=moving, seed=seed, processes=processes)
     filler = WindowFiller(
         sampler(config.sampling_steps),
         prompts.trained,
@@ -253,6 +257,8 @@ def _train(
         for step in range(done, config.steps):
             if looks and trainer.is_exhausted:
                 return f"no improvement on held-back prompts after {len(trainer.losses)} steps"
+            if trainer.is_reached:
+                return f"held-back prompts are where they should be after {step} steps"
             if window is None or step // refresh != number:
                 number = step // refresh
                 # Before the first step the factors change nothing.

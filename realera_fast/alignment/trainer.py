@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from realera_fast.alignment.adversary import Adversary
+from realera_fast.alignment.adversary import AdversarialTarget, Adversary
 from realera_fast.alignment.config import AlignmentConfig
-from realera_fast.alignment.windows import Window
+from realera_fast.alignment.losses import GUIDED, TargetLoss
+from realera_fast.alignment.windows import Points, Window
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
 from realera_fast.unet import LoraParameters, SharedDenoiser
@@ -60,13 +61,22 @@ class Batch:
     """`[b]` of a row's mean squared error in the loss."""
     term: Tensor
     """`[3, b]` of a row's mean squared error in the three terms."""
+    targets: int = 0
+    """How many of the rows, the first ones, are targets with a loss of their own."""
+    shown: Tensor | None = None
+    """`[targets, c, h, w]` what the original predicts for the concept; None where nobody asks."""
 
 
-def loss_of(shared: SharedDenoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+def loss_of(
+    shared: SharedDenoiser, batch: Batch, loss: TargetLoss = GUIDED
+) -> tuple[Tensor, Tensor]:
     """The loss of some rows, and `[3]` its terms without weights or gradients."""
     prompts = shared.condition(batch.states, "aligned")
     student = shared.predict(batch.latents, batch.timesteps, prompts)
-    errors = (student - batch.teacher.to(student)).square().flatten(1).mean(dim=1)
+    targets = batch.targets
+    errors = (student[targets:] - batch.teacher[targets:].to(student)).square()
+    leaving = loss(student[:targets], batch.teacher[:targets], batch.shown)
+    errors = torch.cat([leaving, errors.flatten(1).mean(dim=1)])
     return (errors * batch.weight).sum(), batch.term @ errors.detach().to(batch.term)
 
 
@@ -83,16 +93,19 @@ class Trainer:
         config: AlignmentConfig,
         adversary: Adversary | None,
         *,
+        target: AdversarialTarget | None = None,
         seed: int,
         processes: Processes,
     ) -> None:
         """
         Args:
-            adversary: moves targets within their neighborhood; None leaves them.
+            adversary: moves prompts of targets within their neighborhood; None leaves them.
+            target: moves what they lead away from; None leaves it.
         """
         self.shared, self.config, self.processes = shared, config, processes
         self.lora: LoraParameters = shared.lora
-        self.adversary, self.seed = adversary, seed
+        self.adversary, self.target, self.seed = adversary, target, seed
+        self.loss = TargetLoss(config.loss, config.negative_guidance, config.triplet_eta)
         self.parameters = self.lora.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0
@@ -104,6 +117,8 @@ class Trainer:
         """Held-back loss of each look, the first before any step."""
         self.losses: list[float] = []
         """Loss of each step."""
+        self.is_reached = False
+        """Whether the last look found no held-back target that is left to be moved."""
 
     @property
     def best_look(self) -> int:
@@ -137,12 +152,9 @@ class Trainer:
             index = torch.randint(len(points), (count,), device="cpu", generator=generator)
             start, stop = count * part // parts, count * (part + 1) // parts
             rows = points.take(index[start:stop])
-            states = rows.states
-            if number == 0 and self.adversary is not None and stop > start:
-                states = self.adversary.moved(
-                    rows.latents, rows.timesteps, states, rows.shown, seed=seed, offset=start
-                )
-            chosen.append((rows, states))
+            if number == 0:
+                rows = targets = self._moved(rows, seed, start)
+            chosen.append(rows)
             weights.append(
                 torch.full((stop - start,), scale / count, dtype=torch.float32, device="cpu")
             )
@@ -151,16 +163,41 @@ class Trainer:
             terms.append(shares)
 
         def joined(name: str) -> Tensor:
-            return torch.cat([getattr(rows, name) for rows, _ in chosen])
+            return torch.cat([getattr(rows, name) for rows in chosen])
 
         return Batch(
             joined("latents"),
             joined("timesteps"),
-            torch.cat([states for _, states in chosen]),
+            joined("states"),
             joined("teacher"),
             torch.cat(weights).to(device),
             torch.cat(terms, dim=1).to(device),
+            len(targets),
+            targets.shown,
         )
+
+    def _moved(self, rows: Points, seed: int, offset: int) -> Points:
+        """Target rows after the adversary had them.
+
+        Args:
+            seed: of the step.
+            offset: number of the first row in the step.
+        """
+        if not len(rows):
+            return rows
+        plain = rows.states
+        if self.adversary is not None:
+            states = self.adversary.moved(
+                rows.latents, rows.timesteps, rows.states, rows.shown, seed=seed, offset=offset
+            )
+            rows = replace(rows, states=states)
+        if self.target is not None:
+            assert rows.shown is not None
+            goal = self.target.goal(
+                rows.latents, rows.timesteps, plain, rows.teacher, rows.shown, asked=rows.states
+            )
+            rows = replace(rows, teacher=goal)
+        return rows
 
     def step(self, window: Window, number: int) -> Terms:
         """Optimizer step of that number.
@@ -180,7 +217,7 @@ class Trainer:
                 window, seed, self.processes.rank * parts + i, self.processes.count * parts
             )
             if len(batch.latents):
-                loss, terms = loss_of(self.shared, batch)
+                loss, terms = loss_of(self.shared, batch, self.loss)
                 (loss * self._scale).backward()
                 total += torch.cat([loss.detach()[None], terms])
         gradients = []
@@ -211,18 +248,20 @@ class Trainer:
         rows = config.batch_size + config.beyond_size + config.preserve_size
         parts = -(-rows // config.sampling_batch_size)
         seed = philox.fold_seed(self.seed, _HELD_BACK_STREAM)
-        total = torch.zeros(1, device=self.shared.device, dtype=torch.float64)
+        total = torch.zeros(2, device=self.shared.device, dtype=torch.float64)
         for i in range(parts):
             batch = self.batch(held_back, seed, processes.rank * parts + i, processes.count * parts)
             if len(batch.latents):
-                total += loss_of(self.shared, batch)[0]
+                found, terms = loss_of(self.shared, batch, self.loss)
+                total += torch.stack([found, terms[0]])
         processes.sum_([total])
-        loss = float(total)
+        loss, target = total.tolist()
         if not math.isfinite(loss) or (
             self.held_back and loss > _WORSE * max(self.held_back[0], 1e-12)
         ):
             raise DivergedError(f"held-back loss {loss} after step {len(self.losses)}")
         self.held_back.append(loss)
+        self.is_reached = target == 0.0
         if loss <= min(self.held_back):
             self.keep()
         return loss
@@ -250,13 +289,19 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything else, as plain JSON values."""
-        return {"losses": self.losses, "held_back": self.held_back}
+        return {
+            "losses": self.losses,
+            "held_back": self.held_back,
+            "is_reached": self.is_reached,
+        }
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continues from `tensors` and `state`."""
         for name, parameter in self.lora.named_tensors().items():
             parameter.copy_(tensors[f"lora.{name}"])
+            if not parameter.requires_grad:
+                continue
             prefix = f"adam.{name}."
             self.optimizer.state[parameter] = {
                 key.removeprefix(prefix): value if key.endswith(".step") else value.to(parameter)
@@ -270,6 +315,7 @@ class Trainer:
             if key.startswith("best.")
         }
         self.losses, self.held_back = list(state["losses"]), list(state["held_back"])
+        self.is_reached = bool(state["is_reached"])
 
 
 _HELD_BACK_STREAM = (1 << 31) - 1

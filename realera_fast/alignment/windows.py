@@ -186,7 +186,9 @@ class WindowFiller:
         self.trajectories = _divisible(config.trajectories, processes.count)
         self.preserve_trajectories = _divisible(config.preserve_trajectories, processes.count)
         self.negative_guidance = config.negative_guidance
-        self.needs_shown = config.negative_guidance > 0 or config.adversary == "worst"
+        self.needs_shown = (
+            config.negative_guidance > 0 or config.adversary == "worst" or config.loss != "guided"
+        )
         self.by_turns = config.original_trajectories
         self.beyond_region, self.seed, self.processes = beyond_region, seed, processes
         self.used = sampler.timesteps >= sampler.train_timesteps * config.min_timestep

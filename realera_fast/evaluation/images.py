@@ -103,7 +103,7 @@ class Sampling:
     """How a pipeline samples images.
 
     Raises:
-        ValueError: `steps` or `batch_size` is below 1.
+        ValueError: a count is below 1.
     """
 
     steps: int = 25
@@ -121,18 +121,22 @@ class Sampling:
     batch_size: int = 4
     """Images sampled together."""
 
+    max_sequence_length: int | None = None
+    """Tokens of a T5's prompt (Stable Diffusion 3, FLUX.1); None takes the pipeline's own."""
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "max_sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def arguments(self) -> dict[str, Any]:
         """Those of a pipeline's call."""
-        sizes = {"height": self.height, "width": self.width}
+        own = {name: getattr(self, name) for name in ("height", "width", "max_sequence_length")}
         return {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
-            **{name: size for name, size in sizes.items() if size is not None},
+            **{name: value for name, value in own.items() if value is not None},
         }
 
 
@@ -186,6 +190,10 @@ def generate(
             "video before the erasure and one after apply_, with the same generator, and look)"
         )
     arguments = sampling.arguments()
+    if sampling.max_sequence_length is not None and "max_sequence_length" not in accepted:
+        raise ValueError(
+            f"sampling: {type(pipe).__name__} takes no max_sequence_length; leave it out"
+        )
     if "use_resolution_binning" in accepted and (sampling.height or sampling.width):
         # PixArt and Sana would draw at the nearest size they were trained for.
         arguments["use_resolution_binning"] = False

@@ -139,7 +139,7 @@ class SharedTransformer:
         Args:
             states: `[b, t, d]` prompts.
             goal: `[b, c, h, w]`.
-            variant: "edited" or "aligned".
+            variant: what predicts.
 
         Returns:
             `[b]` mean squared errors, and `[b, t, d]` float32 the gradient of each with respect to

@@ -82,8 +82,13 @@ class LoraParameters:
         }
         """`[r, i]` and `[o, r]` of the layers whose input is not text."""
 
+    @torch.no_grad()
+    def freeze_down(self, rows: Tensor) -> None:
+        """All text layers have `[r, d]` rows as A, which is trained no longer."""
+        self.down.requires_grad_(False).copy_(rows)
+
     def named_tensors(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by a name of its own."""
+        """Every factor by a name of its own."""
         found = {"down": self.down, "up": self.up} if self.names else {}
         for name, (down, up) in self.hidden.items():
             found |= {f"{name}.down": down, f"{name}.up": up}
@@ -91,7 +96,7 @@ class LoraParameters:
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained tensor."""
-        return list(self.named_tensors().values())
+        return [each for each in self.named_tensors().values() if each.requires_grad]
 
     def add_hidden(self, name: str, hidden: Tensor, output: Tensor) -> Tensor:
         """A layer's `output` `[..., o]` for `hidden` `[..., i]`, with the factors it may have."""

@@ -214,7 +214,7 @@ class SharedUNet:
         Args:
             states: `[b, t, d]` prompts.
             goal: `[b, c, h, w]`.
-            variant: "edited" or "aligned".
+            variant: what predicts.
 
         Returns:
             `[b]` mean squared errors, and `[b, t, d]` float32 the gradient of each with respect to
@@ -237,9 +237,10 @@ class SharedUNet:
         of_pooled = gradients.pop() if pooled else None
         back = self._pulled_back(gradients, variant)
         if of_pooled is not None:
-            assert self._pooled_map is not None
-            transposed = ConceptMap(self._pooled_map.right.mT, self._pooled_map.left.mT)
-            of_pooled = transposed(of_pooled)
+            if variant != "original":
+                assert self._pooled_map is not None
+                transposed = ConceptMap(self._pooled_map.right.mT, self._pooled_map.left.mT)
+                of_pooled = transposed(of_pooled)
             rest = back.shape[-1] - of_pooled.shape[-1]
             row = nn.functional.pad(of_pooled.to(back), (0, rest))
             back = torch.cat([back, row[:, None]], dim=1)
@@ -249,6 +250,11 @@ class SharedUNet:
     def _pulled_back(self, gradients: Sequence[Tensor], variant: Variant) -> Tensor:
         """`[b, t, d]` float32 gradient at the prompts of those `[b, t, o]` at all projections."""
         parts = dict(zip(self._names, gradients, strict=True))
+        if variant == "original":
+            weights = ((parts[name], self._layers[name].weight.detach()) for name in self._names)
+            return torch.stack([(part @ weight.to(part)).float() for part, weight in weights]).sum(
+                0
+            )
         whole = torch.cat(list(gradients), dim=-1)
         back = (whole @ self._edited.to(whole)).float()
         if variant == "aligned" and self.lora.names:

@@ -54,7 +54,7 @@ def given(count=4, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("targets", [("to_k", "to_v"), ("to_v",), ("to_k", "to_q", "to_out.0")])
-@pytest.mark.parametrize("variant", ["edited", "aligned"])
+@pytest.mark.parametrize("variant", ["original", "edited", "aligned"])
 def test_the_gradient_is_that_of_finite_differences(variant, targets):
     shared = shared_unet(torch.float64, targets)
     latents, timesteps, states, goal = given(dtype=torch.float64)
@@ -77,7 +77,8 @@ def test_the_gradient_is_that_of_finite_differences(variant, targets):
     )
 
 
-def test_the_gradient_reaches_the_pooled_vector():
+@pytest.mark.parametrize("variant", ["original", "edited"])
+def test_the_gradient_reaches_the_pooled_vector(variant):
     pipe = sdxl()
     lora = LoraParameters({}, {}, r=1, lora_alpha=1.0, seed=0)
     generator = torch.Generator().manual_seed(3)
@@ -93,11 +94,11 @@ def test_the_gradient_reaches_the_pooled_vector():
     way[:, -1] = torch.randn(2, sequence.width, generator=generator)
 
     def errors(step: float) -> torch.Tensor:
-        prompts = shared.condition(states + step * way, "edited")
+        prompts = shared.condition(states + step * way, variant)
         return (shared.predict(latents, timesteps, prompts) - goal).square().flatten(1).mean(1)
 
     with shared.installed():
-        _, gradient = shared.error_gradient(latents, timesteps, states, goal, "edited")
+        _, gradient = shared.error_gradient(latents, timesteps, states, goal, variant)
         with torch.no_grad():
             slope = (errors(0.05) - errors(-0.05)) / 0.1
     found = (gradient * way).flatten(1).sum(1)

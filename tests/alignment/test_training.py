@@ -265,7 +265,7 @@ def test_a_restored_trainer_takes_the_same_steps(adversary):
     steps(first, 2)
     first.keep()
     saved = {name: tensor.detach().clone() for name, tensor in first.tensors().items()}
-    state = {key: list(value) for key, value in first.state().items()}
+    state = copy.deepcopy(first.state())
     steps(first, 3, start=2)
     second = trainer(adversary=adversary)
     second.restore(saved, state)
@@ -297,7 +297,8 @@ def test_the_best_factors_are_those_of_the_least_held_back_loss(monkeypatch):
     it = trainer(patience=2)
     found = iter([3.0, 1.0, 2.0, 2.0])
     monkeypatch.setattr(
-        "realera_fast.alignment.trainer.loss_of", lambda *_: (torch.tensor(next(found)), None)
+        "realera_fast.alignment.trainer.loss_of",
+        lambda *_: (torch.tensor(next(found)), torch.ones(3)),
     )
     for number in range(4):
         with torch.no_grad():

@@ -1,0 +1,117 @@
+"""What is compared on the flow-matching sibling, whose text meets the picture in joint attention.
+
+Text enters by two maps, of the token sequence (`context_embedder`) and of the pooled vector
+(`text_embedder.linear_1`). Where the closed form is best made is one question of the table, so it
+is made at each of them alone, at both, and in every block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from baselines import Rows, uce
+from baselines.phrases import ANCHORS, UNIT, pairs_of
+from harness.tables import DEFAULT, FAST
+from torch import Tensor
+
+import realera_fast
+from quality.methods import Method, changed
+from realera_fast import Concept, EraseConfig, Erasure
+from realera_fast.embedded.flow import SAMPLING
+from realera_fast.models import Family, family_of, stream_of, streams, text_streams
+
+SEQUENCE, POOLED = "closed form, token sequence alone", "closed form, pooled vector alone"
+UCE = "UCE, entry maps"
+
+
+def reading(transformer: Any) -> Family:
+    """How the sibling's pipeline is called: one row of zeros in T5's place."""
+    family = family_of(transformer, 3)
+    t5 = dataclasses.replace(family.sections[1][0], max_tokens=SAMPLING["max_sequence_length"])
+    return dataclasses.replace(family, sections=(family.sections[0], (t5,)))
+
+
+def library(config: EraseConfig, *, only: str | None = None) -> Method:
+    """`realera_fast.erase` with these settings.
+
+    Args:
+        only: the stream whose maps stay edited, alone.
+    """
+
+    def erase(
+        pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]
+    ) -> Erasure | None:
+        own = changed(config, vocabulary={"exclude": tuple(exclude)})
+        before = {name: pipe.transformer.get_submodule(name).weight.clone() for name in maps(pipe)}
+        erasure = realera_fast.erase(
+            pipe,
+            list(concepts),
+            config=dataclasses.replace(own, seed=seed),
+            reading=reading(pipe.transformer),
+            progress=False,
+        )
+        if only is None:
+            return erasure
+        with torch.no_grad():
+            for name, weight in before.items():
+                if stream_of(name) != only:
+                    pipe.transformer.get_submodule(name).weight.copy_(weight)
+        return None
+
+    return Method(erase, config.alignment.enabled, config.to_dict())
+
+
+def maps(pipe: Any) -> Mapping[str, str]:
+    """Streams by the name of the map that each enters by."""
+    return {name: str(stream) for name, stream in streams(pipe.transformer).items()}
+
+
+def entry_uce(settings: uce.Settings) -> Method:
+    """UCE at both entry maps, as its published code has them for FLUX."""
+
+    def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
+        encoders = (pipe.text_encoder, pipe.text_encoder_2, None)
+        tokenizers = (pipe.tokenizer, pipe.tokenizer_2, None)
+        texts = text_streams(pipe.transformer, encoders, tokenizers, reading(pipe.transformer))
+        pairs = pairs_of(concepts, settings.anchors, expand=settings.expand)
+        with torch.no_grad():
+            for name, stream in maps(pipe).items():
+                text = texts[stream][0]  # type: ignore[index]
+
+                def last(phrases: Sequence[str], text: Any = text) -> Tensor:
+                    rows = text.encode(phrases)
+                    if rows.shape[1] == 1:
+                        return rows[:, 0]
+                    place = torch.tensor(text.ends(phrases)) - 1
+                    return rows[torch.arange(len(rows)), place]
+
+                source, destination = (last([pair[i] for pair in pairs]) for i in (0, 1))
+                scale = (UNIT / last(["a photo of a"]).square().sum()).sqrt()
+                weight = torch.full((len(pairs),), settings.erase_scale)
+                rows = Rows(source * scale, destination * scale, weight)
+                layer = pipe.transformer.get_submodule(name)
+                (edited,) = uce.edit([layer.weight.float()], rows, settings.ridge)
+                layer.weight.copy_(edited)
+
+    return Method(erase, False, dataclasses.asdict(settings))
+
+
+def compared(count: int = 1) -> dict[str, Method]:
+    """Who is in every table.
+
+    Args:
+        count: how many concepts are erased together; all have the same settings for one and more.
+    """
+    fast = EraseConfig.fast()
+    return {
+        DEFAULT: library(EraseConfig()),
+        FAST: library(fast),
+        SEQUENCE: library(fast, only="sequence"),
+        POOLED: library(fast, only="pooled"),
+        UCE: entry_uce(
+            uce.Settings(erase_scale=10.0, expand=True, anchors=ANCHORS | {"object": "object"})
+        ),
+    }
