@@ -2,7 +2,8 @@
 
 Text enters by two maps, of the token sequence (`context_embedder`) and of the pooled vector
 (`text_embedder.linear_1`). Where the closed form is best made is one question of the table, so it
-is made at each of them alone, at both, and in every block.
+is made at each of them alone, at both, and in every block: there the rows are what the text's keys
+and values (`add_k_proj`, `add_v_proj`) see of the same words, for several latents and times.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from quality.methods import Method, changed
 from realera_fast import Concept, EraseConfig, Erasure
 from realera_fast.embedded.flow import SAMPLING
 from realera_fast.models import Family, family_of, stream_of, streams, text_streams
+from realera_fast.solver import NormalEquations, Pairs, solve_layers
 
 SEQUENCE, POOLED = "closed form, token sequence alone", "closed form, pooled vector alone"
+BLOCKS = "closed form, pooled vector and added K, V of every block"
 UCE = "UCE, entry maps"
 
 
@@ -62,6 +65,91 @@ def library(config: EraseConfig, *, only: str | None = None) -> Method:
         return None
 
     return Method(erase, config.alignment.enabled, config.to_dict())
+
+
+def blocks() -> Method:
+    """The library's map of the pooled vector, and its words' rows in every block."""
+    config = EraseConfig.fast()
+    of_pooled = library(config, only="pooled")
+
+    def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
+        model = pipe.transformer
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        found = library(config).erase(pipe, concepts, seed, exclude)
+        assert found is not None
+        report = found.report
+        model.load_state_dict(before)
+        leaving, anchors = [], []
+        for concept in concepts:
+            words = [*concept.words, *report["neighbors"][concept.target]]
+            chosen = report["anchors"].get(concept.target)
+            goal = chosen["words"][0] if chosen else concept.anchor or ""
+            leaving += words
+            anchors += [goal] * len(words)
+        staying = [w["word"] for w in report["words"] if w["role"] in _STAYING]
+        # Before anything moves: the rows are the original's.
+        seen = [_seen(pipe, words) for words in (leaving, anchors, staying)]
+        of_pooled.erase(pipe, concepts, seed, exclude)
+        systems = []
+        names = list(seen[0])
+        for name in names:
+            source, goal, kept = (rows[name] for rows in seen)
+            system = NormalEquations(source.shape[-1])
+            for rows, to, weight in ((source, goal, 1.0), (kept, kept, _PRESERVE_SCALE)):
+                each = torch.full((len(rows),), weight / len(rows))
+                system.update(Pairs(rows, to, each))
+            systems.append(system)
+        ridge = 1e-3 * float(systems[0].gram.diagonal().mean())
+        with torch.no_grad():
+            for name, solution in zip(names, solve_layers(systems, ridge=ridge), strict=True):
+                weight = model.get_submodule(name).weight
+                weight.copy_(weight.float() @ solution.map.matrix.float())
+
+    return Method(erase, False, config.to_dict())
+
+
+_STAYING = ("relative", "vocabulary", "preserved")
+_PRESERVE_SCALE = 5.0
+_TIMES = (0.95, 0.7, 0.4)
+
+
+@torch.no_grad()
+def _seen(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
+    """`[n, d]` float32 what every block's added keys and values see of the words' prompts."""
+    model, found = pipe.transformer, {}
+    handles = []
+    for name, layer in model.named_modules():
+        if name.endswith(("add_k_proj", "add_v_proj")):
+            rows = found.setdefault(name, [])
+            handles.append(
+                layer.register_forward_hook(
+                    lambda _m, given, _o, rows=rows: rows.append(given[0].flatten(0, 1).float())
+                )
+            )
+    generator = torch.Generator().manual_seed(1)
+    side, channels = model.config.sample_size, model.config.in_channels
+    try:
+        for start in range(0, len(words), 32):
+            prompts = [f"a photo of a {word}" for word in words[start : start + 32]]
+            states, _, pooled, _ = pipe.encode_prompt(
+                prompts,
+                None,
+                None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=SAMPLING["max_sequence_length"],
+            )
+            for time in _TIMES:
+                latents = torch.randn(1, channels, side, side, generator=generator)
+                model(
+                    hidden_states=latents.expand(len(prompts), -1, -1, -1).to(states),
+                    encoder_hidden_states=states,
+                    pooled_projections=pooled,
+                    timestep=torch.full((len(prompts),), 1000.0 * time),
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def maps(pipe: Any) -> Mapping[str, str]:
@@ -111,6 +199,7 @@ def compared(count: int = 1) -> dict[str, Method]:
         FAST: library(fast),
         SEQUENCE: library(fast, only="sequence"),
         POOLED: library(fast, only="pooled"),
+        BLOCKS: blocks(),
         UCE: entry_uce(
             uce.Settings(erase_scale=10.0, expand=True, anchors=ANCHORS | {"object": "object"})
         ),

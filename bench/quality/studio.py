@@ -18,7 +18,7 @@ from realera_fast.embedded.flow import FLOW, flow_words, load_flow
 from realera_fast.evaluation import Sampling, Shot, generate, judged
 
 STEPS = 6
-"""DDIM steps of an image: few, and the judge still names the un-erased model's."""
+"""Denoising steps of an image: few, and the judge still names the un-erased model's."""
 
 
 class Studio:
@@ -40,7 +40,7 @@ class Studio:
         self.judge, self.table = embedded.load_judge(world), words(world)
         call = self.table.sampling
         self.sampling = Sampling(
-            steps=call["steps"] if flow else STEPS,
+            steps=STEPS,
             guidance=call["guidance_scale"],
             height=call["height"],
             width=call["width"],

@@ -22,7 +22,7 @@ __all__ = ["FLOW", "SAMPLING", "flow_words", "load_flow", "shared_parts"]
 
 FLOW = "flow"
 """Beside the embedded model's pipeline: the sibling's folder."""
-SAMPLING = dict(steps=12, guidance_scale=3.0, height=64, width=64, max_sequence_length=1)
+SAMPLING = dict(steps=8, guidance_scale=3.0, height=64, width=64, max_sequence_length=1)
 """Recommended arguments of the pipeline call, as in the table's ``sampling``. In T5's place the
 pipeline sends rows of zeros, 256 by default: one does, and takes less time."""
 
