@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import RESULTS, ROOT
+from harness.provenance import default_dtype
 from torch import Tensor
 
 from embedded.common import log
@@ -28,11 +29,23 @@ from realera_fast.runtime import write_atomically
 
 SAMPLERS = {"unet": "DDIM", "transformer": "Euler (flow matching)"}
 REPORTS = {"unet": "embedded_model.json", "transformer": "embedded_flow.json"}
-SEEDS = dict(name=5, said=3, unsaid=5)
-"""Pictures of each word."""
-SCENES = 500
-PER_STYLE = 50
-PER_STYLE_WORD = 10
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Pictures that are drawn."""
+
+    seeds: Mapping[str, int]
+    """Of each word, by its kind."""
+    scenes: int
+    per_style: int
+    per_style_word: int
+
+
+BUDGETS = {
+    "unet": Budget(dict(name=5, said=3, unsaid=5), 500, 50, 10),
+    "transformer": Budget(dict(name=2, said=1, unsaid=2), 60, 48, 2),
+}
 FIRST_SEED = 9000
 SHEETS = ROOT / "docs" / "results" / "embedded"
 """Contact sheets, for people."""
@@ -97,7 +110,8 @@ class Model:
 def _pipeline(folder: Path, denoiser: str):
     """The pipeline of a process that draws, on one thread."""
     torch.set_num_threads(1)
-    return load_pipeline(folder=folder) if denoiser == "unet" else load_flow(folder=folder)
+    load = load_pipeline if denoiser == "unet" else load_flow
+    return load(getattr(torch, default_dtype()), folder)
 
 
 def _drawn(
@@ -154,35 +168,37 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
     Image.fromarray(np.concatenate(rows)).save(path, quality=90)
 
 
-def word_wishes(table: Words, kind: str) -> list[Wish]:
-    """A photo of every word of a kind, several seeds each."""
+def word_wishes(table: Words, kind: str, seeds: int) -> list[Wish]:
+    """A photo of every word of a kind, so many seeds each."""
     return [
         Wish(table.prompts(thing, text)[0], text, (thing.name,))
         for thing in table.things
         for text in ((thing.name,) if kind == "name" else getattr(thing, kind))
-        for _ in range(SEEDS[kind])
+        for _ in range(seeds)
     ]
 
 
-def scene_wishes(table: Words) -> list[Wish]:
+def scene_wishes(table: Words, count: int) -> list[Wish]:
     """Two things that are not of one category, in the plain style."""
     rng = random.Random(FIRST_SEED)
     wishes = []
-    while len(wishes) < SCENES:
+    while len(wishes) < count:
         a, b = rng.sample(table.things, 2)
         if a.category != b.category:
             wishes.append(Wish(table.scene(a, b), a.name, (a.name, b.name)))
     return wishes
 
 
-def style_wishes(table: Words) -> list[Wish]:
+def style_wishes(table: Words, budget: Budget) -> list[Wish]:
     """Every word for every style but the plain one, on things drawn at random."""
     rng = random.Random(FIRST_SEED + 1)
     return [
         Wish(table.styled(word, thing), word, (thing.name,), style.name)
         for style in table.styles[1:]
         for word in (style.name, *style.said, *style.unsaid)
-        for thing in rng.sample(table.things, PER_STYLE if word == style.name else PER_STYLE_WORD)
+        for thing in rng.sample(
+            table.things, budget.per_style if word == style.name else budget.per_style_word
+        )
     ]
 
 
@@ -219,6 +235,7 @@ def provenance(work: Path, model: Model) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "sampling": {"sampler": SAMPLERS[model.denoiser], **model.table.sampling},
+        "dtype": default_dtype(),
         "seed": FIRST_SEED,
         "training": json.loads(exported_record(work, model.denoiser).read_text()),
         "judge_held_out": json.loads((work / "judge.json").read_text()),
@@ -232,20 +249,24 @@ def stage_evaluate(work: Path, folder: Path, denoiser: str) -> None:
     shipped, flow = folder == FOLDER, denoiser != "unet"
     results, sheets = (RESULTS, SHEETS) if shipped else (folder, folder / "sheets")
     sheets = sheets / FOLDERS[denoiser] if flow else sheets
+    budget = BUDGETS[denoiser]
     with painters() as pool:
         model = Model(folder, denoiser, load_judge(folder), pool)
         table = model.table
-        found = {kind: tried(model, word_wishes(table, kind)) for kind in SEEDS}
-        styles = tried(model, style_wishes(table))
-        scenes = tried(model, scene_wishes(table))
+        found = {
+            kind: tried(model, word_wishes(table, kind, seeds))
+            for kind, seeds in budget.seeds.items()
+        }
+        styles = tried(model, style_wishes(table, budget))
+        scenes = tried(model, scene_wishes(table, budget.scenes))
     accuracy = {kind: rows.by_word(rows.marks()) for kind, rows in found.items()}
     by_style_word = styles.by_word(styles.style_marks())
-    save_grid(found["name"].images[:: SEEDS["name"]], 16, sheets / "things.jpg")
+    save_grid(found["name"].images[:: budget.seeds["name"]], 16, sheets / "things.jpg")
     save_grid(scenes.images[:64], 16, sheets / "scenes.jpg")
     names = {style.name for style in table.styles}
     named = [i for i, wish in enumerate(styles.wishes) if wish.word in names]
     # A row a style.
-    shown = styles.images[named].unflatten(0, (-1, PER_STYLE))[:, ::3][:, :16].flatten(0, 1)
+    shown = styles.images[named].unflatten(0, (-1, budget.per_style))[:, ::3][:, :16].flatten(0, 1)
     save_grid(shown, 16, sheets / "styles.jpg")
     write_atomically(
         (folder / FOLDERS[denoiser] if flow else folder) / ACCURACY,
