@@ -32,6 +32,7 @@ from realera_fast.models import (
     transaction,
     weights_hash,
 )
+from realera_fast.provenance import provenance_after
 from realera_fast.robustness import Hardened, hardened
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
 from realera_fast.scales import Scales, scales_of
@@ -294,7 +295,7 @@ def _erasure(job: Job, solved: Mapping[Stream, Solved], aligned: Alignment) -> E
         aligned.lora,
         job.concepts,
         job.config.to_dict(),
-        job.provenance,
+        provenance_after(job.provenance),
         {},
         pooled_map=None if pooled is None else pooled.solution.map.to("cpu"),
         system=sequence.system,
