@@ -136,9 +136,10 @@ def _accumulate(
     *,
     progress: bool | None,
     desc: str,
-    processes: Processes,
+    processes: Processes | None = None,
 ) -> Tensor:
     """Summed second moments `[d, d]`, streamed in blocks, which the processes share."""
+    processes = processes or Processes()
     equations = NormalEquations(text.width, device=text.device)
     block = prompts_at_a_time(text)
     starts = range(0, len(prompts), block)
@@ -210,7 +211,7 @@ def preserve_gram(
         for prompt in _prompts(vocabulary.words)
         if not dropped.isdisjoint(folded(word) for word in prompt.used)
     ]
-    gram = _accumulate(text, left_out, progress=False, desc="", processes=Processes())
+    gram = _accumulate(text, left_out, progress=False, desc="")
     remaining = vocabulary.prompts - len(left_out)
     if remaining == 0:
         # What is left of the sums is rounding, of either sign.
