@@ -270,11 +270,6 @@ class Job:
     """Its processes share the pictures, and the first one writes; None is this one."""
 
     @property
-    def is_written_here(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.accelerator is None or self.accelerator.is_main_process
-
-    @property
     def sampling(self) -> Sampling:
         """As the protocol says."""
         sampler = self.protocol["sampler"]
@@ -355,7 +350,7 @@ def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
             after = draw(pipe, case.shots, sampling, f"{note} after:", job.accelerator)
         finally:
             erasure.restore_(components_of(pipe).model)
-        if not job.is_written_here:
+        if job.accelerator is not None and not job.accelerator.is_main_process:
             continue
         scores = [
             scored(protocol, case.shots, p, job.judge, job.detectors) for p in (before, after)
@@ -473,9 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.shared:
         from accelerate import Accelerator
 
-        # Without a GPU, or with --device cpu, processes talk through gloo.
-        where = find_device(arguments.device)
-        accelerator = Accelerator(cpu=where.type == "cpu")
+        accelerator = Accelerator(cpu=find_device(arguments.device).type == "cpu")
         arguments.device = str(accelerator.device)
     judge = judge_of(arguments, protocol, found)
     config = EraseConfig()
@@ -500,7 +493,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         accelerator=accelerator,
     )
     run(job, pipe, found)
-    if not job.is_written_here:
-        return 0
-    print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
+    if accelerator is None or accelerator.is_main_process:
+        print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
     return 0
