@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -47,7 +49,10 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake; `CMAKE_ARGS` is passed on."""
+    """Configures and builds with CMake; `CMAKE_ARGS` is passed on.
+
+    What fails with nvcc is built again without it.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -61,22 +66,46 @@ class CMakeBuild(build_ext):
             raise SystemExit("cmake is not installed; `pip install cmake ninja` provides it")
         ninja = shutil.which("ninja", path=environment["PATH"])
         generator = ["-G", "Ninja"] if ninja else []
-        subprocess.run(
-            [
-                *(cmake, "-S", str(ROOT.resolve()), "-B", str(build), *generator),
-                f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
-                f"-DTORCH_DIR={torch_folder()}",
-                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
-            ],
-            check=True,
-            env=environment,
-        )
-        subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
+        command = [
+            *(cmake, "-S", str(ROOT.resolve()), "-B", str(build), *generator),
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DTORCH_DIR={torch_folder()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        try:
+            subprocess.run(command, check=True, env=environment)
+            subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
+        except subprocess.CalledProcessError:
+            if any(argument.startswith("-DREALERA_FAST_CUDA") for argument in command):
+                raise
+            if not found_nvcc(build):
+                raise
+            print(
+                "realera_fast: building with nvcc failed (above): now without it, and "
+                "on a GPU Triton and PyTorch serve. CMAKE_ARGS=-DREALERA_FAST_CUDA=ON insists.",
+                file=sys.stderr,
+            )
+            # What CMake remembers of a compiler that does not work would fail again.
+            shutil.rmtree(build)
+            build.mkdir()
+            command.append("-DREALERA_FAST_CUDA=OFF")
+            subprocess.run(command, check=True, env=environment)
+            subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
 
+
+def found_nvcc(build: Path) -> bool:
+    """Whether CMake met a CUDA compiler when it configured this folder."""
+    cache = build / "CMakeCache.txt"
+    text = cache.read_text(encoding="utf-8", errors="replace") if cache.exists() else ""
+    return re.search(r"^CMAKE_CUDA_COMPILER:\w+=(?!.*NOTFOUND).", text, re.MULTILINE) is not None
+
+
+# Without it the definitions in PyTorch serve every operation.
+NATIVE = "-DREALERA_FAST_NATIVE=OFF" not in shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
 setup(
-    ext_modules=[CMakeExtension("realera_fast._C")],
+    ext_modules=[CMakeExtension("realera_fast._C")] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -36,6 +36,7 @@ CASES = {
     "perturb": Case("speed.perturb", "time of drawing neighbors", timed=True, plot=True),
     "alignment": Case("speed.alignment", "time of the noise alignment", timed=True, plot=True),
     "full_size": Case("speed.full_size", "an erasure from SD 1.4 at full size", timed=True),
+    "end_to_end": Case("speed.end_to_end", "whole erasures, with both stages", timed=True),
     "entry_maps": Case("quality.entry_maps", "where to edit joint attention", timed=True),
     "quality": Case("quality.evaluate", "tables of quality, on the embedded model"),
     "robustness": Case("quality.robustness", "attacks on erased models"),

@@ -121,6 +121,7 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
                 config.vocabulary,
                 words=selection.vocabulary.words,
                 progress=job.progress,
+                processes=job.processes,
             )
         prior += preserve_gram(section, vocabulary, selection.leaving)[0].to(device)
         for word, kind in selection.retained.items():

@@ -32,6 +32,7 @@ from realera_fast.models import (
     transaction,
     weights_hash,
 )
+from realera_fast.provenance import provenance_after
 from realera_fast.robustness import Hardened, hardened
 from realera_fast.runtime import Clock, checkpoint, exclusive, progress_bar
 from realera_fast.scales import Scales, scales_of
@@ -105,9 +106,10 @@ def erase(
         latents: `[n, c, h, w]` encoded images by named word, as the denoiser takes them (the VAE's
             latents, less its shift factor if it has one, times its scaling factor): alignment
             noises these in place of denoising the word itself.
-        accelerator: an `accelerate.Accelerator`: its processes share the search for members of a
-            category and the alignment stage (start the script with `accelerate launch`; each erases
-            its own copy of the model and all get the same result), its trackers get the losses.
+        accelerator: an `accelerate.Accelerator`: its processes share the reading of words, the
+            search for members of a category and the alignment stage (start the script with
+            `accelerate launch`; each erases its own copy of the model and all get the same result),
+            its trackers get the losses.
         checkpoint_dir: folder where the run keeps what it needs to go on: members found so far,
             sums of the concepts read so far, then a checkpoint of the alignment stage (megabytes).
         resume: continue from that checkpoint, if there is one; the result is that of a run that
@@ -153,7 +155,9 @@ def erase(
         known = job.known_words()
     with clock.stage("prior"):
         words = preserved_words(known.read.things, options.words)
-        vocabulary = encode_vocabulary(job.text, options, words=words, progress=job.progress)
+        vocabulary = encode_vocabulary(
+            job.text, options, words=words, progress=job.progress, processes=job.processes
+        )
     slow = job.warn_of_slow_dtypes()
     with clock.stage("mining"):
         selection = select(job, known, vocabulary)
@@ -305,7 +309,7 @@ def _erasure(job: Job, solved: Mapping[Stream, Solved], aligned: Alignment) -> E
         aligned.lora,
         job.concepts,
         job.config.to_dict(),
-        job.provenance,
+        provenance_after(job.provenance),
         {},
         pooled_map=None if pooled is None else pooled.solution.map.to("cpu"),
         system=sequence.system,

@@ -140,7 +140,13 @@ class Job:
             value_gram(self.model, layers, text.width, originals_of(self.model)),
             cache=self.config.vocabulary.cache,
             progress=self.progress,
+            processes=self.processes,
         )
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return Processes(self.accelerator)
 
     @property
     def trained_layers(self) -> Mapping[str, nn.Linear]:
@@ -206,7 +212,7 @@ class Job:
 
     def execution(self, run: str) -> Execution:
         """How a stage that processes share runs."""
-        return Execution(Processes(self.accelerator), self.checkpoint(run), self.progress)
+        return Execution(self.processes, self.checkpoint(run), self.progress)
 
 
 def checked(given: Arguments) -> Job:

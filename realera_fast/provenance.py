@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from realera_fast import ops
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import history_of
 from realera_fast.models import Family, Target, base_hashes, dense_weight, projections
@@ -45,3 +46,9 @@ def provenance_of(
         "history": history_of(model),
         "seed": config.seed,
     }
+
+
+def provenance_after(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The same when the run is over: with the kernels that plain PyTorch had to stand in for."""
+    found = ops.distrusted()
+    return {**provenance, "distrusted_kernels": found} if found else provenance

@@ -96,10 +96,40 @@ def fingerprint(python: Path) -> str:
     return digest.hexdigest()
 
 
+def build(python: Path, *, go_on: bool) -> bool:
+    """Installs this folder with its native library; says what is missing of that.
+
+    Returns:
+        Whether the library was built; if not, what needs none is installed, where `go_on` allows.
+    """
+    say("building realera_fast")
+    command = pip(python, "install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT)
+    try:
+        run(*command)
+    except subprocess.CalledProcessError:
+        if not go_on:
+            raise
+        say(
+            "the native library could not be built (above): everything runs in plain PyTorch, "
+            "slower. `make setup` tries again, and stops where that fails"
+        )
+        off = {**os.environ, "CMAKE_ARGS": "-DREALERA_FAST_NATIVE=OFF"}
+        subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr, env=off)
+        return False
+    library = ROOT / "realera_fast" / "_C.abi3.so"
+    if library.exists() and b".nv_fatbin" not in library.read_bytes():
+        say("without nvcc: on a GPU, Triton and PyTorch serve; on a CPU nothing is missing")
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, help="use this environment's Python")
-    chosen: Path | None = parser.parse_args().python
+    parser.add_argument(
+        "--go-on", action="store_true", help="go on without the native library if it can't be built"
+    )
+    options = parser.parse_args()
+    chosen: Path | None = options.python
     python = chosen or active_python() or ROOT / ".venv" / "bin" / "python"
     if not python.exists():
         # This file is also read by the older Python that it must turn away.
@@ -115,9 +145,8 @@ def main() -> None:
             install_torch(python)
         say("installing the requirements")
         install_requirements(python)
-        say("building realera_fast")
-        run(*pip(python, "install", "-q", "--no-build-isolation", "--no-deps", "-e", ROOT))
-        stamp.write_text(current)
+        if build(python, go_on=options.go_on):
+            stamp.write_text(current)
     print(python)
 
 

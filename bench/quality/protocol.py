@@ -154,8 +154,10 @@ def _seed(word: str, number: int) -> int:
     return zlib.crc32(word.encode()) % 2**24 + number
 
 
-def draw(pipe: Any, shots: Sequence[Shot], sampling: Sampling, note: str) -> list[Image.Image]:
-    """The images of all shots, in their order."""
+def draw(
+    pipe: Any, shots: Sequence[Shot], sampling: Sampling, note: str, accelerator: Any = None
+) -> list[Image.Image]:
+    """The images of all shots, in their order; the accelerator's processes share them."""
     drawn: dict[int, Image.Image] = {}
     by_guidance: dict[float, list[int]] = {}
     for i, shot in enumerate(shots):
@@ -167,6 +169,7 @@ def draw(pipe: Any, shots: Sequence[Shot], sampling: Sampling, note: str) -> lis
             [shots[i].seed for i in chosen],
             dataclasses.replace(sampling, guidance=guidance),
             description=note,
+            accelerator=accelerator,
         )
         drawn |= dict(zip(chosen, images, strict=True))
     return [drawn[i] for i in range(len(shots))]
@@ -263,6 +266,8 @@ class Job:
     """A folder."""
     keep_pictures: bool
     """Whether every picture is written, for FID."""
+    accelerator: Any = None
+    """Its processes share the pictures, and the first one writes; None is this one."""
 
     @property
     def sampling(self) -> Sampling:
@@ -335,13 +340,18 @@ def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
     for number, case in enumerate(found, start=1):
         note = f"{number}/{len(found)}"
         new = [shot for shot in case.shots if shot not in drawn]
-        drawn |= dict(zip(new, draw(pipe, new, sampling, f"{note} before:"), strict=True))
+        pictures = draw(pipe, new, sampling, f"{note} before:", job.accelerator)
+        drawn |= dict(zip(new, pictures, strict=True))
         before = [drawn[shot] for shot in case.shots]
-        erasure: Erasure = erase(pipe, case.concepts, config=job.config)
+        erasure: Erasure = erase(
+            pipe, case.concepts, config=job.config, accelerator=job.accelerator
+        )
         try:
-            after = draw(pipe, case.shots, sampling, f"{note} after:")
+            after = draw(pipe, case.shots, sampling, f"{note} after:", job.accelerator)
         finally:
             erasure.restore_(components_of(pipe).model)
+        if job.accelerator is not None and not job.accelerator.is_main_process:
+            continue
         scores = [
             scored(protocol, case.shots, p, job.judge, job.detectors) for p in (before, after)
         ]
@@ -415,6 +425,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--out", type=Path, default=OUT / "protocol")
     parser.add_argument("--save-pictures", action="store_true", help="all of them, for FID")
+    parser.add_argument(
+        "--shared", action="store_true", help="with the processes of `accelerate launch`"
+    )
     return parser
 
 
@@ -451,6 +464,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     detectors = {name: find_detector(name) for name in arguments.detector}
     if protocol["score"] == "detections" and not detectors:
         raise SystemExit(f"{arguments.protocol} needs --detector MODULE:NAME")
+    accelerator = None
+    if arguments.shared:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=find_device(arguments.device).type == "cpu")
+        arguments.device = str(accelerator.device)
     judge = judge_of(arguments, protocol, found)
     config = EraseConfig()
     if arguments.config:
@@ -471,7 +490,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=arguments.batch_size,
         out=arguments.out,
         keep_pictures=arguments.save_pictures,
+        accelerator=accelerator,
     )
     run(job, pipe, found)
-    print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
+    if accelerator is None or accelerator.is_main_process:
+        print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
     return 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from realera_fast.config import EraseConfig
     from realera_fast.dry_run import Preview
     from realera_fast.erasure import Erasure
+    from realera_fast.ops import Verdict
     from realera_fast.text import Concept
 
 
@@ -254,6 +255,26 @@ def system_info() -> dict[str, Any]:
             }
         )
     return {"versions": versions, "devices": devices, "operations": ops.implementations()}
+
+
+def checks_table(checked: Sequence[Verdict]) -> str:
+    """What `info --check` found, a line for each kernel, device and dtype."""
+    lines = [("", "operation", "device", "dtype", "kernel", "error", "allowed", "ms", "")]
+    lines += [
+        (
+            "",
+            v.op,
+            v.device,
+            v.dtype,
+            v.implementation,
+            f"{v.error:.1e}",
+            f"{v.limit:.1e}",
+            f"{v.milliseconds:.0f}",
+            "agrees" if v.agrees else v.what_differed(),
+        )
+        for v in checked
+    ]
+    return columns(lines, right=(5, 6, 7)) if checked else "  no kernels: plain PyTorch serves all"
 
 
 def columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from realera_fast.models import component_name
-from realera_fast.runtime import listed, progress_bar, valid_texts
+from realera_fast.runtime import Processes, listed, progress_bar, valid_texts
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ def generate(
     *,
     description: str = "drawing",
     progress: bool | None = None,
+    accelerator: Any = None,
 ) -> list[Image.Image]:
     """Samples image i from prompt i and seed i.
 
@@ -161,6 +162,8 @@ def generate(
         sampling: steps, guidance, size and batches.
         description: text of the progress bar.
         progress: draw a bar; None follows the pipeline's and diffusers' own switches.
+        accelerator: an `accelerate.Accelerator` whose processes share the batches; each gets all
+            images.
 
     Returns:
         `[n]` RGB images.
@@ -199,6 +202,11 @@ def generate(
         arguments["use_resolution_binning"] = False
     size = sampling.batch_size
     batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+    processes = Processes(accelerator)
+    # Whole batches: a picture is to the bit what one process draws.
+    batches = batches[processes.share(len(batches))]
+    if not processes.is_main:
+        progress = False
     images: list[Image.Image] = []
     hidden = 0
     with (
@@ -231,7 +239,7 @@ def generate(
             steps_bar.update(count * sampling.steps - steps_bar.n)
     if hidden:
         logger.warning("the pipeline's safety checker blacked out %d pictures", hidden)
-    return images
+    return processes.joined(images)
 
 
 def pixel_difference(one: Image.Image, other: Image.Image) -> float:

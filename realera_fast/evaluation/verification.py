@@ -35,7 +35,7 @@ from realera_fast.models import (
     streams,
     text_streams,
 )
-from realera_fast.runtime import alone, cpu_warnings, valid_texts
+from realera_fast.runtime import Processes, alone, cpu_warnings, valid_texts
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ def verify(
     scorer: Scorer | None = None,
     detectors: Mapping[str, Detector] | None = None,
     progress: bool | None = None,
+    accelerator: Any = None,
 ) -> Verification:
     """Samples every prompt before and after the erasure, from the same seeds.
 
@@ -120,6 +121,8 @@ def verify(
         scorer: says how well images fit their prompts (`ClipJudge` does).
         detectors: by name, any callables from an image to what they found in it.
         progress: draw bars; None follows the pipeline's and diffusers' own switches.
+        accelerator: an `accelerate.Accelerator` whose processes share the drawing and the judging;
+            each has its own copy of the model and gets the same result.
 
     Returns:
         Images, settings and warnings. `before_after_grid` and `write_html` show the rows.
@@ -147,6 +150,7 @@ def verify(
             sampling,
             description=description,
             progress=progress,
+            accelerator=accelerator,
         )
         return [tuple(images[i : i + len(seeds)]) for i in range(0, len(images), len(seeds))]
 
@@ -166,6 +170,9 @@ def verify(
     with _applied(model, erasure, wanted=True):
         after = sample("after:")
     evaluators = _Evaluators(judge, scorer, detectors or {})
+    processes = Processes(accelerator)
+    mine = range(len(texts))[processes.share(len(texts))]
+    judged = processes.joined([evaluators.fields(texts[i], before[i], after[i]) for i in mine])
     rows = tuple(
         Row(
             group=group,
@@ -174,9 +181,11 @@ def verify(
             before=old,
             after=new,
             text_change=change,
-            **evaluators.fields(prompt, old, new),
+            **fields,
         )
-        for (group, prompt), old, new, change in zip(prompted, before, after, changes, strict=True)
+        for (group, prompt), old, new, change, fields in zip(
+            prompted, before, after, changes, judged, strict=True
+        )
     )
     return Verification(
         rows=rows,

@@ -28,7 +28,7 @@ from realera_fast.mining.line import (
     words_of,
 )
 from realera_fast.mining.word_space import WordSpace, read_words
-from realera_fast.runtime import write_atomically
+from realera_fast.runtime import Processes, write_atomically
 from realera_fast.text import Concept, Lexicon, Text, TokenWords, read_token_words
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,12 @@ class KnownWords:
 
 
 def read_known_words(
-    text: Text, gram: Tensor, *, cache: bool = True, progress: bool | None = False
+    text: Text,
+    gram: Tensor,
+    *,
+    cache: bool = True,
+    progress: bool | None = False,
+    processes: Processes | None = None,
 ) -> KnownWords:
     """Reads the words of a text encoder's tokenizer, or takes them from the cache.
 
@@ -155,13 +160,19 @@ def read_known_words(
         text: the encoder that finds neighbors; causal, or of few words.
         gram: `[d, d]` metric of what the model writes of its rows (`models.value_gram`).
         cache: keep the rows on disk, under a hash of the encoder's weights.
+        processes: they share the words and get the same rows; None is this one.
     """
+    processes = processes or Processes()
     path = _path(text) if cache else None
     found = _cached(path)
     # Another machine may have had less time.
-    if found is None or (len(found.words) < len(found.tokens.words) and _can_scan(text, found)):
-        found = _read(text, progress)
-        if path is not None:
+    enough = found is not None and not (
+        len(found.words) < len(found.tokens.words) and _can_scan(text, found)
+    )
+    # Machines have caches of their own: all take theirs, or all read.
+    if not processes.everywhere(enough, text.device) or found is None:
+        found = _read(text, progress, processes)
+        if path is not None and processes.is_main:
             _write(path, found)
     rows = found.rows.double()
     mean = torch.zeros(text.width, dtype=torch.float64, device="cpu")
@@ -171,7 +182,7 @@ def read_known_words(
     return KnownWords(text, Lexicon.load(), found, space, line)
 
 
-def _read(text: Text, progress: bool | None) -> Read:
+def _read(text: Text, progress: bool | None, processes: Processes) -> Read:
     lexicon = Lexicon.load()
     tokens = read_token_words(text.first.tokenizer, lexicon)
     things = tokens.words
@@ -187,7 +198,12 @@ def _read(text: Text, progress: bool | None) -> Read:
         words = words_of(pairs)
     else:
         words = tokens.words[:: max(1, math.ceil(len(tokens.words) / _FEW))]
-    rows = read_words(text, words, progress=progress).cpu().half()
+    share = processes.share(len(words))
+    own = read_words(text, words[share], progress=progress if processes.is_main else False)
+    rows = torch.zeros(len(words), text.width, dtype=torch.float16, device="cpu")
+    rows[share] = own.cpu().half()
+    # To what is nought elsewhere nothing is added.
+    rows = processes.summed(rows, text.device)
     return replace(found, words=tuple(words), rows=rows)
 
 

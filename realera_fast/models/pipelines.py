@@ -11,6 +11,7 @@ import torch
 
 from realera_fast.models.components import components_of
 from realera_fast.models.places import LoadError, check_model
+from realera_fast.models.refusals import why_not_on
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -34,6 +35,13 @@ def find_device(device: str | None) -> torch.device:
         raise LoadError(f"`device`: no such device: {device!r}") from None
     if where.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"`device` {device}: this PyTorch ({torch.__version__}) sees no GPU")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise LoadError(
+            f"`device` {device}: there is no such GPU; the last one here is cuda:{last}"
+        )
+    if reason := why_not_on(where):
+        raise LoadError(f"`device` {device}: {reason}")
     return where
 
 

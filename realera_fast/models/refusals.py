@@ -306,6 +306,16 @@ def check_attention(name: str, module: nn.Module, own: set[int] | None) -> None:
         )
 
 
+def why_not_on(device: torch.device) -> str:
+    """Why nothing can be erased on a device; empty where it can be tried."""
+    if device.type == "mps":
+        return (
+            "MPS has no float64, in which the closed form is solved; erase on the CPU "
+            '(`.to("cpu")`) and move the model afterwards'
+        )
+    return ""
+
+
 def check_layer(name: str, layer: Any) -> nn.Linear:
     # PyTorch's own quantized layers have a method of that name.
     weight = getattr(layer, "weight", None)
@@ -319,6 +329,8 @@ def check_layer(name: str, layer: Any) -> nn.Linear:
             f"model: {name}.weight is on the meta device (no values); load the weights first, "
             "without device_map or offloading"
         )
+    if weight is not None and (reason := why_not_on(weight.device)):
+        raise ValueError(f"model: {name}.weight is on {weight.device}: {reason}")
     if not is_plain(layer, weight):
         kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}"
         dtype = f", {weight.dtype}" if isinstance(weight, Tensor) else ""
@@ -348,6 +360,8 @@ def check_readable(name: str, layer: Any) -> nn.Linear:
             "linear layers, those of torchao, optimum-quanto, bitsandbytes and GGUF, and those "
             "that accelerate offloads: load the model as one of these"
         ) from error
+    if reason := why_not_on(weight.device):
+        raise ValueError(f"model: {name}.weight is on {weight.device}: {reason}")
     if not weight.isfinite().all():
         raise ValueError(f"model: {name}.weight holds NaN or infinity; reload the model")
     return layer

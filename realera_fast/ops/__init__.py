@@ -10,8 +10,13 @@ from realera_fast.ops.perturbation import (
 )
 from realera_fast.ops.projection import project
 from realera_fast.ops.registry import implementations
+from realera_fast.ops.trust import check_kernels, distrusted
+from realera_fast.ops.verdicts import Verdict
 
 __all__ = [
+    "Verdict",
+    "check_kernels",
+    "distrusted",
     "gram_",
     "implementations",
     "low_rank_update_",

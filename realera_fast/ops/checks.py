@@ -17,6 +17,10 @@ def without_gradients(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
+def needs_gradients(*factors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in factors)
+
+
 def check_sums(source: Tensor, weight: Tensor, name: str = "source", **sums: Tensor) -> None:
     check_matrix(name, source)
     width = source.shape[1]

@@ -15,6 +15,7 @@ from realera_fast.ops.checks import (
     count_versions,
     memory_of,
 )
+from realera_fast.ops.trust import believe
 
 
 def normal_equations_(
@@ -39,6 +40,7 @@ def normal_equations_(
             f"got {destination.dtype} {list(destination.shape)}"
         )
     check_devices(source=source, destination=destination)
+    believe("normal_equations_", source.device, source.dtype)
     with torch.no_grad():
         torch.ops.realera_fast.normal_equations_(gram, cross, source, destination, weight)
     count_versions(gram, cross)
@@ -75,6 +77,7 @@ def solve_spd(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"got {list(rhs.shape)}"
         )
     check_devices(gram=gram, rhs=rhs)
+    believe("solve_spd", gram.device, gram.dtype)
     with torch.no_grad():
         return torch.ops.realera_fast.solve_spd(gram, rhs)
 
@@ -119,6 +122,8 @@ def low_rank_update_(
         [t.clone() if memory_of(t) in written else t for t in given]
         for given in (left, right, offset)
     )
+    for dtype in {weight.dtype for weight in weights}:
+        believe("low_rank_update_", weights[0].device, dtype)
     with torch.no_grad():
         torch.ops.realera_fast.low_rank_update_(weights, left, right, offset)
     count_versions(*weights)
@@ -227,6 +232,7 @@ def gram_(gram: Tensor, source: Tensor, weight: Tensor) -> None:
         weight: `[n]` weights w, of any floating dtype.
     """
     check_sums(source, weight, gram=gram)
+    believe("gram_", source.device, source.dtype)
     with torch.no_grad():
         torch.ops.realera_fast.gram_(gram, source, weight)
     count_versions(gram)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from realera_fast.ops import perturb_reference
 from realera_fast.ops.checks import (
     check_devices,
     check_drawn,
@@ -15,8 +16,10 @@ from realera_fast.ops.checks import (
     check_projection,
     check_sums,
     count_versions,
+    needs_gradients,
     without_gradients,
 )
+from realera_fast.ops.trust import believe
 
 
 def perturb(
@@ -61,6 +64,7 @@ def perturb(
         )
     if not 0.0 < max_distance < math.inf:
         raise ValueError(f"max_distance: expected a positive number, got {max_distance}")
+    believe("perturb", embeddings.device, embeddings.dtype)
     with torch.no_grad():
         return torch.ops.realera_fast.perturb(
             embeddings,
@@ -93,6 +97,7 @@ def perturb_rows(
         `[c, s, t, d]` of the embeddings' dtype.
     """
     check_drawn(embeddings, alpha, scale, seed, offset, concept_offset)
+    believe("perturb_rows", embeddings.device, embeddings.dtype)
     with torch.no_grad():
         return torch.ops.realera_fast.perturb_rows(
             embeddings, alpha, scale, seed, offset, concept_offset
@@ -128,6 +133,9 @@ def perturb_project(
     check_drawn(embeddings, alpha, scale, seed, offset, concept_offset)
     heights = check_projection("embeddings", embeddings, weight, down, up, heights)
     embeddings, alpha, scale, weight = without_gradients(embeddings, alpha, scale, weight)
+    believe("perturb_project", embeddings.device, embeddings.dtype)
+    if needs_gradients(down, up):
+        believe("perturb_project_backward", embeddings.device, embeddings.dtype)
     return torch.ops.realera_fast.perturb_project(
         embeddings,
         alpha,
@@ -186,6 +194,9 @@ def perturb_accumulate_(
                 f"like embeddings, got {destination.dtype} {list(destination.shape)}"
             )
         check_devices(embeddings=embeddings, destination=destination)
+    believe(
+        "perturb_accumulate_", embeddings.device, perturb_reference.exact_dtype(embeddings.dtype)
+    )
     with torch.no_grad():
         torch.ops.realera_fast.perturb_accumulate_(
             gram,

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from realera_fast.ops.checks import check_matrix, check_projection, without_gradients
+from realera_fast.ops.checks import (
+    check_matrix,
+    check_projection,
+    needs_gradients,
+    without_gradients,
+)
+from realera_fast.ops.trust import believe
 
 
 def project(
@@ -39,4 +45,7 @@ def project(
     check_matrix("x", x)
     heights = check_projection("x", x, weight, down, up, heights)
     x, weight = without_gradients(x, weight)
+    believe("project", x.device, x.dtype)
+    if needs_gradients(down, up):
+        believe("project_backward", x.device, x.dtype)
     return torch.ops.realera_fast.project(x, weight, down, up, heights, scaling)

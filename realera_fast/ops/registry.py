@@ -5,13 +5,15 @@ what `blockwise` writes of other operations, serves every device (the meta devic
 operations that draw numbers, whose shapes are given here) and a kernel made for a device overrides
 it there: the library ``_C``, C++ on the CPU and CUDA where it was built with nvcc, and Triton. The
 dispatcher is the only registry. A library that was never built leaves the reference in place; one
-that was built and does not load raises, and so does a missing Triton: nothing falls back silently.
+that was built and does not load raises. A kernel that fails its first check (`trust`), as without
+Triton, is overridden in turn by what is plain: nothing falls back silently.
 
 This is the only module that names the native library or ``realera_fast.kernels``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +201,8 @@ class Op:
     """Triton, for CUDA; None: the native library or `plain` serves it."""
     gradient: Gradient | None = None
     """None: the operation is not differentiable."""
+    parts: tuple[str, ...] = ()
+    """The operations that `plain` is written of."""
 
 
 OPS = (
@@ -246,6 +250,7 @@ OPS = (
         plain=blockwise.perturb_project,
         meta=_perturb_project_meta,
         gradient=Gradient(_save_perturb_project, _perturb_project_gradients),
+        parts=("perturb_rows", "project_into"),
     ),
     Op(
         name="perturb_project_backward",
@@ -253,6 +258,7 @@ OPS = (
         f"Tensor up, int[] heights, float scaling, {_STREAM}) -> (Tensor, Tensor)",
         plain=blockwise.perturb_project_backward,
         meta=_perturb_project_backward_meta,
+        parts=("perturb_rows", "project_backward"),
     ),
     Op(
         name="perturb_accumulate_",
@@ -261,6 +267,7 @@ OPS = (
         f"{_STREAM}) -> ()",
         plain=blockwise.perturb_accumulate_,
         meta=_nothing_meta,
+        parts=("perturb_rows", "gram_"),
     ),
     Op(
         name="project",
@@ -268,6 +275,7 @@ OPS = (
         "float scaling) -> Tensor",
         plain=blockwise.project,
         gradient=Gradient(_save_project, _project_gradients),
+        parts=("project_into",),
     ),
     Op(
         name="project_into",
@@ -291,7 +299,8 @@ for _op in OPS:
     _library.impl(_op.name, _op.plain, "CompositeExplicitAutograd")
     if _op.meta is not None:
         _library.impl(_op.name, _op.meta, "Meta")
-    if _op.kernel is not None:
+    # ROCm calls its devices "cuda"; the kernels are written and tuned for NVIDIA's.
+    if _op.kernel is not None and torch.version.hip is None:
         _library.impl(_op.name, _op.kernel, "CUDA")
     if _op.gradient is not None:
         torch.library.register_autograd(
@@ -305,6 +314,40 @@ if _NATIVE.exists():
     torch.ops.load_library(_NATIVE)
 
 
+_overrides: dict[tuple[str, str], torch.library.Library] = {}
+"""What `serve_reference` has registered; the dispatcher forgets a library that nobody holds."""
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """An operation and those that it is written of."""
+    return (name, *next(op.parts for op in OPS if op.name == name))
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether a kernel is registered for devices of a type, served or overridden."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"realera_fast::{name}", key
+    )
+
+
+def serve_reference(name: str, device_type: str) -> None:
+    """Overrides a kernel by what serves where there is none."""
+    if (name, device_type) not in _overrides:
+        library = torch.library.Library("realera_fast", "IMPL")
+        plain = next(op.plain for op in OPS if op.name == name)
+        with warnings.catch_warnings():
+            # Torch warns that a kernel is overridden, which is what is wanted.
+            warnings.simplefilter("ignore", UserWarning)
+            library.impl(name, plain, device_type.upper())
+        _overrides[name, device_type] = library
+
+
+def serve_kernel(name: str, device_type: str) -> None:
+    """Takes `serve_reference` back."""
+    _overrides.pop((name, device_type), None)
+
+
 def implementations() -> dict[str, dict[str, str]]:
     """Says which implementation serves each operation.
 
@@ -314,9 +357,10 @@ def implementations() -> dict[str, dict[str, str]]:
         PyTorch).
     """
 
-    def kind(op: Op, key: str) -> str:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"realera_fast::{op.name}", key):
+    def kind(op: Op, device_type: str) -> str:
+        overridden = (op.name, device_type) in _overrides
+        if overridden or not has_kernel(op.name, device_type):
             return "streamed" if op.plain.__module__ == blockwise.__name__ else "reference"
-        return "triton" if key == "CUDA" and op.kernel is not None else "native"
+        return "triton" if device_type == "cuda" and op.kernel is not None else "native"
 
-    return {op.name: {"cpu": kind(op, "CPU"), "cuda": kind(op, "CUDA")} for op in OPS}
+    return {op.name: {name: kind(op, name) for name in ("cpu", "cuda")} for op in OPS}

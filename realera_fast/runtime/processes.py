@@ -1,20 +1,22 @@
 """One process or many: sums and gathers that do nothing where there is only one.
 
-Every process draws the same batch and works on its share of it; what is added up is the same on all
-of them, so that all take the same step.
+Every process draws the same batch and works on its share of it; what is added up or gathered is the
+same on all of them, so that all take the same step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Item = TypeVar("Item")
+
 
 class Processes:
-    """The processes that train together, through the caller's `accelerate.Accelerator`."""
+    """The processes that work together, through the caller's `accelerate.Accelerator`."""
 
     def __init__(self, accelerator: Any = None) -> None:
         """
@@ -57,8 +59,25 @@ class Processes:
         self.sum_([answer])
         return bool(answer)
 
+    def everywhere(self, value: bool, device: torch.device) -> bool:
+        """Whether it is so in all processes."""
+        answers = torch.tensor([float(value)], dtype=torch.float32, device=device)
+        self.sum_([answers])
+        return int(answers) == self.count
+
+    def joined(self, items: Sequence[Item]) -> list[Item]:
+        """What all processes have, one after the other: any objects that can be pickled."""
+        if self.count == 1:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        # Of lists it makes one.
+        return list(gather_object(list(items)))
+
     def summed(self, tensor: Tensor, device: torch.device) -> Tensor:
         """The sum over all processes, which exchange it on a device; where `tensor` is."""
+        if self.count == 1:
+            return tensor
         total = tensor.to(device, copy=True)
         self.sum_([total])
         return total.to(tensor.device)

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from realera_fast.runtime import (
+    Processes,
     check_scale,
     check_types,
     clean_names,
@@ -130,17 +131,27 @@ def prompts_at_a_time(text: Text) -> int:
 
 
 def _accumulate(
-    text: Text, prompts: Sequence[_Prompt], *, progress: bool | None, desc: str
+    text: Text,
+    prompts: Sequence[_Prompt],
+    *,
+    progress: bool | None,
+    desc: str,
+    processes: Processes | None = None,
 ) -> Tensor:
-    """Summed second moments `[d, d]`, streamed in blocks."""
+    """Summed second moments `[d, d]`, streamed in blocks, which the processes share."""
+    processes = processes or Processes()
     equations = NormalEquations(text.width, device=text.device)
     block = prompts_at_a_time(text)
-    with progress_bar(total=len(prompts), desc=desc, progress=progress) as bar:
-        for start in range(0, len(prompts), block):
-            part = prompts[start : start + block]
+    starts = range(0, len(prompts), block)
+    starts = starts[processes.share(len(starts))]
+    parts = [prompts[start : start + block] for start in starts]
+    with progress_bar(
+        total=sum(map(len, parts)), desc=desc, progress=progress if processes.is_main else False
+    ) as bar:
+        for part in parts:
             equations.update(mean_rows(text, [prompt.text for prompt in part]))
             bar.update(len(part))
-    return equations.gram
+    return processes.summed(equations.gram, text.device)
 
 
 def encode_vocabulary(
@@ -149,12 +160,15 @@ def encode_vocabulary(
     *,
     words: Sequence[str],
     progress: bool | None = False,
+    processes: Processes | None = None,
 ) -> Vocabulary:
     """Encodes the vocabulary, or reads it from the cache.
 
     Args:
         words: what is encoded (`preserved_words`).
+        processes: they share the work and get the same sums, to the last bit; None is this one.
     """
+    processes = processes or Processes()
     left_out = {folded(word) for word in config.exclude}
     words = tuple(word for word in words if folded(word) not in left_out)
     fingerprint = text.fingerprint()
@@ -163,16 +177,19 @@ def encode_vocabulary(
         return Vocabulary((), gram, 0, fingerprint)
     prompts = _prompts(words)
     path = _cache_path(text, fingerprint, prompts) if config.cache else None
-    if path is not None and (cached := _read(path, words)) is not None:
+    cached = None if path is None else _read(path, words)
+    # Machines have caches of their own: all read, or all work.
+    if processes.everywhere(cached is not None, text.device):
+        assert cached is not None
         logger.info("preserve prior read from %s", path)
         return dataclasses.replace(
             cached,
             gram=cached.gram.to(text.device),
             fingerprint=fingerprint,
         )
-    gram = _accumulate(text, prompts, progress=progress, desc="preserve prior")
+    gram = _accumulate(text, prompts, progress=progress, desc="preserve prior", processes=processes)
     vocabulary = Vocabulary(words, gram, len(prompts), fingerprint)
-    if path is not None:
+    if path is not None and processes.is_main:
         _write(path, vocabulary)
     return vocabulary
 

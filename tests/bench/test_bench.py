@@ -126,7 +126,7 @@ def test_the_one_door_lists_every_case(bench, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *("closed_form", "perturb", "alignment", "full_size", "entry_maps"),
+        *("closed_form", "perturb", "alignment", "full_size", "entry_maps", "end_to_end"),
         *("quality", "robustness", "members", "protocol", "publish", "embedded"),
     ],
 )

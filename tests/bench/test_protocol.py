@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def small():
     }
 
 
-def run(name, protocol, cases, out, detectors=None, judge=None):
+def run(name, protocol, cases, out, detectors=None, judge=None, accelerator=None):
     pipe = sd1()
     before = weights(pipe.unet)
     job = protocols.Job(
@@ -80,6 +81,7 @@ def run(name, protocol, cases, out, detectors=None, judge=None):
         batch_size=4,
         out=out,
         keep_pictures=True,
+        accelerator=accelerator,
     )
     rows = protocols.run(job, pipe, cases)
     assert all(torch.equal(t, before[n]) for n, t in weights(pipe.unet).items())
@@ -100,6 +102,14 @@ def test_objects(small, tmp_path, capsys):
     assert "kitten" in page and "Acc_e after" in page
     assert len(list((tmp_path / "pictures" / "001" / "after").glob("*.png"))) == rows[0]["pictures"]
     assert "mean: " in capsys.readouterr().out
+
+
+def test_one_process_of_several_writes(small, tmp_path):
+    other = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False, trackers=())
+    judge = ClipJudge(*tiny_clip(), things=("cat", "ship", "tree"))
+    (case, _) = protocols.cases(small, pictures=1)
+    assert run("objects", small, [case], tmp_path / "out", judge=judge, accelerator=other) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_styles_are_scored_by_clip(small, tmp_path):

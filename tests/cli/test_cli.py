@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from PIL import Image
+from planted_kernels import broken, planted, unchecked
 from tiny_models import tiny_pipeline
 
 import realera_fast
@@ -117,6 +118,22 @@ def test_info_json(run: Any) -> None:
     assert found["versions"]["realera_fast"] == realera_fast.__version__
     assert found["devices"][0]["name"] == "cpu"
     assert set(found["operations"]["perturb"]) == {"cpu", "cuda"}
+
+
+def test_info_checks_the_kernels(run: Any, tmp_path: Path) -> None:
+    with unchecked(tmp_path):
+        code, out, err = run("info", "--check")
+        assert (code, err) == (0, "") and "\nchecks\n" in out
+        with planted("solve_spd", broken):
+            code, out, err = run("info", "--check", "--json")
+            assert code == 1 and "error: kernels that differ from their definitions: " in err
+            assert "solve_spd on cpu; plain PyTorch serves" in err
+            found = json.loads(out)
+            (check,) = (c for c in found["checks"] if not c["agrees"])
+            assert (check["op"], check["fault"]) == ("solve_spd", "ValueError: no such instruction")
+            assert found["operations"]["solve_spd"]["cpu"] == "reference"
+    code, _, err = run("info", "file", "--check")
+    assert code == 2 and "leave FILE out" in err
 
 
 # --- erase ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from model_state import same, weights
+from planted_kernels import broken, planted, unchecked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_erase import CLOSED, CONFIG, FAST, run
@@ -97,6 +98,16 @@ def test_training_flags_come_back(pipe):
     run(pipe, ["cat=dog"], CONFIG)
     assert pipe.unet.mid_block.training and not pipe.unet.training
     assert pipe.text_encoder.encoder.training and not pipe.text_encoder.training
+
+
+def test_a_kernel_that_was_not_believed_is_in_the_provenance(pipe, tmp_path):
+    assert "distrusted_kernels" not in run(pipe, ["cat=ship"]).provenance
+    with unchecked(tmp_path), planted("solve_spd", broken):
+        erasure = run(pipe, ["cat=ship"])
+        path = erasure.save(tmp_path / "erasure.safetensors")
+    found = {"solve_spd on cpu, float64": "raised ValueError: no such instruction"}
+    assert erasure.provenance["distrusted_kernels"] == found
+    assert Erasure.load(path or tmp_path / "erasure.safetensors").provenance == erasure.provenance
 
 
 def test_same_seed_same_bits(pipe):

@@ -34,6 +34,18 @@ def test_no_device_is_the_best_one_here() -> None:
     assert find_device("cpu") == torch.device("cpu")
 
 
+def test_devices_on_which_nothing_can_be_erased(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadError, match="`device` mps: MPS has no float64.*erase on the CPU"):
+        find_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [find_device(name).index for name in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
+    with pytest.raises(
+        LoadError, match="cuda:2: there is no such GPU; the last one here is cuda:1"
+    ):
+        find_device("cuda:2")
+
+
 def refused(message: str, model: Any, **options: Any) -> None:
     with pytest.raises(LoadError, match=message) as error:
         load_pipeline(str(model), device=options.pop("device", "cpu"), **options)

@@ -63,6 +63,17 @@ def test_stable_diffusion_has_32_projections_and_needs_values():
     assert len(found) == 32 and sum(m.out_features for m in found.values()) == 24_960
 
 
+def test_weights_on_a_device_without_float64_are_refused(monkeypatch):
+    unet = tiny_unet()
+    # No such device is here: the CPU stands in for it.
+    monkeypatch.setattr(
+        "realera_fast.models.refusals.why_not_on", lambda device: f"no float64 on {device.type}"
+    )
+    for target in ("weights", "adapter"):
+        with pytest.raises(ValueError, match=r"attn2\.to_k\.weight is on cpu: no float64 on cpu"):
+            projections(unet, target=target)
+
+
 def refused(match: str, unet: nn.Module) -> None:
     with pytest.raises(ValueError, match=match):
         projections(unet)

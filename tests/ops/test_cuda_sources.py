@@ -318,6 +318,18 @@ class TestLibrary:
             assert used["REG"] <= (80 if "fLi" in name else 128), (capability, name, used)
             assert used["SHARED"] <= 1024, "all but what the system takes is asked for at launch"
 
+    def test_gpus_to_come_find_something_to_compile(self, kernels: list) -> None:
+        triton = pytest.importorskip("triton")
+        listed = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--list-ptx", str(LIBRARY)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        newest = max(capability for capability, *_ in kernels)
+        # A file for each of the two sources.
+        assert re.findall(r"sm_(\d+)\.ptx", listed) == [str(newest)] * 2
+
     def test_cpu_torch_loads_it(self, kernels: list) -> None:
         # That it is loaded, registry.py has seen to: here, that its CUDA part took part.
         for name in ("solve_spd", "low_rank_update_"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from child import child_environment
 from safetensors.torch import load_file
+from shared_work import shared_work
 from tiny_alignment import UNCHECKED, run
 from tiny_models import tiny_pipeline
 
@@ -86,6 +87,13 @@ ERASE = """
 """
 
 
+SHARE = """
+    from shared_work import shared_work
+
+    save_file(shared_work(accelerator), f"{folder}/shared{{accelerator.process_index}}.safetensors")
+"""
+
+
 def launch(folder: Path, count: int, *more: str) -> Path:
     """Runs `SCRIPT`, and more behind it, in so many processes; returns the folder of its files."""
     script = folder / "train.py"
@@ -105,8 +113,8 @@ def launch(folder: Path, count: int, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote that trained, and then erased."""
-    return launch(tmp_path_factory.mktemp("two"), 2, ERASE)
+    """What two processes wrote that trained, then erased, then read words and drew pictures."""
+    return launch(tmp_path_factory.mktemp("two"), 2, ERASE, SHARE)
 
 
 def of_both(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
@@ -177,6 +185,10 @@ def test_one_process_alone_exchanges_nothing():
     assert processes.is_main and processes.agreed(True, values.device)
     assert not processes.agreed(False, values.device)
     assert processes.share(5) == slice(0, 5)
+    assert processes.everywhere(True, values.device)
+    assert not processes.everywhere(False, values.device)
+    assert processes.joined("abc") == ["a", "b", "c"]
+    assert processes.summed(values, values.device) is values
 
 
 def test_every_process_gets_the_same_erased_model(two):
@@ -184,6 +196,25 @@ def test_every_process_gets_the_same_erased_model(two):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     plain = tiny_pipeline().unet.state_dict()
     assert any(not torch.equal(value, plain[name]) for name, value in first.items())
+
+
+def test_two_processes_read_draw_and_judge_half_of_it_each(two):
+    first, second = of_both(two, "shared")
+    one = shared_work()
+    amounts = [found.pop("amounts") for found in (first, second, one)]
+    # Words that stand in a block with others differ in the last digit.
+    torch.testing.assert_close(first["rows"], one["rows"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(first["gram"], one["gram"], rtol=1e-12, atol=1e-10)
+    assert torch.equal(first["pictures"], one["pictures"]) and torch.equal(
+        first["seen"], one["seen"]
+    )
+    assert len(first["pictures"].unique(dim=0)) > 8, "the pictures are all alike"
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    # Words, prompts of the prior, pictures drawn, pictures judged. Each process reads one prompt
+    # more for itself, and a block of four can't be divided.
+    assert (amounts[0] + amounts[1] - amounts[2]).tolist() == [0, 1, 0, 0]
+    assert ((amounts[0] - amounts[1]).abs() <= torch.tensor([1, 4, 0, 0])).all(), amounts
 
 
 class Beside:
