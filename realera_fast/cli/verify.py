@@ -30,8 +30,7 @@ from realera_fast.cli.tables import columns, joined_names, json_text
 if TYPE_CHECKING:
     from realera_fast.cli.evaluators import Evaluators
     from realera_fast.erasure import Erasure
-    from realera_fast.evaluation import Row
-    from realera_fast.evaluation.verification import Verification
+    from realera_fast.evaluation import Row, Verification
 
 
 @app.command()
@@ -131,7 +130,7 @@ def verify(
       realera-fast verify embedded out/no-cat/erasure.safetensors \\
           -p "a photo of a cat" --untouched "a photo of a dog" -o out/check
       realera-fast verify ./sd14 out/no-cat/erasure.safetensors --clip ./clip \\
-          --label cat --label dog --detector nudenet --fid ./coco -o out/check
+          --label cat --label dog --detector mypackage.nudity:detect -o out/check
       realera-fast verify ./sd14 out/no-van-gogh/erasure.safetensors \\
           -p "Starry night by Van Gogh" --seeds 1,2,3 --device cuda -o out/check
     """

@@ -24,7 +24,7 @@ from realera_fast.evaluation.nudity import NudeNet
 from realera_fast.evaluation.prompt_groups import group_of
 from realera_fast.evaluation.rows_file import write_rows
 from realera_fast.evaluation.shots import Shot, is_right, judged, scores_of
-from realera_fast.evaluation.verification import verify
+from realera_fast.evaluation.verification import Verification, verify
 
 __all__ = [
     "ClipJudge",
@@ -41,6 +41,7 @@ __all__ = [
     "Shot",
     "Table",
     "UnlearnTechnique",
+    "Verification",
     "accuracy",
     "before_after_grid",
     "find_detector",
