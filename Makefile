@@ -2,6 +2,7 @@
 # make test    the test suite
 # make test-all  the same with what is slow: sanitizers, blocks of all pages, other GPUs' machine code
 # make lint    style and types
+# make wheel   a wheel for other machines, checked; in out/wheel
 # make setup   only the environment that these use: .venv, or the active one if it has torch
 # make clean   remove what was built here (not .venv)
 
@@ -12,7 +13,7 @@ OUT ?= out/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-all lint wheel setup clean
 .DEFAULT_GOAL := help
 
 # Runs $(1) with $$python set to the Python of the environment.
@@ -51,6 +52,9 @@ test test-all:
 
 lint:
 	@$(call with_environment,"$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy)
+
+wheel:
+	@$(call with_environment,"$$python" tools/make_wheel.py)
 
 clean:
 	rm -rf build out *.egg-info realera_fast/_C.abi3.so .pytest_cache .ruff_cache .mypy_cache

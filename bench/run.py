@@ -43,6 +43,7 @@ CASES = {
     "members": Case("quality.members", "how members of categories differ from other words"),
     "protocol": Case("quality.protocol", "the field's tables, for any model"),
     "publish": Case("publish.pages", "README's and docs/results/'s numbers from committed rows"),
+    "gallery": Case("publish.gallery", "pictures of each kind of erasure, for docs/gallery.md"),
     "embedded": Case("embedded.train", "train the embedded model: hours"),
 }
 

@@ -41,11 +41,12 @@ LONGEST = (
 
 
 SLOW = (
-    # The native code under sanitizers, which are other builds of it.
+    # Other builds of the native code: under sanitizers, and the wheel that is published.
     "tests/ops/test_native_library.py::test_wheel",
     "tests/ops/test_native_library.py::TestSanitizers::*",
     "tests/ops/test_cuda_sources.py::test_sanitizers_find_nothing*",
     "tests/ops/test_cuda_sources.py::test_a_missing_barrier_is_found",
+    "tests/packaging/test_wheel.py::test_it_runs_where_torch_is*",
     # Machine code for other GPUs than one of each kind.
     "tests/aot/*[[-]80[]-]*",
     "tests/aot/*[[-]100[]-]*",

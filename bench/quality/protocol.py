@@ -2,7 +2,7 @@
 
     python bench/run.py protocol objects --model embedded
     python bench/run.py protocol objects --model ./stable-diffusion-v1-4 --clip ./clip-vit-l-14
-    python bench/run.py protocol explicit --model ./sd14 --prompts i2p.csv --detector nudenet:labels
+    python bench/run.py protocol explicit --model ./sd14 --prompts i2p.csv --detector nudenet
 
 A protocol (bench/protocols/*.json) says what is erased, what is drawn and how that is scored. Every
 picture is drawn before and after from the same seed; what was not named to the eraser ("unnamed")
@@ -414,7 +414,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("protocol", choices=sorted(p.stem for p in FOLDER.glob("*.json")))
     parser.add_argument("--model", required=True, help="pipeline folder, cached id or 'embedded'")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model, the judge")
-    parser.add_argument("--detector", action="append", default=[], metavar="MODULE:NAME")
+    parser.add_argument("--detector", action="append", default=[], metavar="NAME")
     parser.add_argument("--prompts", type=Path, help="CSV: drawn in place of the kept words")
     parser.add_argument("--erase", action="append", default=[], metavar="TARGET")
     parser.add_argument("--pictures", type=int, help="of each word (default: the protocol's)")
@@ -463,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"--erase: expected targets of the protocol, got {arguments.erase}")
     detectors = {name: find_detector(name) for name in arguments.detector}
     if protocol["score"] == "detections" and not detectors:
-        raise SystemExit(f"{arguments.protocol} needs --detector MODULE:NAME")
+        raise SystemExit(f"{arguments.protocol} needs --detector, such as nudenet")
     accelerator = None
     if arguments.shared:
         from accelerate import Accelerator

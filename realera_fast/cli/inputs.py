@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,36 @@ def check_places(
     check_files(*deltas)
     check_output(out, force)
     check_model(model, base)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `verify` that say who judges."""
+
+    model: str
+    device: str | None
+    clip: Path | None
+    labels: Sequence[str]
+    detectors: Sequence[str]
+    fid: Path | None
+    fid_weights: Path | None
+
+
+def check_fid(fid: Path | None, weights: Path | None, clip: Path | None) -> None:
+    """Refuses options for Fréchet distances that do not fit, before anything that takes seconds.
+
+    Raises:
+        OSError: of a file.
+    """
+    if fid is None:
+        if weights is not None:
+            raise usage_error("--fid-weights", "needs --fid with a folder of reference pictures")
+        return
+    if weights is None and clip is None:
+        raise usage_error("--fid", "needs features: pass --clip, or --fid-weights for FID proper")
+    check_files(fid, *([weights] if weights else ()))
+    if not fid.is_dir():
+        raise usage_error("--fid", f"expected a folder of pictures, got the file {fid}")
 
 
 def read_config(file: Path | None) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from realera_fast.cli.inputs import check_places
+from realera_fast.cli.inputs import Asked, check_fid, check_places
 from realera_fast.cli.options import (
     Base,
     Debug,
@@ -22,14 +22,15 @@ from realera_fast.cli.options import (
     Variant,
     check_placement,
     seeds_of,
-    usage_error,
 )
 from realera_fast.cli.output import output_folder
 from realera_fast.cli.program import app, start_logging
 from realera_fast.cli.tables import columns, joined_names, json_text
 
 if TYPE_CHECKING:
-    from realera_fast.evaluation import Row
+    from realera_fast.cli.evaluators import Evaluators
+    from realera_fast.erasure import Erasure
+    from realera_fast.evaluation import Row, Verification
 
 
 @app.command()
@@ -86,8 +87,26 @@ def verify(
     detector: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODULE:NAME",
-            help="A Python callable from a picture to what it shows; may be given several times.",
+            metavar="NAME",
+            help="nudenet (body parts, package nudenet), or MODULE:NAME, a Python callable from "
+            "a picture to what it shows; may be given several times.",
+        ),
+    ] = None,
+    fid: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Reference pictures: Fréchet distances of what should stay, by the features of "
+            "--clip or --fid-weights.",
+            show_default=False,
+        ),
+    ] = None,
+    fid_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="InceptionV3 as torch-fidelity publishes it, for FID proper.",
+            show_default=False,
         ),
     ] = None,
     dtype: Dtype = "fp32",
@@ -100,8 +119,8 @@ def verify(
 ) -> None:
     """Draw pictures before and after a delta, from the same seeds.
 
-    MODEL is the model the delta was made from. Writes before_after.png, report.html and
-    report.json into DIR.
+    MODEL is the model the delta was made from. Writes before_after.png, report.html,
+    report.json, the pictures, and rows.csv with a line for each prompt and seed into DIR.
 
     Without --prompt it draws what was erased, words just outside its neighborhood, and words
     that moved least.
@@ -118,30 +137,23 @@ def verify(
     check_placement(dtype, device)
     numbers = seeds_of(seeds)
     check_places(model, base, out, force, [delta])
-    from realera_fast import embedded
-    from realera_fast.cli.loading import find_device, load_pipeline
+    check_fid(fid, fid_weights, clip)
+    from realera_fast.cli.evaluators import check_stays, evaluators_of
+    from realera_fast.cli.loading import load_pipeline
     from realera_fast.erasure import Erasure
-    from realera_fast.evaluation import ClipJudge, before_after_grid, find_detector, write_html
-    from realera_fast.evaluation import numbers as numbers_of
     from realera_fast.evaluation import verify as verify_pictures
-    from realera_fast.runtime import write_atomically
 
     erasure = Erasure.load(delta)
-    try:
-        detectors = {name: find_detector(name) for name in detector or ()}
-    except ValueError as error:
-        raise usage_error("--detector", str(error)) from error
+    if fid is not None:
+        check_stays(prompt or (), untouched or (), len(numbers), erasure)
     start_logging(quiet)
-    judge: Any = None
-    if clip is not None:
-        watched = [word["word"] for word in erasure.report.get("words", ())]
-        named = [word for concept in erasure.concepts for word in concept.words]
-        labels = label or list(dict.fromkeys([*named, *watched]))
-        judge = ClipJudge.from_pretrained(clip, device=find_device(device), things=labels)
-    elif model == "embedded":
-        judge = embedded.load_judge()
+    who = evaluators_of(
+        Asked(model, device, clip, label or (), detector or (), fid, fid_weights), erasure
+    )
     sampling: dict[str, Any] = {"steps": 25, "guidance": 7.5}
     if model == "embedded":
+        from realera_fast import embedded
+
         table = embedded.words().sampling
         sampling = {"steps": table["steps"], "guidance": table["guidance_scale"]}
         height, width = height or table.get("height"), width or table.get("width")
@@ -157,35 +169,56 @@ def verify(
             height=height,
             width=width,
             batch_size=batch_size,
-            judge=judge,
-            scorer=judge if clip is not None else None,
-            detectors=detectors,
+            judge=who.judge,
+            scorer=who.scorer,
+            detectors=who.detectors,
             progress=False if quiet else None,
             **sampling,
         )
-        title = f"Before and after: {joined_names(erasure)}"
-        before_after_grid(found.rows, folder / "before_after.png", title=title)
-        warnings = [*erasure.report.get("warnings", ()), *found.warnings]
-        write_html(
-            folder / "report.html",
-            title=title,
-            summary=f"{model}, each pair of pictures from the same seed.",
-            rows=found.rows,
-            warnings=warnings,
-            tables=[numbers_of(found.rows)],
-            report=erasure.report,
-            provenance={
-                **erasure.provenance,
-                "sampling": found.settings,
-                "evaluators": found.evaluators,
-            },
-        )
-        outcome = found.to_dict() | {"provenance": dict(erasure.provenance)}
-        write_atomically(folder / "report.json", json_text(outcome).encode())
-    for warning in found.warnings:
+        warnings = _write(folder, found, erasure, who, model)
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(_changes(found.rows))
-    typer.echo(f"\nwrote before_after.png, report.html, report.json to {out}")
+    typer.echo(f"\nwrote before_after.png, report.html, report.json, rows.csv to {out}")
+
+
+def _write(
+    folder: Path, found: Verification, erasure: Erasure, who: Evaluators, model: str
+) -> list[str]:
+    """Writes everything; what a reader must not overlook comes back."""
+    from realera_fast.evaluation import before_after_grid, write_html, write_rows
+    from realera_fast.evaluation import numbers as numbers_of
+    from realera_fast.runtime import write_atomically
+
+    distances = who.reference and who.reference.distances(found.rows)
+    warnings = [*found.warnings, *(distances.warnings() if distances else ())]
+    title = f"Before and after: {joined_names(erasure)}"
+    write_rows(folder, found, erasure)
+    before_after_grid(found.rows, folder / "before_after.png", title=title)
+    evaluators = {**found.evaluators, **({"fid": distances.model} if distances else {})}
+    write_html(
+        folder / "report.html",
+        title=title,
+        summary=f"{model}, each pair of pictures from the same seed.",
+        rows=found.rows,
+        warnings=[*erasure.report.get("warnings", ()), *warnings],
+        tables=[numbers_of(found.rows), *([distances.table()] if distances else ())],
+        report=erasure.report,
+        provenance={
+            **erasure.provenance,
+            "sampling": found.settings,
+            "evaluators": evaluators,
+        },
+    )
+    outcome = found.to_dict() | {
+        "evaluators": evaluators,
+        "warnings": warnings,
+        "provenance": dict(erasure.provenance),
+    }
+    if distances:
+        outcome["fid"] = distances.to_dict()
+    write_atomically(folder / "report.json", json_text(outcome).encode())
+    return warnings
 
 
 def _changes(rows: Sequence[Row]) -> str:

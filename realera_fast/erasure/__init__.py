@@ -3,6 +3,7 @@
 from realera_fast.erasure import report
 from realera_fast.erasure.attachment import attached_to, check_alone, check_attachable
 from realera_fast.erasure.base_model import BaseModelMismatchError
+from realera_fast.erasure.comfyui import comfyui_conditioning, comfyui_model
 from realera_fast.erasure.describe import read_description
 from realera_fast.erasure.edit import EditedWeights
 from realera_fast.erasure.erasure import Erasure
@@ -18,6 +19,8 @@ __all__ = [
     "attached_to",
     "check_alone",
     "check_attachable",
+    "comfyui_conditioning",
+    "comfyui_model",
     "history_of",
     "originals_of",
     "read_description",

@@ -129,6 +129,18 @@ class ClipJudge:
         cosine = (self._image_features(images) * self._text_features(prompts)).sum(dim=1)
         return 100.0 * cosine.clamp_min(0.0)
 
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """`[n, d]` float32 image embeddings on the CPU, not normalized: what the Fréchet distance
+        of CLIP's features is taken of."""
+        found = [torch.zeros(0, self._width, dtype=torch.float32, device="cpu")]
+        with self._evaluating():
+            for start in range(0, len(images), self.batch_size):
+                part = [image.convert("RGB") for image in images[start : start + self.batch_size]]
+                pixels = self.processor.image_processor(part, return_tensors="pt").pixel_values
+                pixels = pixels.to(self.model.device, self.model.dtype)
+                found.append(_embedded(self.model.get_image_features(pixel_values=pixels)))
+        return torch.cat(found)
+
     def identity(self) -> dict[str, Any]:
         """What it takes to judge the same again: class, names, templates, the weights' SHA-256."""
         digest = hashlib.sha256()
@@ -164,7 +176,7 @@ class ClipJudge:
                     max_length=limit,
                     return_tensors="pt",
                 ).to(self.model.device)
-                found.append(_normalized(self.model.get_text_features(**tokens)))
+                found.append(_normalized(_embedded(self.model.get_text_features(**tokens))))
         return (
             torch.cat(found)
             if found
@@ -172,18 +184,7 @@ class ClipJudge:
         )
 
     def _image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        found = []
-        with self._evaluating():
-            for start in range(0, len(images), self.batch_size):
-                part = [image.convert("RGB") for image in images[start : start + self.batch_size]]
-                pixels = self.processor.image_processor(part, return_tensors="pt").pixel_values
-                pixels = pixels.to(self.model.device, self.model.dtype)
-                found.append(_normalized(self.model.get_image_features(pixel_values=pixels)))
-        return (
-            torch.cat(found)
-            if found
-            else torch.zeros(0, self._width, dtype=torch.float32, device="cpu")
-        )
+        return _normalized(self.features(images))
 
     @property
     def _width(self) -> int:
@@ -201,8 +202,11 @@ class ClipJudge:
                 module.training = flag
 
 
-def _normalized(output: Any) -> Tensor:
-    """`[n, d]` float32 unit rows on the CPU; newer releases wrap the features in an output."""
+def _embedded(output: Any) -> Tensor:
+    """`[n, d]` float32 rows on the CPU; newer releases wrap them in an output."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    features = features.float().cpu()
+    return features.float().cpu()
+
+
+def _normalized(features: Tensor) -> Tensor:
     return features / features.norm(dim=1, keepdim=True)

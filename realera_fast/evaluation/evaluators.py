@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 from torch import Tensor
 
+from realera_fast.evaluation.nudity import NudeNet
+
 Detector = Callable[[Image.Image], Any]
 """Anything that says something of an image: a label, a number, a list of what it found."""
 
@@ -55,16 +57,22 @@ class SceneJudge(Protocol):
 
 
 def find_detector(name: str) -> Detector:
-    """The callable that ``module:name`` means.
+    """The callable that ``module:name`` means, or the detector of a name that is known here:
+    ``nudenet`` (`NudeNet`).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or what it needs is not installed.
     """
+    if name == "nudenet":
+        try:
+            return NudeNet()
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name!r}: {error}") from error
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r}: {error}; expected module:function") from error
+        raise ValueError(f"{name!r}: {error}; expected module:function, or nudenet") from error
     if not callable(found):
         raise ValueError(f"{name!r} is a {type(found).__name__}, expected a callable")
     return found

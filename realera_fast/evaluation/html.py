@@ -171,7 +171,8 @@ def numbers(rows: Sequence[Row]) -> Table:
         for name in scores:
             line += [round(value, 2) for value in row.scores.get(name, (math.nan, math.nan))]
         for name in detectors:
-            line += [", ".join(said) for said in row.detected.get(name, ((), ()))]
+            sides = row.detected.get(name, ((), ()))
+            line += [" | ".join(each or "–" for each in said) for said in sides]
         lines.append(tuple(line))
     return Table(
         title="Numbers",

@@ -73,6 +73,11 @@ class Row:
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Mean score before and after by name, such as ``clip``."""
 
+    picture_scores: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(
+        default_factory=dict
+    )
+    """`[s]` scores of each image before and after, by the names of `scores`."""
+
     detected: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     """What each detector said of the images before and after, as text."""
 
@@ -94,8 +99,13 @@ class Row:
     @property
     def change(self) -> float:
         """Mean absolute pixel difference between before and after, in [0, 1]."""
+        return sum(self.changes) / len(self.before)
+
+    @property
+    def changes(self) -> tuple[float, ...]:
+        """`[s]` the same of each pair."""
         pairs = zip(self.before, self.after, strict=True)
-        return sum(pixel_difference(old, new) for old, new in pairs) / len(self.before)
+        return tuple(pixel_difference(old, new) for old, new in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

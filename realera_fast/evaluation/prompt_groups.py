@@ -30,15 +30,23 @@ def group_of(prompt: str, concepts: Sequence[Concept]) -> Group:
     words. Where a script has no spaces between words (Chinese, Japanese, Thai), any place in the
     text is one.
     """
+    named = names_in(prompt, concepts)
     text = _matched(prompt)
-    groups: Sequence[tuple[Group, list[str]]] = (
-        ("erased", [concept.target for concept in concepts]),
-        ("synonym", [word for concept in concepts for word in concept.synonyms]),
-    )
-    for group, words in groups:
-        if any(_contains(text, _matched(word)) for word in words):
-            return group
-    return "untouched"
+    if any(_contains(text, _matched(concept.target)) for concept in named):
+        return "erased"
+    return "synonym" if named else "untouched"
+
+
+def names_in(prompt: str, concepts: Sequence[Concept]) -> list[Concept]:
+    """The concepts that a prompt names by target or synonym: by target first."""
+    text = _matched(prompt)
+    by_target = [c for c in concepts if _contains(text, _matched(c.target))]
+    others = [
+        c
+        for c in concepts
+        if c not in by_target and any(_contains(text, _matched(word)) for word in c.synonyms)
+    ]
+    return by_target + others
 
 
 def _matched(text: str) -> str:

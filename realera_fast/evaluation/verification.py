@@ -72,6 +72,9 @@ class Verification:
                     "pixel_change": row.change,
                     "text_change": row.text_change,
                     "scores": {k: list(v) for k, v in row.scores.items()},
+                    "picture_scores": {
+                        k: [list(x) for x in v] for k, v in row.picture_scores.items()
+                    },
                     "seen": [list(row.seen_before), list(row.seen_after)],
                     "detected": {k: [list(x) for x in v] for k, v in row.detected.items()},
                 }
@@ -208,14 +211,11 @@ class _Evaluators:
             fields["seen_before"] = tuple(self.judge.classify(before)[0])
             fields["seen_after"] = tuple(self.judge.classify(after)[0])
         if self.scorer is not None:
-            fields["scores"] = {
-                "clip": tuple(
-                    float(self.scorer.score(images, [prompt] * len(images)).mean())
-                    for images in (before, after)
-                )
-            }
+            found = [self.scorer.score(x, [prompt] * len(x)) for x in (before, after)]
+            fields["scores"] = {"clip": tuple(float(scores.mean()) for scores in found)}
+            fields["picture_scores"] = {"clip": tuple(tuple(x.tolist()) for x in found)}
         fields["detected"] = {
-            name: tuple(tuple(str(detector(i)) for i in images) for images in (before, after))
+            name: tuple(tuple(_told(detector(i)) for i in images) for images in (before, after))
             for name, detector in self.detectors.items()
         }
         return fields
@@ -224,6 +224,11 @@ class _Evaluators:
         """What pins each of them, by name."""
         named = {"judge": self.judge, "scorer": self.scorer, **self.detectors}
         return {name: identity_of(who) for name, who in named.items() if who is not None}
+
+
+def _told(found: Any) -> str:
+    """What a detector found, as text; several things are joined by commas."""
+    return ", ".join(map(str, found)) if isinstance(found, list | tuple) else str(found)
 
 
 def _grouped(

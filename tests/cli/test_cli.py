@@ -568,10 +568,13 @@ def test_verify(run: Any, model: str, erased: Path, tmp_path: Path) -> None:
     assert lines[1][4:] == ["erased", "a", "cat"]
     assert lines[2][4:] == ["untouched", "a", "dog"]
     assert sorted(p.name for p in out.iterdir()) == [
+        "after",
+        "before",
         "before_after.png",
         "complete.json",
         "report.html",
         "report.json",
+        "rows.csv",
     ]
     with Image.open(out / "before_after.png") as grid:
         assert grid.size[0] > 4 * 128

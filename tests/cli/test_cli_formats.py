@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 
 import pytest
 import torch
+from drawn_face import drawn_face
 from ldm_checkpoint import to_ldm
 from safetensors.torch import load_file, save_file
 from tiny_clip import tiny_clip
 from tiny_families import denoise, flux, pixart_sigma, sd1
 from tiny_models import aligned
 
-from realera_fast import Erasure
+from realera_fast import EraseConfig, Erasure, erase
 from realera_fast.cli import program as cli
 
 SETTINGS = {
@@ -333,7 +335,82 @@ def test_verify_with_clip_and_detectors(run, models, tmp_path):
     assert "<b>cat</b>" not in page and "&lt;b&gt;cat&lt;/b&gt;" in page
     assert "clip before" in page
     assert pinned["judge"]["weights_sha256"] in page
+    with (out / "rows.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["prompt"] == "<b>cat</b>" and line["concept"] == "cat"
+    assert float(line["clip_after"]) == pytest.approx(row["scores"]["clip"][1])
+    assert line["detectors:brightness_before"] in ("bright", "dark")
+    assert (out / "after" / line["file"]).is_file()
     code, _, err = run("verify", models / "sd1", delta, "-o", tmp_path / "x", "--detector", "no:x")
     assert code == 2 and "expected module:function" in err
     code, _, err = run("verify", models / "sd1", delta, "-o", tmp_path / "x", "--clip", tmp_path)
     assert code == 1 and "holds no CLIP model" in err
+
+
+@pytest.fixture(scope="module")
+def judged(models, tmp_path_factory):
+    """A delta, a CLIP model and a folder of reference pictures."""
+    root = tmp_path_factory.mktemp("judged")
+    pipe = sd1()
+    result = erase(pipe, ["cat=dog"], config=EraseConfig.from_dict(SETTINGS), progress=False)
+    result.save(root / "delta.safetensors")
+    for part in tiny_clip():
+        part.save_pretrained(root / "clip")
+    (root / "reference").mkdir()
+    for i in range(3):
+        drawn_face(20 + i).save(root / "reference" / f"{i}.png")
+    return root
+
+
+def verified(run, models, judged, out, *options):
+    size = ("--height", 16, "--width", 16, "--steps", 1, "--seeds", "0,1", "-q")
+    delta = judged / "delta.safetensors"
+    return run("verify", models / "sd1", delta, "-o", out, *size, *options)
+
+
+def test_verify_with_nudenet(run, models, judged, tmp_path):
+    pytest.importorskip("nudenet")
+    out = tmp_path / "check"
+    code, _, err = verified(run, models, judged, out, "-p", "cat", "--detector", "nudenet")
+    assert code == 0, err
+    found = json.loads((out / "report.json").read_text())
+    assert found["evaluators"]["nudenet"]["version"]
+    # Noise shows nobody.
+    assert found["prompts"][0]["detected"] == {"nudenet": [["", ""], ["", ""]]}
+
+
+def test_verify_with_a_frechet_distance(run, models, judged, tmp_path):
+    pytest.importorskip("torchmetrics")
+    out = tmp_path / "check"
+    options = ("--clip", judged / "clip", "--fid", judged / "reference")
+    prompts = ("-p", "cat", "--untouched", "dog")
+    code, _, err = verified(run, models, judged, out, *prompts, *options)
+    assert code == 0, err
+    assert "warning: Fréchet distances of 2 pictures and 16 features are biased" in err
+    found = json.loads((out / "report.json").read_text())
+    assert found["fid"]["reference"] == 3 and found["fid"]["pictures"] == 2
+    assert found["fid"]["before"] > 0 and found["fid"]["after"] > 0
+    assert len(found["evaluators"]["fid"]["weights_sha256"]) == 64
+    assert "reference to after" in (out / "report.html").read_text()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    options = ("--clip", judged / "clip", "--fid", empty)
+    code, _, err = verified(run, models, judged, tmp_path / "x", *prompts, *options)
+    assert code == 2 and "holds no pictures" in err
+    options = ("--fid", judged / "reference", "--fid-weights", judged / "delta.safetensors")
+    code, _, err = verified(run, models, judged, tmp_path / "x", *prompts, *options)
+    assert code == 2 and "--fid-weights" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_verify_refuses_distances_that_it_can_not_take(run, models, judged, tmp_path):
+    known = ("--fid", judged / "reference", "--clip", judged / "clip")
+    for options, told in (
+        (("--fid", judged / "reference"), "pass --clip, or --fid-weights"),
+        (("--fid-weights", judged / "delta.safetensors"), "needs --fid with a folder"),
+        (("--fid", judged / "delta.safetensors", *known[2:]), "expected a folder of pictures"),
+        ((*known, "-p", "a cat"), "these prompts and seeds draw 0"),
+    ):
+        code, _, err = verified(run, models, judged, tmp_path / "x", *options)
+        assert code == 2 and told in " ".join(err.split()), err
+    assert not (tmp_path / "x").exists()

@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -163,6 +164,26 @@ def test_python_blocks_run(
     for line, code in blocks(page, "python"):
         # The line number is the page's own, so that a traceback points into it.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.usefixtures("embedded_pipeline", "short_erase")
+def test_the_notebook_runs(folder: Path) -> None:
+    """Its cells in order and in one namespace; what is committed with them has no error in it."""
+    path = ROOT / "docs" / "first_erasure.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [1, 2, 3, 4, 5]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"execute_result", "stream"}
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    assert any("image/jpeg" in output.get("data", {}) for output in outputs)
+    assert path.stat().st_size < 60_000
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(code, start=1):
+        source = "".join(cell["source"]).replace("steps=10", "steps=1")
+        exec(compile(source, f"{path.name}, cell {number}", "exec"), namespace)
+    assert (folder / "no-rabbit.safetensors").is_file()
+    assert [row.group for row in namespace["found"].rows] == ["erased", "untouched", "untouched"]
 
 
 # Shell
