@@ -120,7 +120,7 @@ def adapter(
             wrapped.unload()
             raise
         finally:
-            del unet.peft_config
+            vars(unet).pop("peft_config", None)
             unet.eval().requires_grad_(False)
 
 
