@@ -45,16 +45,16 @@ class Settings:
     defaults: ClassVar[str] = "the authors' with smaller budgets"
 
     rounds: int = 2
-    search: esd.Settings = esd.Settings(iterations=30, sampling_steps=20, learning_rate=1e-4)
+    search: esd.Settings = esd.Settings(iterations=25, sampling_steps=20, learning_rate=1e-4)
     """Of each round. Theirs: 200 iterations at 5e-6."""
     inversion: concept_inversion.Settings = concept_inversion.Settings(steps=30)
     """Of each round. Theirs: 3,000 steps at 5e-3."""
     pictures: int = 12
     """To learn tokens from. Theirs: 500."""
-    iterations: int = 60
+    iterations: int = 50
     """Of the second stage. Theirs: 200."""
     learning_rate: float = 1e-4
-    """AdamW's in the second stage. Theirs: 2e-5, three times as many steps."""
+    """AdamW's in the second stage. Theirs: 2e-5, four times as many steps."""
     anchor_guidance: float = 1.0
     """a."""
     negative_guidance: float = 3.0
