@@ -37,11 +37,16 @@ class Settings:
 class FreePrompt:
     """The prompt that was found: replaces token vectors of the text encoder while it is used."""
 
-    def __init__(self, pipe: Any, vectors: Tensor, prompt: str) -> None:
+    def __init__(self, pipe: Any, vectors: Tensor, prompt: str, start: int | None = None) -> None:
+        """
+        Args:
+            vectors: `[n, d]`.
+            start: the first token that they replace; by default they replace the prompt's last n.
+        """
         self._embedding: nn.Embedding = pipe.text_encoder.get_input_embeddings()
         self._vectors, self.prompt = vectors, prompt
         plain = pipe.tokenizer(prompt, add_special_tokens=False).input_ids
-        self.start = 1 + len(plain) - len(vectors)
+        self.start = 1 + len(plain) - len(vectors) if start is None else start
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from baselines.training import Copies, Trajectories, encode, predict, trained
 from realera_fast.text import Concept
 
 
@@ -48,69 +49,43 @@ SWEEP = (
 
 
 def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int = 0) -> None:
-    """Trains every projection of cross-attention; of several concepts one at random an iteration.
-
-    Half-precision models are trained through float32 copies: the published code's bfloat16 weights
-    lose small steps.
-    """
+    """Trains every projection of cross-attention; of several words one at random an iteration."""
     words = [word for concept in concepts for word in concept.words]
-    unet, dtype, device = pipe.unet, pipe.unet.dtype, pipe.unet.device
-    with torch.no_grad():
-        states = _encode(pipe, ["", *words]).to(dtype)
-    teacher = copy.deepcopy(unet).requires_grad_(False)
-    unet.requires_grad_(False)
-    trained = [p for name, p in unet.named_parameters() if ".attn2." in name]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    masters = [parameter.detach().float().clone() for parameter in trained]
-    optimizer = torch.optim.Adam(masters, lr=settings.learning_rate)
+    weights = [p for name, p in pipe.unet.named_parameters() if ".attn2." in name]
     generator = torch.Generator().manual_seed(seed)
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(settings.sampling_steps)
-    size, channels = unet.config.sample_size, unet.config.in_channels
+    fine_tune(pipe, encode(pipe, ["", *words]), weights, settings, generator)
 
-    def predict(model: Any, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return model(x.to(dtype), t, encoder_hidden_states=s).sample.float()
 
-    @torch.no_grad()
-    def trajectories() -> list[tuple[Tensor, Tensor, int]]:
-        """As many x_t as fit together: each of its own word, at its own random step."""
-        count = settings.together
-        which = torch.randint(1, len(words) + 1, (count,), generator=generator)
-        stops = torch.randint(0, settings.sampling_steps, (count,), generator=generator)
-        x = torch.randn((count, channels, size, size), generator=generator).to(device)
-        found = []
-        for step, t in enumerate(scheduler.timesteps):
-            here = stops == step
-            found += [(x[i : i + 1], t, int(which[i])) for i in here.nonzero()[:, 0].tolist()]
-            x, which, stops = x[~here], which[~here], stops[~here]
-            if not len(x):
-                break
-            both = torch.cat([states[:1].expand(len(x), -1, -1), states[which]])
-            free, guided = predict(unet, torch.cat([x, x]), t, both).chunk(2)
-            x = scheduler.step(free + settings.guidance_scale * (guided - free), t, x).prev_sample
-        order = torch.randperm(count, generator=generator).tolist()
-        return [found[i] for i in order]
+def fine_tune(
+    pipe: Any,
+    states: Tensor,
+    weights: Sequence[nn.Parameter],
+    settings: Settings,
+    generator: torch.Generator,
+) -> None:
+    """Trains weights of the denoiser away from embeddings.
 
-    waiting: list[tuple[Tensor, Tensor, int]] = []
-    for _ in range(settings.iterations):
-        waiting = waiting or trajectories()
-        x, t, word = waiting.pop()
-        with torch.no_grad():
-            both = torch.stack([states[0], states[word]])
-            free, guided = predict(teacher, torch.cat([x, x]), t, both).chunk(2)
-            wanted = guided - settings.negative_guidance * (guided - free)
-        loss = functional.mse_loss(predict(unet, x, t, states[word : word + 1]), wanted)
-        loss.backward()
-        with torch.no_grad():
-            for parameter, master in zip(trained, masters, strict=True):
-                master.grad, parameter.grad = parameter.grad.float(), None
+    Args:
+        states: `[1 + words, tokens, d]`: the empty prompt, then what is to go.
+    """
+    unet = pipe.unet
+    teacher = copy.deepcopy(unet).requires_grad_(False)
+    optimizer = Copies(weights, torch.optim.Adam, lr=settings.learning_rate)
+    trajectories = Trajectories(
+        pipe,
+        states,
+        generator,
+        steps=settings.sampling_steps,
+        guidance_scale=settings.guidance_scale,
+        together=settings.together,
+    )
+    with trained(unet, weights):
+        for _ in range(settings.iterations):
+            noised = trajectories.take()
+            x, t, named = noised.x, noised.t, states[noised.word]
+            with torch.no_grad():
+                both = torch.cat([states[:1], named])
+                free, guided = predict(teacher, torch.cat([x, x]), t.repeat(2), both).chunk(2)
+                wanted = guided - settings.negative_guidance * (guided - free)
+            functional.mse_loss(predict(unet, x, t, named), wanted).backward()
             optimizer.step()
-            for parameter, master in zip(trained, masters, strict=True):
-                parameter.copy_(master)
-    unet.requires_grad_(False)
-
-
-def _encode(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    embeds, _ = pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)
-    return embeds

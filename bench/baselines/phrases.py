@@ -128,7 +128,8 @@ def rewrite(layers: Sequence[nn.Linear], edit: Callable[[list[Tensor]], list[Ten
 
 
 def label(settings: Any) -> str:
-    """The fields in which settings differ from the authors', for a row."""
+    """The fields in which settings differ from the authors', or what else the defaults are, for a
+    row."""
     own = type(settings)()
     changed = {
         f.name: getattr(settings, f.name)
@@ -139,4 +140,4 @@ def label(settings: Any) -> str:
         f"anchor={value['object']}" if name == "anchors" else f"{name}={value}"
         for name, value in changed.items()
     ]
-    return ", ".join(cells) or "authors'"
+    return ", ".join(cells) or getattr(own, "defaults", "authors'")

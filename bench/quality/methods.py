@@ -1,6 +1,7 @@
 """Everything that is compared as an eraser: the library, its variants, and the baselines.
 
-All take a pipeline, edit its denoiser in place, and are told names alone.
+All take a pipeline, edit its denoiser in place (AdvUnlearn: its text encoder), and are told names
+alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,34 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from baselines import esd, mace, oce, rece, speed, uce
+from baselines import (
+    adv_unlearn,
+    erase_flow,
+    esd,
+    gem,
+    mace,
+    oce,
+    race,
+    rece,
+    speed,
+    stereo,
+    uce,
+)
 from baselines.phrases import ANCHORS, label
 from harness.tables import DEFAULT, FAST, FIRST, IN_TURN, STRICT
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
+
+TRAINED: Mapping[str, ModuleType] = {
+    "ESD": esd,
+    "RACE": race,
+    "AdvUnlearn": adv_unlearn,
+    "STEREO": stereo,
+    "EraseFlow": erase_flow,
+    "GEM": gem,
+}
+"""The baselines that train: they follow their seed, and all but ESD are made against attacks."""
 
 BASELINES: Mapping[str, ModuleType] = {
     "UCE": uce,
@@ -24,7 +47,7 @@ BASELINES: Mapping[str, ModuleType] = {
     "RECE": rece,
     "SPEED": speed,
     "OCE": oce,
-    "ESD": esd,
+    **TRAINED,
 }
 """By name in tables. Each module has `Settings`, `SWEEP` (the authors' settings first) and
 `erase`."""
@@ -35,8 +58,8 @@ TUNED: Mapping[str, Any] = {
     "RECE": rece.Settings(rounds=2, vocabulary=True, anchors=ANCHORS | {"object": "object"}),
     "SPEED": speed.Settings(threshold=30.0, expand=True),
     "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
-    # Its sweep takes hours: the authors'.
-    "ESD": esd.Settings(),
+    # Their sweeps take hours: the defaults.
+    **{name: module.Settings() for name, module in TRAINED.items()},
 }
 """The settings of each baseline's sweep with the highest mean H_o on words that are not judged
 (`bench/results/sweep.jsonl`)."""
@@ -85,7 +108,7 @@ def baseline(module: ModuleType, settings: Any) -> Method:
         # Baselines keep no word that the library erases as a neighbor.
         module.erase(pipe, concepts, settings, seed)
 
-    return Method(erase, module is esd, dataclasses.asdict(settings))
+    return Method(erase, module in TRAINED.values(), dataclasses.asdict(settings))
 
 
 def changed(
@@ -129,11 +152,11 @@ def variants() -> dict[str, Method]:
 
 
 def baselines(*, authors: bool = True) -> dict[str, Method]:
-    """Each baseline with the tuned settings, and with its authors'."""
+    """Each baseline with the tuned settings, and with its authors', or scaled from theirs."""
     found = {}
     for name, module in BASELINES.items():
         if authors and module.Settings() != TUNED[name]:
-            found[f"{name}, authors'"] = baseline(module, module.Settings())
+            found[f"{name}, {label(module.Settings())}"] = baseline(module, module.Settings())
         found[name] = baseline(module, TUNED[name])
     return found
 

@@ -51,7 +51,8 @@ class Studio:
         weights = folder / "diffusion_pytorch_model.safetensors"
         self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
         """Of the denoiser's file: rows of two models do not mix."""
-        self._weights = {k: v.clone() for k, v in self.denoiser.state_dict().items()}
+        self._edited = (self.denoiser, self.pipe.text_encoder)
+        self._weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in self._edited]
 
     def draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """Image i of shot i."""
@@ -88,5 +89,6 @@ class Studio:
                 "stopped": report["alignment"]["stopped"],
             }
             result.restore_(self.denoiser)
-        self.denoiser.load_state_dict(self._weights)
+        for model, weights in zip(self._edited, self._weights, strict=True):
+            model.load_state_dict(weights)
         return found, seconds, about

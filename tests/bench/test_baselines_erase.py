@@ -177,8 +177,16 @@ def test_the_studio_puts_the_model_back():
     task = plan.of_things(
         "house", [plan.table.thing("house")], [0], tasks.Counts(target=2, others=2)
     )
-    before = {name: value.clone() for name, value in studio.pipe.unet.state_dict().items()}
+    models = (studio.pipe.unet, studio.pipe.text_encoder)
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
+
+    def wipe(pipe, concepts, seed, exclude):
+        with torch.no_grad():
+            for parameter in (*pipe.unet.parameters(), *pipe.text_encoder.parameters()):
+                parameter.zero_()
+
     chosen = {
+        "wiped": methods.Method(wipe, False, {}),
         None: None,
         "own": methods.variants()["closed form alone"],
         "uce": methods.baselines()["UCE"],
@@ -187,7 +195,9 @@ def test_the_studio_puts_the_model_back():
         name: next(iter(evaluate.rows_of(studio, name, method, task, [0])))
         for name, method in chosen.items()
     }
-    assert all(torch.equal(v, before[k]) for k, v in studio.pipe.unet.state_dict().items())
+    for model, weights in zip(models, before, strict=True):
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert rows["wiped"]["scores"]["acc_s"] < 0.2
     assert rows[None]["scores"]["acc_e"] == 1.0 and rows["own"]["scores"]["acc_e"] == 0.0
     assert rows["own"]["neighbors"] > 0 and rows["own"]["seconds"] > 0
     # Every group is drawn, and the words of the erased thing are not among the kept ones.
