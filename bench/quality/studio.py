@@ -68,8 +68,15 @@ class Studio:
             return work(), 0.0, {}
         started = time.perf_counter()
         result = method.erase(self.pipe, task.concepts, seed, task.exclude)
+        own = self.pipe
+        if method.drawn and result is not None:
+            result.restore_(own.unet)
+            self.pipe = method.drawn(own, result)
         seconds = time.perf_counter() - started
-        found = work()
+        try:
+            found = work()
+        finally:
+            self.pipe = own
         about: dict[str, Any] = {}
         if result is not None:
             report = result.report
@@ -79,6 +86,7 @@ class Studio:
                 "aligned": report["alignment"]["kept"],
                 "stopped": report["alignment"]["stopped"],
             }
-            result.restore_(self.pipe.unet)
+            if not method.drawn:
+                result.restore_(self.pipe.unet)
         self.pipe.unet.load_state_dict(self._weights)
         return found, seconds, about
