@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from realera_fast.erasure import attachment, export, file, gating, history
 from realera_fast.erasure.adapters import Layout
 from realera_fast.erasure.edit import edit_of
+from realera_fast.erasure.hub import OnHub
 from realera_fast.erasure.model_card import write_card
 from realera_fast.erasure.report import anchor_name, anchors_of, neighbors_of
 from realera_fast.models import Family, LoraFactors, Stream, Target, check_target
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Erasure:
+class Erasure(OnHub):
     """What was erased and how: everything needed to do it again on the same base model."""
 
     map: ConceptMap
