@@ -136,6 +136,8 @@ def own_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with hub_server() as hub:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants._HF_DEFAULT_ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + path)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         yield
 
