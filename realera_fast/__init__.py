@@ -9,11 +9,22 @@ if TYPE_CHECKING:
     from realera_fast.dry_run import preview
     from realera_fast.eraser import erase
     from realera_fast.erasure import Erasure
+    from realera_fast.guarding import guard
     from realera_fast.text import Concept
     from realera_fast.unet import fuse, unfuse
 
 __version__ = _version("realera_fast")
-__all__ = ["Concept", "EraseConfig", "Erasure", "__version__", "erase", "fuse", "preview", "unfuse"]
+__all__ = [
+    "Concept",
+    "EraseConfig",
+    "Erasure",
+    "__version__",
+    "erase",
+    "fuse",
+    "guard",
+    "preview",
+    "unfuse",
+]
 
 _HOMES = {
     "Concept": "text",
@@ -21,6 +32,7 @@ _HOMES = {
     "Erasure": "erasure",
     "erase": "eraser",
     "fuse": "unet",
+    "guard": "guarding",
     "preview": "dry_run",
     "unfuse": "unet",
 }

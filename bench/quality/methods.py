@@ -26,7 +26,7 @@ from baselines import (
     uce,
 )
 from baselines.phrases import ANCHORS, label
-from harness.tables import DEFAULT, FAST, FIRST, IN_TURN, STRICT
+from harness.tables import DEFAULT, FAST, FIRST, GATED, IN_TURN, STRICT, TEXT, UNGATED
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -85,6 +85,9 @@ class Method:
     seeded: bool
     """Whether the seed changes what comes out; if not, one edit serves all seeds."""
     settings: Mapping[str, Any]
+    drawn: Callable[[Any, Erasure], Any] | None = None
+    """What draws of pipeline and erasure, for methods of run time: the weights stay as they were.
+    None draws from the edited weights."""
 
 
 def library(config: EraseConfig) -> Method:
@@ -151,6 +154,19 @@ def variants() -> dict[str, Method]:
     }
 
 
+def run_time() -> dict[str, Method]:
+    """The prompt map in place of edited weights, with its gate and without, and the same edit."""
+    text = changed(EraseConfig.fast(), closed_form={"space": "text"})
+
+    def mapped(gate: bool) -> Method:
+        def drawn(pipe: Any, erasure: Erasure) -> Any:
+            return realera_fast.guard(pipe, erasure, gate=gate).pipeline()
+
+        return dataclasses.replace(library(text), drawn=drawn)
+
+    return {GATED: mapped(True), UNGATED: mapped(False), TEXT: library(text)}
+
+
 def baselines(*, authors: bool = True) -> dict[str, Method]:
     """Each baseline with the tuned settings, and with its authors', or scaled from theirs."""
     found = {}
@@ -168,7 +184,8 @@ def compared(count: int = 1) -> dict[str, Method]:
         count: how many concepts are erased together; baselines have settings for one and for more.
     """
     own = variants()
-    found = {name: own[name] for name in (DEFAULT, STRICT, FAST, CLOSED)} | baselines(authors=False)
+    found = {name: own[name] for name in (DEFAULT, STRICT, FAST, CLOSED)}
+    found |= run_time() | baselines(authors=False)
     if count > 1:
         found |= {name: baseline(BASELINES[name], best) for name, best in TOGETHER.items()}
     return found
@@ -234,7 +251,7 @@ def parts() -> dict[str, Method]:
     text: Mapping[str, Any] = {"closed_form": {"space": "text"}}
     found = {
         FAST: EraseConfig.fast(),
-        "closed form of the text": changed(EraseConfig.fast(), **text),
+        TEXT: changed(EraseConfig.fast(), **text),
         "closed form of the values by the name alone": changed(
             EraseConfig.fast(), closed_form={"space": "values", "value_neighbors": 0.0}
         ),

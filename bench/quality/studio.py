@@ -77,8 +77,15 @@ class Studio:
             return work(), 0.0, {}
         started = time.perf_counter()
         result = method.erase(self.pipe, task.concepts, seed, task.exclude)
+        own = self.pipe
+        if method.drawn and result is not None:
+            result.restore_(self.denoiser)
+            self.pipe = method.drawn(own, result)
         seconds = time.perf_counter() - started
-        found = work()
+        try:
+            found = work()
+        finally:
+            self.pipe = own
         about: dict[str, Any] = {}
         if result is not None:
             report = result.report
@@ -88,7 +95,8 @@ class Studio:
                 "aligned": report["alignment"]["kept"],
                 "stopped": report["alignment"]["stopped"],
             }
-            result.restore_(self.denoiser)
+            if not method.drawn:
+                result.restore_(self.denoiser)
         for model, weights in zip(self._edited, self._weights, strict=True):
             model.load_state_dict(weights)
         return found, seconds, about

@@ -302,7 +302,7 @@ class Table:
 
 
 def _all() -> dict[str, Method]:
-    return methods.variants() | methods.baselines()
+    return methods.variants() | methods.run_time() | methods.baselines()
 
 
 TABLES: Mapping[str, Table] = {

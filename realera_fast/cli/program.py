@@ -1,4 +1,4 @@
-"""The command line: ``realera-fast erase | apply | verify | info | demo``.
+"""The command line: ``realera-fast erase | apply | verify | info | push | demo``.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed (one line that
 begins with ``error:``; ``--debug`` shows the traceback), 2 wrong usage, 130 interrupted.

@@ -9,12 +9,15 @@ from realera_fast.erasure.edit import EditedWeights
 from realera_fast.erasure.erasure import Erasure
 from realera_fast.erasure.file import ErasureFileError
 from realera_fast.erasure.history import applied, history_of, originals_of
+from realera_fast.erasure.hub import HubError, OnHub
 
 __all__ = [
     "BaseModelMismatchError",
     "EditedWeights",
     "Erasure",
     "ErasureFileError",
+    "HubError",
+    "OnHub",
     "applied",
     "attached_to",
     "check_alone",

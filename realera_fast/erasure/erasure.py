@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from realera_fast.erasure import attachment, export, file, history
+from realera_fast.erasure import attachment, export, file, gating, history
 from realera_fast.erasure.adapters import Layout
 from realera_fast.erasure.edit import edit_of
+from realera_fast.erasure.hub import OnHub
 from realera_fast.erasure.model_card import write_card
-from realera_fast.erasure.report import anchor_name, anchors_of
+from realera_fast.erasure.report import anchor_name, anchors_of, neighbors_of
 from realera_fast.models import Family, LoraFactors, Stream, Target, check_target
 from realera_fast.runtime import composed, encode_json, exclusive, ordinary, tensor_bytes, valid
 from realera_fast.solver import ConceptMap, IncrementalSystem, PromptMap
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Erasure:
+class Erasure(OnHub):
     """What was erased and how: everything needed to do it again on the same base model."""
 
     map: ConceptMap
@@ -208,7 +209,12 @@ class Erasure:
         systems: dict[Stream, IncrementalSystem] = {}
         # What was measured was measured on the whole.
         anchors = {t: a for t, a in anchors_of(self.report).items() if t not in targets}
-        report: dict[str, Any] = {"withdrawn": list(targets), "anchors": anchors}
+        near = {t: w for t, w in neighbors_of(self.report).items() if t not in targets}
+        report: dict[str, Any] = {
+            "withdrawn": list(targets),
+            "anchors": anchors,
+            "neighbors": near,
+        }
         for stream, kept in self._systems.items():
             system = kept.copy()
             for target in dict.fromkeys(targets):
@@ -385,11 +391,17 @@ class Erasure:
     # Without weights, and together with others
 
     @ordinary()
-    def prompt_map(self) -> PromptMap:
+    def prompt_map(self, *, gate: bool = False, pipe: Any = None) -> PromptMap:
         """The same erasure as a small module on prompt embeddings; the weights stay as they are.
 
+        Args:
+            gate: leave prompts without the concepts bit-identical. Where the gates open is
+                calibrated on prompts of what goes and of what stays, which takes seconds.
+            pipe: for the gate, the pipeline: its text encoders read these prompts.
+
         Raises:
-            ValueError: layers were changed one by one, by noise alignment or where values are moved
+            ValueError: `gate` without `pipe`, or with one that it was not made for; layers were
+                changed one by one, by noise alignment or where values are moved
                 (`ClosedFormConfig.space`), which no map of prompts can; or the model has a norm
                 before its map (`models.Family.norm`).
         """
@@ -406,7 +418,14 @@ class Erasure:
                 "edited, and what was erased is erased behind it: no map of prompt embeddings does "
                 "the same; use apply_, or save_lora for an adapter"
             )
-        return PromptMap(self.map, self.pooled_map)
+        if not gate:
+            return PromptMap(self.map, self.pooled_map)
+        if pipe is None:
+            raise ValueError(
+                "pipe: gate=True needs the text encoders to calibrate the gate on; pass the "
+                "pipeline, prompt_map(gate=True, pipe=pipe)"
+            )
+        return PromptMap(self.map, self.pooled_map, gating.calibrated(self, pipe))
 
     @exclusive
     def rebase(self, model: nn.Module) -> Erasure:

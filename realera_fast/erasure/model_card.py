@@ -14,7 +14,16 @@ from realera_fast.text import Concept
 
 logger = logging.getLogger(__name__)
 
-Use = Literal["lora-diffusers", "lora-kohya", "weights", "single-file", "component", "factors"]
+Use = Literal[
+    "lora-diffusers",
+    "lora-kohya",
+    "lora-hub",
+    "weights",
+    "single-file",
+    "component",
+    "factors",
+    "hub",
+]
 
 _HOW: Mapping[str, str] = {
     "lora-diffusers": (
@@ -28,6 +37,12 @@ _HOW: Mapping[str, str] = {
     ),
     "single-file": 'pipe = DiffusionPipeline.from_single_file("{file}")',
     "component": 'pipe.{component} = type(pipe.{component}).from_pretrained("{folder}")',
+    "hub": 'realera_fast.Erasure.from_pretrained("{repo}").apply_(pipe.{component}{target})',
+    "lora-hub": (
+        'pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")\n'
+        "# or, checked against the weights that it is for, with an undo:\n"
+        'realera_fast.Erasure.from_pretrained("{repo}").apply_(pipe.{component}{target})'
+    ),
     "factors": 'realera_fast.Erasure.load("{file}").apply_(pipe.{component}{target})',
 }
 _SHOWN = 100
@@ -53,7 +68,13 @@ class Described(Protocol):
 
 
 def write_card(
-    path: Path, erasure: Described, *, use: Use, component: str, alone: bool = False
+    path: Path,
+    erasure: Described,
+    *,
+    use: Use,
+    component: str,
+    alone: bool = False,
+    repo: str = "",
 ) -> Path:
     """Writes the card of a file beside it (``NAME.md``), or of a folder into it (``README.md``).
 
@@ -66,6 +87,7 @@ def write_card(
         use: what it is; decides the line of code that loads it.
         component: "unet" or "transformer".
         alone: the file is what its folder is for: the card is the folder's.
+        repo: the repository on the Hugging Face Hub that it is uploaded to.
 
     Returns:
         The path of the card.
@@ -87,6 +109,7 @@ def write_card(
         folder="path/to/this/folder",
         file=name,
         component=component,
+        repo=repo,
         target=', target="adapter"' if adapter else "",
     )
     neighbors, anchors = erasure.report.get("neighbors", {}), anchors_of(erasure.report)

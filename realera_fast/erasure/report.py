@@ -98,6 +98,23 @@ def anchors_of(report: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def neighbors_of(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Mined neighbors by target, of an erasure or of several in one."""
+    found = {target: list(words) for target, words in report.get("neighbors", {}).items()}
+    for part in report.get("parts", ()):
+        for target, words in neighbors_of(part).items():
+            found[target] = list(dict.fromkeys((*found.get(target, ()), *words)))
+    return found
+
+
+def watched_of(report: Mapping[str, Any]) -> list[str]:
+    """Words that stay and were looked at for drift, of an erasure or of several in one."""
+    found = [word["word"] for word in report.get("words", ()) if word["drift"] is not None]
+    for part in report.get("parts", ()):
+        found += watched_of(part)
+    return list(dict.fromkeys(found))
+
+
 def anchor_name(concept: Concept, anchors: Mapping[str, Any]) -> str:
     """What a concept became, in words: its own anchor, or the one that was taken."""
     chosen = anchors.get(concept.target)

@@ -10,6 +10,7 @@ from realera_fast.solver.config import ClosedFormConfig
 from realera_fast.solver.fit_values import fit_values_
 from realera_fast.solver.incremental import IncrementalSystem
 from realera_fast.solver.least_squares import SingularSystemError
+from realera_fast.solver.prompt_gate import PromptGate
 from realera_fast.solver.prompt_map import PromptMap
 from realera_fast.solver.rows import Pairs
 from realera_fast.solver.value_space import NAMED_WEIGHT, ValueSystem
@@ -21,6 +22,7 @@ __all__ = [
     "NAMED_WEIGHT",
     "NormalEquations",
     "Pairs",
+    "PromptGate",
     "PromptMap",
     "SingularSystemError",
     "Solution",

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from realera_fast.text.lexicon import Lexicon, run_together
     from realera_fast.text.padding import read_text_rows
     from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, WithFound, align
-    from realera_fast.text.templates import PairsConfig, fill
-    from realera_fast.text.token_words import TokenWords, read_token_words
+    from realera_fast.text.templates import PairsConfig, before_word, fill
+    from realera_fast.text.token_words import TokenWords, read_token_words, whole_words
     from realera_fast.text.vocabulary import (
         Vocabulary,
         VocabularyConfig,
@@ -34,8 +34,8 @@ else:
             "joined": ("JoinedText", "TextInSections", "TextWithPooled"),
             "padding": ("read_text_rows",),
             "prompts": ("AlignedPrompts", "ConceptPrompts", "WithFound", "align"),
-            "templates": ("PairsConfig", "fill"),
-            "token_words": ("TokenWords", "read_token_words"),
+            "templates": ("PairsConfig", "before_word", "fill"),
+            "token_words": ("TokenWords", "read_token_words", "whole_words"),
             "vocabulary": (
                 "Vocabulary",
                 "VocabularyConfig",
@@ -68,6 +68,7 @@ __all__ = [
     "VocabularyConfig",
     "WithFound",
     "align",
+    "before_word",
     "check_names",
     "encode_vocabulary",
     "fill",
@@ -81,4 +82,5 @@ __all__ = [
     "read_text_rows",
     "read_token_words",
     "run_together",
+    "whole_words",
 ]

@@ -85,7 +85,7 @@ def test_runs_as_a_module() -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["", "erase", "apply", "verify", "info", "demo"])
+@pytest.mark.parametrize("command", ["", "erase", "apply", "verify", "info", "push", "demo"])
 def test_help_shows_examples_that_fit_a_terminal(run: Any, command: str) -> None:
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")

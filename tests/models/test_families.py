@@ -23,6 +23,7 @@ from tiny_families import FAMILIES, auraflow, denoise, flux, pixart_alpha, sana,
 from tiny_models import tiny_text_encoder, tiny_tokenizer, tiny_unet
 from torch import nn
 
+import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure, erase
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.evaluation import verify
@@ -206,6 +207,7 @@ def test_edited_weights_equal_the_prompt_map(family):
     finally:
         erasure.restore_(model)
     original = denoise(pipe)
+    guarded = denoise(realera_fast.guard(pipe, erasure, gate=False).pipeline())
     erased = erasure.prompt_map()
     stock = encoded(pipe, ["a photo of a cat"], max_sequence_length=64)
     for sign in ("", "negative_"):
@@ -219,6 +221,7 @@ def test_edited_weights_equal_the_prompt_map(family):
     mapped = denoise(pipe, **stock)
     apart = (weights_edited - original).norm()
     assert (mapped - weights_edited).norm() < 1e-3 * apart
+    assert (guarded - weights_edited).norm() < 1e-3 * apart
     assert apart > 1e-3 * original.norm()
 
 

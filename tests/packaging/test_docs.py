@@ -18,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hub_server import hub_server
+from huggingface_hub import constants
 from ldm_checkpoint import to_ldm
 from run import main as bench_run
 from safetensors.torch import save_file
@@ -130,6 +132,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def own_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever goes to the Hugging Face Hub goes to a server of this process."""
+    with hub_server() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants._HF_DEFAULT_ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + path)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        yield
+
+
 def save_clip(path: Path) -> None:
     model, processor = tiny_clip()
     model.save_pretrained(path)
@@ -147,10 +161,13 @@ def test_pages_have_blocks() -> None:
 @pytest.mark.parametrize("page", with_blocks("python"))
 @pytest.mark.usefixtures("embedded_pipeline", "short_erase")
 def test_python_blocks_run(
-    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """In order and in one namespace. A checkpoint of gigabytes is stood in for by a tiny one."""
     import diffusers
+
+    if "push_to_hub" in page.read_text(encoding="utf-8"):
+        request.getfixturevalue("own_hub")
 
     for name in ("DiffusionPipeline", "StableDiffusionPipeline"):
         monkeypatch.setattr(
@@ -223,7 +240,7 @@ def prepare(folder: Path) -> None:
 
 @pytest.fixture
 def tiny_command_line(
-    folder: Path, short_erase: None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, short_erase: None, own_hub: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[list[str]], int]:
     """The command line, for which every model is a tiny one that takes text as it comes."""
     from realera_fast.cli import program as cli
@@ -239,7 +256,7 @@ def tiny_command_line(
         words = iter(arguments)
         kept = [word for word in words if word not in ON_A_GPU or not next(words)]
         command = kept[0]
-        if command != "info":
+        if command not in ("info", "push"):
             kept += ["--quiet", *(["--force"] if command != "demo" else [])]
         if command == "verify":
             kept += ["--steps", "2", "--height", "64", "--width", "64", "--seeds", "0"]
@@ -260,7 +277,7 @@ def test_shell_commands_run(
                 code = tiny_command_line(words[1:])
                 assert code == 0, (str(page), line, words, capsys.readouterr().err)
                 seen.add(words[1])
-    assert seen == {"erase", "apply", "verify", "info", "demo"}
+    assert seen == {"erase", "apply", "verify", "info", "push", "demo"}
 
 
 class _Parsed(Exception):

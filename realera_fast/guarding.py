@@ -1,0 +1,160 @@
+"""A pipeline whose prompts are mapped on their way to the denoiser, request by request.
+
+The prompt is caught where stock pipelines make it, in ``encode_prompt``. A callback at the end of a
+step would come after the first step, which decides what the picture is of.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from realera_fast.erasure import Erasure, applied
+from realera_fast.models import components_of
+from realera_fast.runtime import listed
+from realera_fast.solver import PromptMap
+
+
+class GuardedPipeline:
+    """Draws as a pipeline does, without what was erased; made by `guard`.
+
+    Each call runs on a shallow copy of the pipeline, with a scheduler of its own: threads may call
+    it, and the pipeline itself, at the same time.
+    """
+
+    def __init__(self, pipe: Any, prompt_map: PromptMap) -> None:
+        """
+        Args:
+            pipe: a stock pipeline of diffusers; never changed.
+            prompt_map: of all erasures, on the device of the prompts best.
+        """
+        if not callable(getattr(pipe, "encode_prompt", None)) or not callable(pipe):
+            raise ValueError(
+                f"pipe: {type(pipe).__name__} has no encode_prompt to guard; map its prompt "
+                "embeddings yourself, with erasure.prompt_map()"
+            )
+        self._pipe, self._map = pipe, prompt_map
+
+    @property
+    def prompt_map(self) -> PromptMap:
+        """What the prompts go through."""
+        return self._map
+
+    def pipeline(self) -> Any:
+        """A pipeline of the same class for one request: its modules are the same objects, what a
+        call changes is its own."""
+        own = copy.copy(self._pipe)
+        if getattr(own, "scheduler", None) is not None:
+            own.scheduler = copy.deepcopy(own.scheduler)
+        own.encode_prompt = self._guarded(own.encode_prompt)
+        return own
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Calls a pipeline of its own with these arguments."""
+        return self.pipeline()(*arguments, **options)
+
+    def _guarded(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        def encode_prompt(*arguments: Any, **options: Any) -> Any:
+            if options.get("clip_skip") is not None:
+                raise ValueError(
+                    "clip_skip: the erasure was made for prompts as the text encoder's usual layer "
+                    "gives them; leave it out"
+                )
+            found = encode(*arguments, **options)
+            mapped = self._mapped(found if isinstance(found, tuple) else (found,))
+            return mapped if isinstance(found, tuple) else mapped[0]
+
+        return encode_prompt
+
+    def _mapped(self, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `encode_prompt` gave, positive and negative prompts alike, with masks as they are.
+
+        Raises:
+            ValueError: no prompt is among it, or no pooled vector for each.
+        """
+        pooled = self._map.pooled
+        sequences = _places(parts, 3, self._map.sequence.width)
+        vectors = [] if pooled is None else _places(parts, 2, pooled.width)
+        if not sequences or (pooled is not None and len(vectors) != len(sequences)):
+            shapes = [list(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+            wanted = f"[b, t, {self._map.sequence.width}]"
+            if pooled is not None:
+                wanted += f" and [b, {pooled.width}] for each"
+            raise ValueError(
+                f"pipe: encode_prompt gave {shapes}, expected prompts of shape {wanted}; pass the "
+                "pipeline that the erasure was made for"
+            )
+        mapped = list(parts)
+        for number, place in enumerate(sequences):
+            if pooled is None:
+                mapped[place] = self._map(parts[place])
+            else:
+                at = vectors[number]
+                mapped[place], mapped[at] = self._map(parts[place], parts[at])
+        return tuple(mapped)
+
+
+def guard(
+    pipe: Any, erasure: Erasure | PromptMap | Sequence[Erasure | PromptMap], *, gate: bool = True
+) -> GuardedPipeline:
+    """Erasures for some requests of a pipeline, while it draws others as ever.
+
+    The weights stay as they are, and so does `pipe`. Map and gate are made once; a call of what
+    comes back costs a shallow copy of the pipeline, and threads may call it at the same time::
+
+        guarded = realera_fast.guard(pipe, erasure)
+        image = guarded("a photo of a cat", num_inference_steps=25).images[0]
+
+    Args:
+        pipe: a stock pipeline of diffusers with an ``encode_prompt``, un-edited.
+        erasure: what to leave out: an erasure, a prompt map, or several, in the order in which they
+            were erased.
+        gate: calibrate gates, so that other prompts come out bit-identical. A `PromptMap` keeps the
+            gates that it has.
+
+    Returns:
+        Something to call in place of `pipe`.
+
+    Raises:
+        ValueError: an erasure has no prompt map (`Erasure.prompt_map`), is applied to the weights
+            of `pipe` already, or none is given; the pipeline has no ``encode_prompt``.
+    """
+    given = (erasure,) if isinstance(erasure, Erasure | PromptMap) else listed(erasure, "erasure")
+    if not given:
+        raise ValueError("erasure: expected one at least, got none")
+    written = {each.fingerprint for each in applied(components_of(pipe).model)}
+    prompt_map: PromptMap | None = None
+    for each in given:
+        if isinstance(each, Erasure):
+            if each.fingerprint in written:
+                raise ValueError(
+                    f"erasure: {each!r} is applied to this pipeline's weights already; "
+                    "restore_ it first"
+                )
+            each = each.prompt_map(gate=gate, pipe=pipe if gate else None)
+        elif not isinstance(each, PromptMap):
+            raise TypeError(
+                f"erasure: expected an Erasure or a PromptMap, got {type(each).__name__}"
+            )
+        # Weights are edited from the right: the later map goes first.
+        prompt_map = each if prompt_map is None else prompt_map.compose(each)
+    assert prompt_map is not None
+    device = getattr(pipe, "device", None)
+    if device is not None:
+        prompt_map = copy.deepcopy(prompt_map).to(device)
+    return GuardedPipeline(pipe, prompt_map)
+
+
+def _places(parts: Sequence[Any], dimensions: int, width: int) -> list[int]:
+    """Which of several values are embeddings of so many features; masks and ids are none."""
+    return [
+        place
+        for place, part in enumerate(parts)
+        if isinstance(part, Tensor)
+        and part.is_floating_point()
+        and part.dim() == dimensions
+        and part.shape[-1] == width
+    ]
