@@ -30,8 +30,8 @@ class Settings:
     defaults: ClassVar[str] = "the authors' with smaller budgets"
 
     iterations: int = 20
-    batch_size: int = 2
-    """Trajectories of an iteration. Theirs: 1."""
+    batch_size: int = 1
+    """Trajectories of an iteration."""
     learning_rate: float = 3e-4
     """AdamW's. For styles theirs is 5e-4."""
     flow_learning_rate: float = 3e-4
