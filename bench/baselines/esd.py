@@ -4,7 +4,8 @@
 
 with eta as the published code counts it, one more than the paper's. x_t is denoised by the model as
 it is trained, up to a random step, as in the paper (the published code takes the original model);
-nothing is preserved. Trained are the cross-attention projections ("esd-x"). Several x_t are
+nothing is preserved. Trained are the cross-attention projections ("esd-x"); of joint attention those
+of the text (`add_q_proj`, `add_k_proj`, `add_v_proj`), in velocities. Several x_t are
 denoised together, for as many iterations: the published code denoises one anew for each, which is
 most of its time.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.training import Copies, Trajectories, encode, predict, trained
+from baselines.training import Copies, Trajectories, denoiser, encode, predict, trained
 from realera_fast.text import Concept
 
 
@@ -51,7 +52,8 @@ SWEEP = (
 def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int = 0) -> None:
     """Trains every projection of cross-attention; of several words one at random an iteration."""
     words = [word for concept in concepts for word in concept.words]
-    weights = [p for name, p in pipe.unet.named_parameters() if ".attn2." in name]
+    parts = (".attn2.", ".add_")
+    weights = [p for n, p in denoiser(pipe).named_parameters() if any(each in n for each in parts)]
     generator = torch.Generator().manual_seed(seed)
     fine_tune(pipe, encode(pipe, ["", *words]), weights, settings, generator)
 
@@ -68,7 +70,7 @@ def fine_tune(
     Args:
         states: `[1 + words, tokens, d]`: the empty prompt, then what is to go.
     """
-    unet = pipe.unet
+    unet = denoiser(pipe)
     teacher = copy.deepcopy(unet).requires_grad_(False)
     optimizer = Copies(weights, torch.optim.Adam, lr=settings.learning_rate)
     trajectories = Trajectories(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from baselines.phrases import ANCHORS, anchor_of
-from baselines.training import adapter, encode, guided, noise, predict
+from baselines.training import adapter, denoiser, encode, guided, noise, predict
 from realera_fast.text import Concept
 
 
@@ -50,6 +50,9 @@ class Settings:
     anchors: Mapping[str, str] = field(default_factory=lambda: dict(ANCHORS))
 
 
+FLOW_LAYERS = ("attn.to_q", "attn.to_k", "add_q_proj", "add_k_proj")
+"""Of Stable Diffusion 3: all that its blocks have of query and key."""
+
 SWEEP = (
     Settings(),
     Settings(learning_rate=3e-3),
@@ -61,7 +64,7 @@ SWEEP = (
 
 def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int = 0) -> None:
     """Trains LoRA factors and merges them; one word an iteration."""
-    unet = pipe.unet
+    unet = denoiser(pipe)
     pairs = [(w, anchor_of(c, settings.anchors)) for c in concepts for w in c.words]
     empty = encode(pipe, [""])
     states = [encode(pipe, pair) for pair in pairs]
@@ -92,10 +95,11 @@ def begun(
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(settings.sampling_steps)
     times = scheduler.timesteps[: settings.states]
-    x = noise(pipe.unet, 1, generator)
+    model = denoiser(pipe)
+    x = noise(model, 1, generator)
     found = [x]
     for t in times[:-1]:
-        out = guided(pipe.unet, x, t, both, settings.guidance_scale)
+        out = guided(model, x, t, both, settings.guidance_scale)
         x = scheduler.step(out, t, x).prev_sample
         found.append(x)
     return torch.cat(found), times.to(x.device)

@@ -14,23 +14,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from realera_fast.embedded.flow import SAMPLING
+
+
+def denoiser(pipe: Any) -> Any:
+    """The U-Net, or the transformer of the flow-matching sibling."""
+    return getattr(pipe, "transformer", None) or pipe.unet
+
 
 @torch.no_grad()
 def encode(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """`[prompts, tokens, d]` in the denoiser's dtype."""
-    embeds, _ = pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)
-    found: Tensor = embeds.to(pipe.unet.dtype)
+    """`[prompts, tokens, d]` in the denoiser's dtype; of the sibling with the pooled vector as last
+    row, which is as wide there."""
+    model = denoiser(pipe)
+    if model is getattr(pipe, "unet", None):
+        embeds, _ = pipe.encode_prompt(list(prompts), model.device, 1, False)
+    else:
+        rows, _, pooled, _ = pipe.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=model.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=SAMPLING["max_sequence_length"],
+        )
+        embeds = torch.cat([rows, pooled[:, None]], dim=1)
+    found: Tensor = embeds.to(model.dtype)
     return found
 
 
-def predict(unet: Any, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+def predict(model: Any, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
     """`[b, c, h, w]` float32: what the denoiser says, noise or velocity.
 
     Args:
         t: `[b]`, or one for all.
-        states: `[b, tokens, d]`.
+        states: `[b, tokens, d]`, of the sibling as `encode` has them.
     """
-    out: Tensor = unet(x.to(unet.dtype), t, encoder_hidden_states=states.to(unet.dtype)).sample
+    x, states = x.to(model.dtype), states.to(model.dtype)
+    if "pooled_projection_dim" in model.config:
+        out: Tensor = model(
+            hidden_states=x,
+            timestep=t.expand(len(x)),
+            encoder_hidden_states=states[:, :-1],
+            pooled_projections=states[:, -1],
+        ).sample
+    else:
+        out = model(x, t, encoder_hidden_states=states).sample
     return out.float()
 
 
@@ -161,9 +190,8 @@ class Trajectories:
             steps: of a whole trajectory.
             together: how many are denoised at a time.
         """
-        self._unet, self._states, self._generator = pipe.unet, states, generator
+        self._unet, self._states, self._generator = denoiser(pipe), states, generator
         self._scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        self._scheduler.set_timesteps(steps)
         self._steps, self._scale, self._together = steps, guidance_scale, together
         self._waiting: list[tuple[Tensor, Tensor, int, Tensor]] = []
 
@@ -179,6 +207,8 @@ class Trajectories:
     @torch.no_grad()
     def _denoised(self) -> list[tuple[Tensor, Tensor, int, Tensor]]:
         count, unet, generator = self._together, self._unet, self._generator
+        # Schedulers of flows count their steps.
+        self._scheduler.set_timesteps(self._steps)
         which = torch.randint(1, len(self._states), (count,), generator=generator)
         stops = torch.randint(0, self._steps, (count,), generator=generator)
         x = noise(unet, count, generator)

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from baselines import Rows, uce
+from baselines import Rows, esd, gem, uce
 from baselines.phrases import ANCHORS, UNIT, pairs_of
 from harness.tables import DEFAULT, FAST
 from torch import Tensor
 
 import realera_fast
-from quality.methods import Method, changed
+from quality.methods import Method, baseline, changed
 from realera_fast import Concept, EraseConfig, Erasure
 from realera_fast.embedded.flow import SAMPLING
 from realera_fast.models import Family, family_of, stream_of, streams, text_streams
@@ -27,7 +27,7 @@ from realera_fast.solver import NormalEquations, Pairs, solve_layers
 
 SEQUENCE, POOLED = "closed form, token sequence alone", "closed form, pooled vector alone"
 BLOCKS = "closed form, pooled vector and added K, V of every block"
-UCE = "UCE, entry maps"
+UCE, GEM, ESD = "UCE, entry maps", "GEM", "ESD"
 
 
 def reading(transformer: Any) -> Family:
@@ -200,6 +200,8 @@ def compared(count: int = 1) -> dict[str, Method]:
         SEQUENCE: library(fast, only="sequence"),
         POOLED: library(fast, only="pooled"),
         BLOCKS: blocks(),
+        GEM: baseline(gem, gem.Settings(layers=gem.FLOW_LAYERS, learning_rate=2e-4)),
+        ESD: baseline(esd, esd.Settings(iterations=100, sampling_steps=20, learning_rate=2e-4)),
         UCE: entry_uce(
             uce.Settings(erase_scale=10.0, expand=True, anchors=ANCHORS | {"object": "object"})
         ),
