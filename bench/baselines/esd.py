@@ -4,8 +4,8 @@
 
 with eta as the published code counts it, one more than the paper's. x_t is denoised by the model as
 it is trained, up to a random step, as in the paper (the published code takes the original model);
-nothing is preserved. Trained are the cross-attention projections ("esd-x"); of joint attention those
-of the text (`add_q_proj`, `add_k_proj`, `add_v_proj`), in velocities. Several x_t are
+nothing is preserved. Trained are the cross-attention projections ("esd-x"); of joint attention
+those of the text (`add_q_proj`, `add_k_proj`, `add_v_proj`), in velocities. Several x_t are
 denoised together, for as many iterations: the published code denoises one anew for each, which is
 most of its time.
 """
