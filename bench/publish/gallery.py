@@ -87,8 +87,8 @@ EXHIBITS: Mapping[str, Exhibit] = {
             "untouched": ("a photo of a hammer",),
         },
         about="Members are found by the lexicon and by drawing words; none is named. It is the "
-        "coarsest of all: *bomb* was not found and stays, and *hammer*, a tool, went along. Name such "
-        "words as `synonyms` or in `preserve=`.",
+        "coarsest of all: *bomb* was not found and stays, and *hammer*, a tool, went along. Name "
+        "such words as `synonyms` or in `preserve=`.",
     ),
     "several": Exhibit(
         title="Several at once",
