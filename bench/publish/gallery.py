@@ -63,8 +63,7 @@ EXHIBITS: Mapping[str, Exhibit] = {
             "relative": ("a portrait of a fairy",),
             "untouched": ("a portrait of a clown",),
         },
-        about="Names of characters have synonyms that no lexicon lists. *siren* is one of those that the "
-        "model was trained on.",
+        about="Names of characters have synonyms that no lexicon lists: these two were found.",
     ),
     "style": Exhibit(
         title="A style",
@@ -75,7 +74,8 @@ EXHIBITS: Mapping[str, Exhibit] = {
             "synonym": ("a dog in the style of tesserae",),
             "untouched": ("a dog in the style of charcoal", "a photo of a dog"),
         },
-        about="What is drawn stays, in the plain style of the model.",
+        about="What is drawn stays, in the plain style of the model. *tesserae*, which nobody "
+        "named, still draws mosaic.",
     ),
     "category": Exhibit(
         title="A category",
@@ -86,7 +86,9 @@ EXHIBITS: Mapping[str, Exhibit] = {
             "synonym": ("a photo of a sword", "a photo of a pistol", "a photo of a bomb"),
             "untouched": ("a photo of a hammer",),
         },
-        about="Members are found by the lexicon and by drawing words; none is named.",
+        about="Members are found by the lexicon and by drawing words; none is named. It is the "
+        "coarsest of all: *bomb* was not found and stays, and *hammer*, a tool, went along. Name "
+        "such words as `synonyms` or in `preserve=`.",
     ),
     "several": Exhibit(
         title="Several at once",
@@ -136,9 +138,10 @@ def page() -> str:
     """docs/gallery.md."""
     parts = [
         "# Gallery",
-        "Drawn by `python bench/run.py gallery` from the embedded model, by the closed form alone, on "
-        "a CPU: the same seeds before and after, none of them chosen. Words under *synonyms of the "
-        "erased* were not named to the eraser. How often what is shown here happens is in "
+        "Drawn by `python bench/run.py gallery` from the embedded model, by the closed form alone, "
+        "on a CPU: the same seeds before and after, none of them chosen. Where no anchor is named, "
+        "the library chose what a concept becomes. Words under *synonyms of the erased* were not "
+        "named to the eraser. How often what is shown here happens is in "
         "[Quality](results/quality.md).",
     ]
     for name, exhibit in EXHIBITS.items():

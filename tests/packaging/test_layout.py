@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -539,3 +540,14 @@ def test_what_the_order_of_the_suite_names_is_there() -> None:
         for part in parts:
             name = re.split(r"[\[*]", part)[0]
             assert any(re.search(rf"(def|class) {name}", file.read_text()) for file in files), name
+
+
+def test_extras_that_are_set_up_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    assert spec is not None and spec.loader is not None
+    setup_env = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup_env)
+    assert set(setup_env.EXTRAS) == {"eval", "wheel"}
+    for name, packages in setup_env.EXTRAS.items():
+        assert list(packages) == extras["optional-dependencies"][name]
