@@ -13,7 +13,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,19 +48,46 @@ CASES = {
 }
 
 
-def bind_threads(threads: int) -> None:
+INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
+    "baseline": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}
+"""Sets of loops of `csrc/`, and what makes PyTorch, MKL and oneDNN use no more than these."""
+
+
+def bind_threads(threads: int, instructions: str | None = None) -> None:
     """Starts this process again with every OpenMP thread bound to a core of its own.
 
-    Unbound threads were seen to share one core here, and OpenMP reads its settings only at start.
+    Unbound threads were seen to share one core here, and OpenMP reads its settings only at start;
+    so do the libraries that are to use older instructions.
     """
     wanted = {
         "OMP_NUM_THREADS": str(threads),
         "OMP_PROC_BIND": "true",
         "OMP_PLACES": "cores",
+        **(INSTRUCTIONS[instructions] if instructions else {}),
     }
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def use_loops(instructions: str) -> None:
+    """Chooses among the loops of the native library, if that is built."""
+    import torch
+
+    from realera_fast import ops  # noqa: F401
+
+    if hasattr(torch.ops.realera_fast, "_use_tile_set"):
+        torch.ops.realera_fast._use_tile_set(instructions)
 
 
 def run_timed(name: str, argv: Sequence[str]) -> int:
@@ -70,6 +97,11 @@ def run_timed(name: str, argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer points; rows go to out/")
     parser.add_argument("--out", type=Path, help="file of rows, overwritten")
     parser.add_argument("--threads", type=int, help="default: every core this process may use")
+    parser.add_argument(
+        "--instructions",
+        choices=INSTRUCTIONS,
+        help="as on a processor that has no others (default: all that this one has)",
+    )
     if case.plot:
         parser.add_argument("--plot", action="store_true", help="measure nothing, draw")
     if name == "alignment":
@@ -81,7 +113,9 @@ def run_timed(name: str, argv: Sequence[str]) -> int:
         getattr(importlib.import_module("publish.plots"), name)()
         return 0
     arguments.threads = arguments.threads or len(os.sched_getaffinity(0))
-    bind_threads(arguments.threads)
+    bind_threads(arguments.threads, arguments.instructions)
+    if arguments.instructions:
+        use_loops(arguments.instructions)
     return int(importlib.import_module(case.module).main(arguments))
 
 

@@ -7,7 +7,7 @@ where it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from realera_fast.config import EraseConfig
 from realera_fast.inputs import Job
 from realera_fast.models import Stream
 from realera_fast.ops import philox
-from realera_fast.runtime import Checkpoint, progress_bar
+from realera_fast.runtime import Checkpoint, Processes, progress_bar
 from realera_fast.scales import Scales
 from realera_fast.selection import Selection
 from realera_fast.solver import (
@@ -142,8 +142,17 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
     sums = {"named": leaving[targets[0]].named, "even": halves[0], "odd": halves[1]}
     first = _resumed(sums, checkpoint, stream)
     count = len(job.concepts)
-    with progress_bar(total=count, desc="concepts", progress=job.progress, initial=first) as bar:
-        for index in range(first, count):
+    # Few rows are kept as rows, and a checkpoint is that of one process: neither is shared.
+    shared = count >= width and job.folder is None and not config.closed_form.keep_system
+    processes = job.processes if shared else Processes()
+    numbers = range(first, count)[processes.share(count - first)]
+    with progress_bar(
+        total=first + len(numbers),
+        desc="concepts",
+        progress=job.progress if processes.is_main else False,
+        initial=first,
+    ) as bar:
+        for index in numbers:
             into = leaving.get(job.concepts[index].target) or leaving[_EVERY]
             for number in prompts[0].numbers(index):
                 for offset, words in enumerate(prompts):
@@ -158,10 +167,22 @@ def gather(job: Job, selection: Selection, stream: Stream, checkpoint: Checkpoin
             if checkpoint.is_due(stream, always=index + 1 == count):
                 checkpoint.save(stream, *_kept(sums, index + 1))
             bar.update(1)
+    _add_up(sums.values(), processes)
     if not config.closed_form.keep_system:
         every = leaving[_EVERY]
         leaving = {_EVERY: Leaving(every.named, sum_of(halves), every.attacks)}
     return Equations(staying, leaving, halves, prior)
+
+
+def _add_up(parts: Iterable[NormalEquations], processes: Processes) -> None:
+    """Sums of what the processes read, in place of what this one read."""
+    if processes.count == 1:
+        return
+    for part in parts:
+        rows = torch.tensor([part.rows], dtype=torch.float64, device=part.device)
+        gram, cross = part.gram.clone(), part.cross.clone()
+        processes.sum_([gram, cross, rows])
+        part.load_tensors({"gram": gram, "cross": cross}, int(rows))
 
 
 def sum_of(parts: Sequence[NormalEquations]) -> NormalEquations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -70,4 +71,6 @@ def _processor() -> str:
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+    # bench/run.py's --instructions.
+    forced = os.environ.get("ATEN_CPU_CAPABILITY")
+    return next(named, platform.machine()) + (f", {forced} alone" if forced else "")

@@ -69,5 +69,7 @@ def measured(
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for line in show(found):
             print(line, f"[{time.perf_counter() - started:.0f} s]", flush=True)
+    if not rows:
+        raise SystemExit("nothing was measured: this machine is too busy for a quick run")
     unfinished.replace(out)
     return rows

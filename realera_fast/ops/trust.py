@@ -24,6 +24,8 @@ _judged: set[tuple[str, torch.device, torch.dtype]] = set()
 """What `believe` need not look at again."""
 _found: dict[tuple[str, str, str], Verdict] = {}
 """Verdicts of this process, by operation, device and dtype."""
+_unchecked: set[tuple[str, str, str]] = set()
+"""Those that plain PyTorch itself can't do here, so that there is nothing to compare with."""
 _lock = threading.RLock()
 
 
@@ -55,8 +57,8 @@ def check_kernels() -> list[Verdict]:
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(_gpus())]
     with _lock:
-        _judged.clear()
-        _found.clear()
+        for known in (_judged, _found, _unchecked):
+            known.clear()
         for op in registry.OPS:
             for device in devices:
                 registry.serve_kernel(op.name, device.type)
@@ -107,14 +109,14 @@ def _first_use(name: str, device: torch.device, dtype: torch.dtype) -> None:
 def _settled(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel has been judged, now or before."""
     key = (name, str(device), _short(dtype))
-    if key in _found:
+    if key in _found or key in _unchecked:
         return True
     verdict = verdicts.remembered(device).get((name, _short(dtype)))
     if verdict is None:
         op = next(op for op in registry.OPS if op.name == name)
         verdict = _aside(lambda: _judge(op, device, dtype))
         if verdict is None:
-            return False
+            return key in _unchecked
         verdicts.remember(device, [verdict])
     _enact(verdict)
     return True
@@ -141,15 +143,28 @@ def _enact(verdict: Verdict) -> None:
 
 
 def _judge(op: registry.Op, device: torch.device, dtype: torch.dtype) -> Verdict | None:
-    """Runs the cases of an operation; None where plain PyTorch itself fails, as without memory."""
+    """Runs the cases of an operation; None where that can't be done.
+
+    Without memory it is tried again. Where plain PyTorch fails, as in a mode that forbids what it
+    does, the kernel serves unchecked.
+    """
     start = time.perf_counter()
     kernel = getattr(torch.ops.realera_fast, op.name).default
     worst, fault = trials.Distance(0.0, 0.0), ""
     for trial in trials.trials(op.name, dtype, device):
         try:
             plain = trials.run(op.plain, trial, device)
+        except torch.OutOfMemoryError:
+            return None
         except Exception as error:
-            logger.info("%s is not checked on %s: %s", op.name, device, error)
+            _unchecked.add((op.name, str(device), _short(dtype)))
+            logger.warning(
+                "the kernel of %s on %s (%s) serves unchecked, as plain PyTorch fails: %s",
+                op.name,
+                device,
+                _short(dtype),
+                _said(error),
+            )
             return None
         try:
             found = trials.distance(trial, trials.run(kernel, trial, device), plain)

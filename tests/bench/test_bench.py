@@ -3,10 +3,12 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness.shapes import Shape
+from tiles import TILE_SETS, tile_sets, using_tiles
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +138,37 @@ def test_cases_say_how_to_use_them(name, bench, capsys):
     with pytest.raises(SystemExit) as ended:
         run.main([name, "--help"])
     assert ended.value.code == 0 and f"run.py {name} " in capsys.readouterr().out
+
+
+def test_older_instructions_are_for_every_library_and_in_the_rows(bench, monkeypatch):
+    run, started = bench("run"), []
+    monkeypatch.setattr(run.os, "execv", lambda *command: started.append(dict(run.os.environ)))
+    for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", *run.INSTRUCTIONS["avx2"]):
+        monkeypatch.setenv(name, "")
+    run.bind_threads(1, "avx2")
+    assert run.INSTRUCTIONS["avx2"].items() <= started[0].items()
+    run.bind_threads(1, "avx2")
+    assert len(started) == 1, "it would start again for ever"
+    assert bench("harness.provenance").provenance(1)["cpu"].endswith(", avx2 alone")
+    if tile_sets():
+        with using_tiles("baseline"):
+            run.use_loops("baseline")
+            with pytest.raises(RuntimeError, match="expected a tile set"):
+                run.use_loops("neon2")
+    assert set(run.INSTRUCTIONS) < set(TILE_SETS)
+
+
+def test_a_run_that_measures_nothing_says_so(bench, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    out.write_text("old")
+    point = SimpleNamespace(title="a point")
+
+    def fails(_):
+        raise AssertionError("measured")
+
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        bench("harness.rows").measured([point], fails, fails, {}, out, seconds=-1)
+    assert out.read_text() == "old"
 
 
 @pytest.mark.parametrize("kind", ["variants", "parts", "ablation", "sweep", "baselines"])

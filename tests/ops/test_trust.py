@@ -239,6 +239,19 @@ def test_without_memory_for_it_there_is_no_verdict(tmp_path: Path) -> None:
         assert not trust._found and not trust._judged and not list(tmp_path.iterdir())
 
 
+def test_where_pytorch_fails_a_kernel_serves_unchecked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    op = next(op for op in registry.OPS if op.name == "gram_")
+    with planted("gram_", op.plain):
+        monkeypatch.setattr(registry, "OPS", [dataclasses.replace(op, plain=broken)])
+        for _ in range(2):
+            trust.believe("gram_", CPU, torch.float32)
+        assert "gram_ on cpu (float32) serves unchecked" in caplog.text
+        assert len(caplog.records) == 1, "once"
+        assert served("gram_") == "native" and not list(tmp_path.iterdir())
+
+
 def test_a_device_that_a_kernel_has_broken_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

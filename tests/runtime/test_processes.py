@@ -211,10 +211,11 @@ def test_two_processes_read_draw_and_judge_half_of_it_each(two):
     assert len(first["pictures"].unique(dim=0)) > 8, "the pictures are all alike"
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    # Words, prompts of the prior, pictures drawn, pictures judged. Each process reads one prompt
-    # more for itself, and a block of four can't be divided.
-    assert (amounts[0] + amounts[1] - amounts[2]).tolist() == [0, 1, 0, 0]
-    assert ((amounts[0] - amounts[1]).abs() <= torch.tensor([1, 4, 0, 0])).all(), amounts
+    torch.testing.assert_close(first["edited"], one["edited"])
+    # Words, prompts of the prior, pictures drawn, pictures judged, concepts. Each process reads
+    # one prompt more for itself, and a block of four can't be divided.
+    assert (amounts[0] + amounts[1] - amounts[2]).tolist() == [0, 1, 0, 0, 0]
+    assert ((amounts[0] - amounts[1]).abs() <= torch.tensor([1, 4, 0, 0, 0])).all(), amounts
 
 
 class Beside:

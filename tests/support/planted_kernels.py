@@ -47,6 +47,7 @@ def unchecked(folder: Path) -> Iterator[None]:
         patch.setattr("huggingface_hub.cached_assets_path", lambda *_: folder)
         patch.setattr(trust, "_judged", set())
         patch.setattr(trust, "_found", {})
+        patch.setattr(trust, "_unchecked", set())
         yield
     for op in registry.OPS:
         registry.serve_kernel(op.name, "cpu")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from many_concepts import ONE
 from threads import using_threads
 from tiny_erase import CLOSED, run
 from tiny_models import WORDS, tiny_pipeline
 from torch import Tensor, nn
 
+from realera_fast import equations
 from realera_fast.evaluation import verify
-from realera_fast.mining import read_known_words
+from realera_fast.mining import MiningConfig, read_known_words
+from realera_fast.models import projections
 from realera_fast.runtime import Processes
 from realera_fast.text import TextModel, VocabularyConfig, encode_vocabulary
 
+MANY = [f"{'abcdefgh'[i % 8]}{'ijklmnop'[i // 8]}=dog" for i in range(40)]
+"""More concepts than the tiny text has features."""
 PROMPTS = ("a photo of a cat", "a photo of a kitten", "a photo of a ship", "a tree")
 SEEDS = (0, 1)
 
@@ -45,17 +51,29 @@ def _counter(module: nn.Module) -> list[int]:
     return counts
 
 
+def _erased(pipe: Any, accelerator: Any) -> tuple[Tensor, int]:
+    """The weights of a layer after many concepts, and of how many this process read the prompts."""
+    config = dataclasses.replace(ONE, mining=MiningConfig(mode="none"))
+    with mock.patch.object(equations, "add_named_word", wraps=equations.add_named_word) as added:
+        erasure = run(pipe, MANY, config, accelerator=accelerator)
+    edited = next(iter(projections(pipe.unet).values())).weight.detach().clone()
+    erasure.restore_(pipe.unet)
+    return edited, added.call_count
+
+
 def shared_work(accelerator: Any = None) -> dict[str, Tensor]:
     """Reads words and draws pictures, with one thread, as the orders of sums depend on it.
 
     Returns:
-        Rows of words, sums of the prior, pictures; and how much this process read, drew and judged.
+        Rows of words, sums of the prior, pictures, what the judge saw, edited weights; and how much
+        of it this process did.
     """
     processes = Processes(accelerator)
     pipe = tiny_pipeline()
     with using_threads(1):
         erasure = run(pipe, ["cat=ship"], CLOSED)
         erasure.restore_(pipe.unet)
+        edited, concepts = _erased(pipe, accelerator)
         read, drawn = _counter(pipe.text_encoder), _counter(pipe.vae.decoder)
         text = TextModel(pipe.text_encoder, pipe.tokenizer)
         known = read_known_words(
@@ -86,5 +104,6 @@ def shared_work(accelerator: Any = None) -> dict[str, Tensor]:
         "gram": prior.gram,
         "pictures": torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])),
         "seen": torch.tensor(seen),
-        "amounts": torch.tensor([words, prompts, sum(drawn), judge.pictures]),
+        "edited": edited,
+        "amounts": torch.tensor([words, prompts, sum(drawn), judge.pictures, concepts]),
     }
