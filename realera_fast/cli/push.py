@@ -52,8 +52,8 @@ def push(
 
     \b
     Examples:
-      realera-fast push out/no-cat/erasure.safetensors me/sd14-no-cat
-      realera-fast push out/no-cat me/sd14-no-cat --private
+      realera-fast push out/no-dog/erasure.safetensors me/sd14-no-dog
+      realera-fast push out/no-dog me/sd14-no-dog --private
     """
     file = delta / "erasure.safetensors" if delta.is_dir() else delta
     check_files(file)

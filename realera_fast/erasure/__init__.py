@@ -9,7 +9,7 @@ from realera_fast.erasure.edit import EditedWeights
 from realera_fast.erasure.erasure import Erasure
 from realera_fast.erasure.file import ErasureFileError
 from realera_fast.erasure.history import applied, history_of, originals_of
-from realera_fast.erasure.hub import HubError, OnHub
+from realera_fast.erasure.hub import HubError
 
 __all__ = [
     "BaseModelMismatchError",
@@ -17,7 +17,6 @@ __all__ = [
     "Erasure",
     "ErasureFileError",
     "HubError",
-    "OnHub",
     "applied",
     "attached_to",
     "check_alone",

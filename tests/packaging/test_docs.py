@@ -227,7 +227,7 @@ def prepare(folder: Path) -> None:
     config = small(EraseConfig())
     config = replace(config, alignment=replace(config.alignment, enabled=False))
     first = realera_fast.erase(tiny, ["cat"], config=config)
-    for name in ("no-cat", "no-rabbit", "no-van-gogh"):
+    for name in ("no-cat", "no-dog", "no-rabbit", "no-van-gogh"):
         first.save(folder / f"out/{name}/erasure.safetensors")
         first.save_lora(folder / f"out/{name}/lora")
     first.save(folder / "brands.safetensors")

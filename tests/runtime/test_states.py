@@ -76,8 +76,17 @@ class Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {}
-TESTED: set[str] = set()
-"""Rows with a test of their own."""
+TESTED: set[str] = {
+    "a thread draws under the model's lock while another edits",
+    "an erasure, copied or pickled",
+    "a prompt map or a guarded pipeline, copied or pickled",
+    "a model with an erasure applied, copied or pickled",
+    "a model with fused keys and values, copied or pickled",
+    "a model with an erasure attached as an adapter, copied",
+    "threads draw from a guarded pipeline (`realera_fast.guard`) and from its own",
+}
+"""Rows with a test of their own; these in tests/runtime/test_services.py and
+tests/eraser/test_guarding.py."""
 
 
 def case(state: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
