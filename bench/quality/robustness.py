@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     about = provenance() | {"dtype": arguments.dtype, "steps": STEPS, "pictures": PICTURES}
     studio = Studio(getattr(torch, arguments.dtype))
-    chosen: dict[str, Method | None] = {UNERASED: None, ELSE: None, **methods.compared()}
+    chosen: dict[str, Method | None] = {UNERASED: None, ELSE: None, **methods.attacked()}
     chosen[UNTRAINED] = untrained()
     if arguments.methods:
         chosen = {
