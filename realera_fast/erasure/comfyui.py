@@ -127,7 +127,7 @@ def _layers(model: Any) -> Iterator[tuple[str, str, Tensor]]:
             first = entry[0]
             weight = first[0] if isinstance(first, tuple) else first
             if weight.dim() == 2 and weight.is_floating_point():
-                yield key, name, weight
+                yield key, name, weight.detach()
 
 
 def diffusers_name(key: str, per_block: int) -> str | None:
