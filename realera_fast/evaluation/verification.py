@@ -96,6 +96,7 @@ def verify(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 4,
+    max_sequence_length: int | None = None,
     judge: Judge | None = None,
     scorer: Scorer | None = None,
     detectors: Mapping[str, Detector] | None = None,
@@ -120,6 +121,7 @@ def verify(
         height: in pixels; None takes the pipeline's own.
         width: in pixels; None takes the pipeline's own.
         batch_size: images sampled together.
+        max_sequence_length: tokens of a T5's prompt; None takes the pipeline's own.
         judge: names what the images show (`ClipJudge`, or any other); None shows the seeds instead.
         scorer: says how well images fit their prompts (`ClipJudge` does).
         detectors: by name, any callables from an image to what they found in it.
@@ -141,7 +143,12 @@ def verify(
     if not seeds:
         raise ValueError("seeds is empty: name at least one")
     sampling = Sampling(
-        steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        max_sequence_length=max_sequence_length,
     )
     texts = [prompt for _, prompt in prompted]
 

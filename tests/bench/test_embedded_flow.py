@@ -246,7 +246,8 @@ def test_an_exported_sibling_draws_in_the_stock_pipeline(
     assert type(load_flow(torch.float16, tmp_path / "model").scheduler).__name__ == (
         "FlowMatchEulerDiscreteScheduler"
     )
-    # As the judge is shown it.
+    # As the judge is shown it, here in float32.
+    monkeypatch.setattr(evaluate, "default_dtype", lambda: "float32")
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     few = SAMPLING | {"steps": 2}
     judged = evaluate._drawn(["a cat"], 1, few, tmp_path / "model", "transformer")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_families import sd3
 from tiny_models import tiny_pipeline
 
 from realera_fast import Concept, EraseConfig, Erasure, erase
@@ -131,12 +132,22 @@ def test_generate_refuses(
         generate(pipe, prompts, seeds, Sampling())
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size"])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "max_sequence_length"])
 def test_sampling_refuses_less_than_one(pipe: Any, erasure: Erasure, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         Sampling(**{name: 0})
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         verify(pipe, erasure, ["a cat"], **{name: 0})
+
+
+def test_the_length_of_a_prompt_is_that_of_pipelines_that_take_one(pipe: Any) -> None:
+    sampling = Sampling(steps=1, height=16, width=16, max_sequence_length=5)
+    with pytest.raises(ValueError, match="StableDiffusionPipeline takes no max_sequence_length"):
+        generate(pipe, ["a cat"], [0], sampling)
+    other, seen = sd3(), []
+    encoded = other.encode_prompt
+    other.encode_prompt = lambda *a, **o: seen.append(o["max_sequence_length"]) or encoded(*a, **o)
+    assert len(generate(other, ["a cat"], [0], sampling)) == 1 and seen == [5]
 
 
 def test_bar_follows_every_switch(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
