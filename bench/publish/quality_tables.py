@@ -226,16 +226,17 @@ def worlds_lines() -> list[str]:
 
 def flow_lines() -> list[str]:
     """The tables on the flow-matching sibling."""
-    objects, several = (Found(name, world=FLOW) for name in ("objects", "several"))
+    names = ("objects", "several", "ablation")
+    objects, several, ablation = (Found(name, world=FLOW) for name in names)
     model = committed_object("embedded_flow.json")
     if not objects.rows or model is None:
         return []
-    names, sampling = model["names"], model["sampling"]
+    drawn, sampling = model["names"], model["sampling"]
     lines = [
         "A stock `SD3Transformer2DModel`, trained by the same script on the same pictures, words, "
-        f"text encoder and autoencoder. Before anything is erased {100 * names['accuracy']:.1f} % "
-        f"of {names['pictures']} pictures show the thing that was asked for, and "
-        f"{100 * names['junk']:.1f} % are junk ({sampling['steps']} {sampling['sampler']} steps, "
+        f"text encoder and autoencoder. Before anything is erased {100 * drawn['accuracy']:.1f} % "
+        f"of {drawn['pictures']} pictures show the thing that was asked for, and "
+        f"{100 * drawn['junk']:.1f} % are junk ({sampling['steps']} {sampling['sampler']} steps, "
         f"guidance {sampling['guidance_scale']}). Text enters by two maps, and the closed form is "
         f"made at both, or at one. {objects.note()}",
         "",
@@ -249,6 +250,15 @@ def flow_lines() -> list[str]:
             *several_table(several),
             "",
         ]
+    if ablation.rows:
+        lines += [
+            "What each stage does, without the check that would drop what does not help: "
+            f"{ablation.note()}",
+            "",
+            *scores_table(ablation),
+            "",
+        ]
+    lines += ["![A sample of each of the 304 things](embedded/flow/things.jpg)", ""]
     return lines
 
 

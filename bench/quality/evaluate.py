@@ -163,8 +163,9 @@ def run(table: str, arguments: argparse.Namespace) -> None:
     for task in tasks:
         if arguments.tasks and task.name not in arguments.tasks:
             continue
-        methods = flow_methods.compared if flow else kind.methods_for
-        chosen: dict[str, Method | None] = {UNERASED: None, **methods(len(task.concepts))}
+        count = len(task.concepts)
+        methods = flow_methods.methods_for(table, count) if flow else kind.methods_for(count)
+        chosen: dict[str, Method | None] = {UNERASED: None, **methods}
         for name, method in chosen.items():
             if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
                 continue

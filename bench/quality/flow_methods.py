@@ -187,7 +187,29 @@ def entry_uce(settings: uce.Settings) -> Method:
     return Method(erase, False, dataclasses.asdict(settings))
 
 
-def compared(count: int = 1) -> dict[str, Method]:
+ALONE, BOTH = "noise alignment alone", "both stages, trained in any case"
+
+
+def ablation() -> dict[str, Method]:
+    """What each stage does, without the check that would drop what does not help."""
+    unchecked = {"check_seeds": 0}
+    return {
+        FAST: library(EraseConfig.fast()),
+        ALONE: library(changed(closed=False, alignment=unchecked)),
+        BOTH: library(changed(alignment=unchecked)),
+    }
+
+
+def methods_for(table: str, count: int) -> dict[str, Method]:
+    """Who is in a table.
+
+    Args:
+        count: how many concepts are erased together.
+    """
+    return ablation() if table == "ablation" else compared(count)
+
+
+def compared(count: int) -> dict[str, Method]:
     """Who is in every table.
 
     Args:
