@@ -233,8 +233,9 @@ def flow_lines() -> list[str]:
         return []
     drawn, sampling = model["names"], model["sampling"]
     lines = [
-        "A stock `SD3Transformer2DModel`, trained by the same script on the same pictures, words, "
-        f"text encoder and autoencoder. Before anything is erased {100 * drawn['accuracy']:.1f} % "
+        "A stock `SD3Transformer2DModel`, trained by the same script with the same words, text "
+        "encoder and autoencoder, on pictures of another seed. "
+        f"Before anything is erased {100 * drawn['accuracy']:.1f} % "
         f"of {drawn['pictures']} pictures show the thing that was asked for, and "
         f"{100 * drawn['junk']:.1f} % are junk ({sampling['steps']} {sampling['sampler']} steps, "
         f"guidance {sampling['guidance_scale']}). Text enters by two maps, and the closed form is "
