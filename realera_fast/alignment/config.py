@@ -94,9 +94,9 @@ class AlignmentConfig:
     that of the prompt nearby, one signed gradient step away, that the student is most like (after
     AEGIS, as docs/method.md, section 6.1 has it)."""
 
-    triplet_eta: float = 0.5
-    """eta of "triplet" (above 0, at most 1; ours, GEM has 1, with which nothing holds a prediction
-    on the way from the concept to the anchor)."""
+    triplet_eta: float = 0.75
+    """eta of "triplet" (above `g / (1 + g)`, at most 1; ours, GEM has 1, with which nothing holds a
+    prediction on the way from the concept to the anchor)."""
 
     down_projection: Literal["trained", "null_space"] = "trained"
     """"null_space" freezes the factors' down-projections where text that stays has next to nothing
@@ -214,6 +214,18 @@ class AlignmentConfig:
         if not 0.0 < self.triplet_eta <= 1.0:
             raise ValueError(
                 f"AlignmentConfig.triplet_eta must be in (0, 1], got {self.triplet_eta}"
+            )
+        g = self.negative_guidance
+        if self.loss == "triplet" and g / (1.0 + g) >= self.triplet_eta:
+            raise ValueError(
+                f"AlignmentConfig.triplet_eta: the triplet ends before its target unless it is "
+                f"above negative_guidance / (1 + negative_guidance) = {g / (1.0 + g):.3g}, got "
+                f"{self.triplet_eta}; raise it, or lower negative_guidance"
+            )
+        if self.loss == "adversarial_target" and not g:
+            raise ValueError(
+                'AlignmentConfig.loss: "adversarial_target" moves what negative_guidance leads '
+                "away from, and that is 0; raise it, or take another loss"
             )
         if self.down_projection not in DOWN_PROJECTIONS:
             raise ValueError(

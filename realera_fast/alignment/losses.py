@@ -43,7 +43,7 @@ class TargetLoss:
         anchor = (goal.to(student) + self.guidance * concept) / (1.0 + self.guidance)
         # Squares: the gradient of a plain distance has no direction where it is 0, and the student
         # starts where the concept is. The margin puts the hinge at the goal, where plain distances
-        # stop half-way.
+        # stop half-way; on the line it is the only one while g < eta / (1 - eta).
         margin = self.eta * (1.0 + self.guidance) ** 2 - self.guidance**2
         nearer = _distance(student, anchor) - self.eta * _distance(student, concept)
         return torch.relu(nearer + margin * _distance(anchor, concept))

@@ -10,12 +10,14 @@ from tiny_models import tiny_pipeline, tiny_unet
 from torch import Tensor
 
 from realera_fast import EraseConfig, erase
-from realera_fast.alignment import AlignmentConfig, new_factors
+from realera_fast.alignment import AlignmentConfig, Trainer, new_factors
 from realera_fast.alignment.adversary import AdversarialTarget
 from realera_fast.alignment.losses import LOSSES, TargetLoss
 from realera_fast.alignment.null_space import null_space_down
+from realera_fast.alignment.trainer import Batch
 from realera_fast.mining import Region
 from realera_fast.models import projections
+from realera_fast.runtime import Processes
 from realera_fast.solver import ConceptMap
 from realera_fast.text import TextModel
 from realera_fast.unet import LoraParameters, SharedUNet
@@ -29,8 +31,9 @@ def predictions(count: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(2, count, 4, 8, 8, generator=generator, dtype=torch.float64).unbind()
 
 
-@pytest.mark.parametrize("guidance", [0.0, 0.75])
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("guidance", "eta"), [(0.0, 0.5), (0.75, 0.5), (1.5, 0.75), (2.9, 0.75), (3.0, 1.0)]
+)
 def test_the_triplet_ends_where_the_guided_loss_leads(guidance, eta):
     anchor, concept = predictions()
     goal = anchor - guidance * (concept - anchor)
@@ -47,6 +50,9 @@ def test_the_triplet_ends_where_the_guided_loss_leads(guidance, eta):
     # Half-way, where distances as they are have the hinge, and at the concept.
     torch.testing.assert_close(at(0.5), gap * (0.25 - eta * 0.25 + margin))
     torch.testing.assert_close(at(1.0), gap * (1.0 + margin))
+    # All the way from the concept there is something to do.
+    way = [at(1.0 - 0.05 * step * (1 + guidance)) for step in range(20)]
+    assert bool((torch.stack(way) > 0).all())
 
 
 def test_the_triplet_has_a_way_to_go_from_the_concept_itself():
@@ -124,7 +130,8 @@ def test_frozen_rows_pass_the_words_and_hardly_what_stays():
 def test_of_fewer_words_than_rows_all_rows_are_finite():
     staying, leaving = moments()
     rows = null_space_down(staying, leaving, 5)
-    assert bool(rows.isfinite().all()) and bool((rows.norm(dim=1) <= 0.5774).all())
+    assert bool(rows.isfinite().all()) and bool((rows[:2].norm(dim=1) > 0).all())
+    assert not rows[2:].any()
     assert bool(null_space_down(torch.zeros(4, 4), torch.eye(4), 2).isfinite().all())
 
 
@@ -149,12 +156,44 @@ def test_each_loss_falls_in_training(parts, loss):
     assert found.held_back[-1] < found.held_back[0]
 
 
-def test_training_ends_where_nothing_is_left_to_move(parts):
-    config = dataclasses.replace(
-        UNCHECKED, loss="triplet", triplet_eta=1e-6, evaluation_steps=5, steps=40, beyond_scale=0.0
-    )
+def test_training_ends_where_nothing_is_left_to_move(parts, monkeypatch):
+    looks = []
+    plain = Trainer.look
+
+    def look(self, held_back):
+        loss = plain(self, held_back)
+        looks.append(loss)
+        self.is_reached = len(looks) == 3
+        return loss
+
+    monkeypatch.setattr(Trainer, "look", look)
+    config = dataclasses.replace(UNCHECKED, loss="triplet", evaluation_steps=2, steps=40)
     found = run(parts, config)
-    assert "where they should be" in found.stopped and len(found.losses) < 40
+    assert found.stopped == "held-back prompts are where they should be after 4 steps"
+    assert len(found.losses) == 4
+
+
+def test_a_look_with_no_target_left_ends_training(monkeypatch):
+    found = iter([torch.tensor([0.1, 0.0, 0.0]), torch.zeros(3)])
+    monkeypatch.setattr(
+        "realera_fast.alignment.trainer.loss_of", lambda *_: (torch.tensor(1.0), next(found))
+    )
+    it = Trainer(
+        shared_unet(), AlignmentConfig(loss="triplet"), None, seed=0, processes=Processes()
+    )
+    monkeypatch.setattr(it, "batch", lambda *_: Batch(*[torch.zeros(1)] * 6))
+    for reached in (False, True):
+        it.look(None)
+        assert it.is_reached is reached
+
+
+def test_settings_with_no_effect_are_refused():
+    with pytest.raises(ValueError, match=r"triplet_eta.*0.6, got 0.5; raise it"):
+        AlignmentConfig(loss="triplet", triplet_eta=0.5, negative_guidance=1.5)
+    with pytest.raises(ValueError, match="adversarial_target.*raise it"):
+        AlignmentConfig(loss="adversarial_target", negative_guidance=0.0)
+    with pytest.raises(ValueError, match=r"AlignmentConfig.r: expected at most .* 16"):
+        null_space_down(*moments(), WIDTH + 1)
 
 
 def test_a_whole_erasure_keeps_frozen_rows_as_they_are(tmp_path):
