@@ -246,7 +246,8 @@ def flow_lines() -> list[str]:
     ]
     if several.rows:
         lines += [
-            f"Several at once: Acc_s / H_o. {several.note()}",
+            "Several at once: Acc_s / H_o. UCE has the settings of one, and no rows of what stays. "
+            f"{several.note()}",
             "",
             *several_table(several),
             "",
