@@ -11,6 +11,7 @@ from typing import Any
 
 from realera_fast import Erasure
 from realera_fast.erasure import comfyui_conditioning, comfyui_model
+from realera_fast.solver import PromptMap, is_prompt_map
 
 DELTA = ("STRING", {"default": "", "tooltip": "erasure.safetensors, which realera-fast wrote"})
 
@@ -35,7 +36,8 @@ class ApplyErasure:
 
 class ErasePrompt:
     """A conditioning and a delta to the conditioning without the concept. Map the negative prompt
-    as well."""
+    as well. With a gated prompt map (`PromptMap.save`) for a delta, prompts without the concept
+    stay as they are."""
 
     CATEGORY = "realera_fast"
     RETURN_TYPES = ("CONDITIONING",)
@@ -46,7 +48,8 @@ class ErasePrompt:
         return {"required": {"conditioning": ("CONDITIONING",), "delta": DELTA}}
 
     def erase(self, conditioning: Any, delta: str) -> tuple[Any]:
-        return (comfyui_conditioning(conditioning, Erasure.load(delta)),)
+        load = PromptMap.load if is_prompt_map(delta) else Erasure.load
+        return (comfyui_conditioning(conditioning, load(delta)),)
 
 
 NODE_CLASS_MAPPINGS = {"RealeraApplyErasure": ApplyErasure, "RealeraErasePrompt": ErasePrompt}

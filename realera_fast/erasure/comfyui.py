@@ -18,6 +18,7 @@ from realera_fast.erasure.adapters import adapter_factors
 from realera_fast.erasure.base_model import BaseModelMismatchError
 from realera_fast.erasure.edit import edit_of
 from realera_fast.models import stream_of, weights_hash
+from realera_fast.solver import PromptMap
 
 if TYPE_CHECKING:
     from realera_fast.erasure.erasure import Erasure
@@ -81,7 +82,7 @@ def comfyui_model(
 
 
 def comfyui_conditioning(
-    conditioning: Sequence[Sequence[Any]], erasure: Erasure
+    conditioning: Sequence[Sequence[Any]], erasure: Erasure | PromptMap
 ) -> list[list[Any]]:
     """A conditioning whose embeddings are erased; the given one stays as it is.
 
@@ -90,13 +91,14 @@ def comfyui_conditioning(
     Args:
         conditioning: ComfyUI's: pairs of `[b, t, d]` embeddings and a dictionary, which holds the
             pooled vector `[b, q]` as "pooled_output".
-        erasure: solved in the text, without a second stage.
+        erasure: solved in the text, without a second stage; or its prompt map, which may have gates
+            (`PromptMap.load`): prompts without the concept come out bit-identical then.
 
     Raises:
         ValueError: there is no such map (`Erasure.prompt_map` says why), a pooled vector is
             missing, or a width does not fit.
     """
-    erased = erasure.prompt_map()
+    erased = erasure if isinstance(erasure, PromptMap) else erasure.prompt_map()
     found = []
     for embeds, options in conditioning:
         erased.to(embeds.device)

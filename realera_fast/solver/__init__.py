@@ -11,7 +11,7 @@ from realera_fast.solver.fit_values import fit_values_
 from realera_fast.solver.incremental import IncrementalSystem
 from realera_fast.solver.least_squares import SingularSystemError
 from realera_fast.solver.prompt_gate import PromptGate
-from realera_fast.solver.prompt_map import PromptMap
+from realera_fast.solver.prompt_map import PromptMap, is_prompt_map
 from realera_fast.solver.rows import Pairs
 from realera_fast.solver.value_space import NAMED_WEIGHT, ValueSystem
 
@@ -28,5 +28,6 @@ __all__ = [
     "Solution",
     "ValueSystem",
     "fit_values_",
+    "is_prompt_map",
     "solve_layers",
 ]

@@ -6,12 +6,16 @@ mapping what the text encoders return before the denoiser sees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import overload
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from realera_fast.runtime.safetensors_file import read_header, write
 from realera_fast.solver.concept_map import ConceptMap
 from realera_fast.solver.prompt_gate import PromptGate
 
@@ -160,6 +164,59 @@ class PromptMap(nn.Module):
             return composed
         pooled = None if mine is None or theirs is None else theirs.compose(mine)
         return PromptMap(other.sequence.compose(self.sequence), pooled)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the map with its gates as one safetensors file, for where there are no text
+        encoders to calibrate a gate with."""
+        tensors = {n: value.detach().cpu().contiguous() for n, value in self.state_dict().items()}
+        return write(Path(path), tensors, {_FORMAT: "1"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PromptMap:
+        """The inverse of `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not one that `save` wrote.
+        """
+        if read_header(Path(path)).metadata.get(_FORMAT) != "1":
+            raise ValueError(f"{path}: not a prompt map; write one with PromptMap.save")
+        return _map_of(load_file(path))
+
+
+_FORMAT = "realera_fast.prompt_map"
+"""Key of the metadata that tells such a file, and the version of its layout."""
+
+
+def is_prompt_map(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file is one that `PromptMap.save` wrote."""
+    return _FORMAT in read_header(Path(path)).metadata
+
+
+def _map_of(tensors: Mapping[str, Tensor]) -> PromptMap:
+    """What has these buffers."""
+    pooled = None
+    if "pooled_left" in tensors:
+        pooled = ConceptMap(tensors["pooled_left"], tensors["pooled_right"])
+    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("gates.")}
+    gates = [PromptGate(*(tensors[f"gates.{n}.{part}"] for part in _GATE)) for n in sorted(numbers)]
+    before = {
+        name.removeprefix("earlier."): value
+        for name, value in tensors.items()
+        if name.startswith("earlier.")
+    }
+    found = PromptMap(
+        ConceptMap(tensors["sequence_left"], tensors["sequence_right"]),
+        pooled,
+        gates,
+        _map_of(before) if before else None,
+    )
+    # Directions are scaled to length 1 when a gate is made: here they have it to the last bit.
+    found.load_state_dict(dict(tensors))
+    return found
+
+
+_GATE = ("center", "directions", "thresholds")
 
 
 def _check_gated(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor | None) -> None:

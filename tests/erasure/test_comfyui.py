@@ -182,6 +182,11 @@ def test_the_nodes_pass_on_what_comfyui_gives(
             "strength": 1.0,
         }
         (found,) = getattr(node(), node.FUNCTION)(**{name: values[name] for name in inputs})
+        if node.RETURN_TYPES == ("CONDITIONING",):
+            # A saved prompt map, which may have gates, serves as well.
+            values["delta"] = str(erasure.prompt_map().save(tmp_path / "map.safetensors"))
+            (mapped,) = node().erase(values["conditioning"], values["delta"])
+            assert torch.equal(mapped[0][0], found[0][0])
         if node.RETURN_TYPES == ("MODEL",):
             assert found.patches and not before.patches
         else:

@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from realera_fast.solver import ConceptMap, PromptGate, PromptMap
+from realera_fast.runtime.safetensors_file import write
+from realera_fast.solver import ConceptMap, PromptGate, PromptMap, is_prompt_map
 
 WIDTH = 8
 
@@ -116,3 +117,26 @@ def test_gates_that_fit_nothing_are_refused():
         PromptGate(torch.zeros(3), torch.zeros(1, 3), torch.ones(1))
     with pytest.raises(ValueError, match="of width 8"):
         PromptMap(a_map(0), gates=[PromptGate(torch.zeros(3), torch.ones(1, 3), torch.ones(1))])
+
+
+@pytest.mark.parametrize("pooled", [None, a_map(5)])
+def test_a_saved_map_is_the_same_map(tmp_path, pooled):
+    first = PromptMap(a_map(0), pooled, gates=[gate(1), gate(3, 0.7)])
+    composed = PromptMap(a_map(1), pooled).compose(first)
+    for number, each in enumerate((PromptMap(a_map(2), pooled), first, composed)):
+        path = each.save(tmp_path / f"{number}.safetensors")
+        again = PromptMap.load(path)
+        given = [prompts(0, 1, 2, 3)] + ([] if pooled is None else [torch.randn(4, WIDTH)])
+        expected, found = each(*given), again(*given)
+        pairs = [(expected, found)] if pooled is None else zip(expected, found, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert is_prompt_map(path) and again.state_dict().keys() == each.state_dict().keys()
+
+
+def test_another_file_is_no_prompt_map(tmp_path):
+    write(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    assert not is_prompt_map(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: not a prompt map"):
+        PromptMap.load(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError):
+        PromptMap.load(tmp_path / "none.safetensors")
