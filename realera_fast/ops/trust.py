@@ -3,8 +3,8 @@
 On the first use of an operation on a device a small fixed case (`trials`) goes through the kernel
 and through plain PyTorch. A kernel that raises, or errs by more than `tolerance.limits` allows, is
 taken out of torch's dispatcher, with a warning: plain PyTorch serves the operation there, in all
-dtypes. Later processes know what was found (`verdicts`), except that a kernel raised: that may pass,
-and is tried again. A kernel that never returns, or ends the process, is not caught.
+dtypes. Later processes know what was found (`verdicts`), except what a kernel raised: that may
+pass, and is tried again. A kernel that never returns, or ends the process, is not caught.
 """
 
 from __future__ import annotations
