@@ -331,9 +331,14 @@ def has_kernel(name: str, device_type: str) -> bool:
     )
 
 
+def is_overridden(name: str, device_type: str) -> bool:
+    """Whether `serve_reference` stands in for a kernel on devices of a type."""
+    return (name, device_type) in _overrides
+
+
 def serve_reference(name: str, device_type: str) -> None:
     """Overrides a kernel by what serves where there is none."""
-    if (name, device_type) not in _overrides:
+    if not is_overridden(name, device_type):
         library = torch.library.Library("realera_fast", "IMPL")
         plain = next(op.plain for op in OPS if op.name == name)
         with warnings.catch_warnings():
@@ -358,8 +363,7 @@ def implementations() -> dict[str, dict[str, str]]:
     """
 
     def kind(op: Op, device_type: str) -> str:
-        overridden = (op.name, device_type) in _overrides
-        if overridden or not has_kernel(op.name, device_type):
+        if is_overridden(op.name, device_type) or not has_kernel(op.name, device_type):
             return "streamed" if op.plain.__module__ == blockwise.__name__ else "reference"
         return "triton" if device_type == "cuda" and op.kernel is not None else "native"
 

@@ -2,13 +2,15 @@
 
 On the first use of an operation on a device a small fixed case (`trials`) goes through the kernel
 and through plain PyTorch. A kernel that raises, or errs by more than `tolerance.limits` allows, is
-taken out of torch's dispatcher, with a warning: plain PyTorch serves the operation there. What was
-found is remembered (`verdicts`). A kernel that never returns, or ends the process, is not caught.
+taken out of torch's dispatcher, with a warning: plain PyTorch serves the operation there, in all
+dtypes. Later processes know what was found (`verdicts`), except what a kernel raised: that may
+pass, and is tried again. A kernel that never returns, or ends the process, is not caught.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +29,16 @@ _found: dict[tuple[str, str, str], Verdict] = {}
 _unchecked: set[tuple[str, str, str]] = set()
 """Those that plain PyTorch itself can't do here, so that there is nothing to compare with."""
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that held the lock is not in the child, where nobody would release it.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 # A graph that is traced holds no check: it is made while the graph is.
@@ -62,17 +74,8 @@ def check_kernels() -> list[Verdict]:
         for op in registry.OPS:
             for device in devices:
                 registry.serve_kernel(op.name, device.type)
-        for device in devices:
-            fresh = []
-            for op in registry.OPS:
-                if not registry.has_kernel(op.name, device.type):
-                    continue
-                for dtype in trials.dtypes_of(op.name):
-                    verdict = _aside(lambda: _judge(op, device, dtype))  # noqa: B023
-                    if verdict is not None:
-                        fresh.append(verdict)
-                        _enact(verdict)
-            verdicts.remember(device, fresh)
+        for op in registry.OPS:
+            _check_everywhere(op, devices)
         return list(_found.values())
 
 
@@ -88,6 +91,23 @@ def distrusted() -> dict[str, str]:
 
 def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_everywhere(op: registry.Op, devices: list[torch.device]) -> None:
+    """Judges a kernel on all devices and in all dtypes, and only then replaces it."""
+    found: list[Verdict] = []
+    try:
+        for device in devices:
+            if not registry.has_kernel(op.name, device.type):
+                continue
+            for dtype in trials.dtypes_of(op.name):
+                verdict = _aside(lambda: _judge(op, device, dtype))  # noqa: B023
+                if verdict is not None:
+                    found.append(verdict)
+                    _remember(device, verdict)
+    finally:
+        for verdict in found:
+            _enact(verdict)
 
 
 def _first_use(name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -111,15 +131,26 @@ def _settled(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     key = (name, str(device), _short(dtype))
     if key in _found or key in _unchecked:
         return True
+    if registry.is_overridden(name, device.type):
+        # Of another dtype or device: there is no kernel left to judge.
+        return True
     verdict = verdicts.remembered(device).get((name, _short(dtype)))
     if verdict is None:
         op = next(op for op in registry.OPS if op.name == name)
         verdict = _aside(lambda: _judge(op, device, dtype))
         if verdict is None:
             return key in _unchecked
-        verdicts.remember(device, [verdict])
+        _remember(device, verdict)
     _enact(verdict)
     return True
+
+
+def _remember(device: torch.device, verdict: Verdict) -> None:
+    """Tells later processes, unless the kernel raised on a device that lives on."""
+    if verdict.fault:
+        verdicts.remember(device, [], forget=[verdict])
+    else:
+        verdicts.remember(device, [verdict])
 
 
 def _enact(verdict: Verdict) -> None:

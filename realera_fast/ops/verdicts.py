@@ -77,12 +77,25 @@ def remembered(device: torch.device) -> dict[tuple[str, str], Verdict]:
     return {(verdict.op, verdict.dtype): verdict for verdict in found}
 
 
-def remember(device: torch.device, verdicts: Iterable[Verdict]) -> None:
-    """Adds verdicts to those of earlier processes; what can't be written is checked again."""
+def remember(
+    device: torch.device, verdicts: Iterable[Verdict], forget: Iterable[Verdict] = ()
+) -> None:
+    """Adds verdicts to those of earlier processes; what can't be written is checked again.
+
+    Args:
+        device: the one that they are about.
+        verdicts: what later processes rely on.
+        forget: of their operations and dtypes nothing is kept.
+    """
     path = _path(device)
     if path is None:
         return
-    known = remembered(device) | {(v.op, v.dtype): v for v in verdicts}
+    before = remembered(device)
+    known = before | {(v.op, v.dtype): v for v in verdicts}
+    for verdict in forget:
+        known.pop((verdict.op, verdict.dtype), None)
+    if known == before:
+        return
     # JSON has no infinity.
     entries = [
         {**dataclasses.asdict(v), "error": str(v.error), "limit": str(v.limit)}

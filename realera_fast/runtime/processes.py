@@ -41,7 +41,8 @@ class Processes:
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        flat = self._accelerator.reduce(flat, reduction="sum")
+        # NCCL exchanges tensors of GPUs alone, and text encoders may be on the CPU.
+        flat = self._accelerator.reduce(flat.to(self._accelerator.device), reduction="sum")
         for tensor, values in zip(
             tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
         ):
@@ -51,7 +52,8 @@ class Processes:
         """The parts of all processes, equal in size, one after the other."""
         if self.count == 1:
             return tensor
-        return self._accelerator.gather(tensor.contiguous())
+        parts = tensor.contiguous().to(self._accelerator.device)
+        return self._accelerator.gather(parts).to(tensor.device)
 
     def agreed(self, value: bool, device: torch.device) -> bool:
         """The main process's answer, for all."""
@@ -61,6 +63,8 @@ class Processes:
 
     def everywhere(self, value: bool, device: torch.device) -> bool:
         """Whether it is so in all processes."""
+        if self.count == 1:
+            return value
         answers = torch.tensor([float(value)], dtype=torch.float32, device=device)
         self.sum_([answers])
         return int(answers) == self.count

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,14 +148,24 @@ def test_the_parts_of_an_operation_are_checked() -> None:
         assert down.grad is not None
 
 
-@pytest.mark.parametrize("kernel", [broken, changed("solve_spd", one_element)])
+def only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves one operation to check, which takes a tenth of the time."""
+    monkeypatch.setattr(registry, "OPS", [op for op in registry.OPS if op.name == name])
+
+
+def next_process(name: str) -> None:
+    for known in (trust._judged, trust._found, trust._unchecked):
+        known.clear()
+    registry.serve_kernel(name, "cpu")
+
+
 def test_the_next_process_remembers(
-    kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object) -> None:
         raise AssertionError("checked again")
 
-    with planted("solve_spd", kernel):
+    with planted("solve_spd", changed("solve_spd", one_element)):
         solve()
         before = dict(trust._found)
         registry.serve_kernel("solve_spd", "cpu")
@@ -166,8 +178,69 @@ def test_the_next_process_remembers(
         assert len(caplog.records) == 1
 
 
-def test_other_code_is_checked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [False, True])
+def test_a_replaced_kernel_is_not_judged_by_what_replaced_it(
+    check: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only("gram_", monkeypatch)
+    with planted("gram_", changed("gram_", one_element)):
+        if check:
+            ops.check_kernels()
+        for dtype in trials.dtypes_of("gram_"):
+            trust.believe("gram_", CPU, dtype)
+        found = [verdict for verdict in trust._found.values() if verdict.op == "gram_"]
+        assert len(found) == (len(trials.dtypes_of("gram_")) if check else 1)
+        assert not any(verdict.agrees for verdict in found)
+        # The last dtype alone, which the process before used after the kernel was replaced.
+        next_process("gram_")
+        trust.believe("gram_", CPU, trials.dtypes_of("gram_")[-1])
+        assert served("gram_") != "native"
+
+
+@pytest.mark.parametrize("agreed_before", [False, True])
+def test_what_a_kernel_raised_is_not_remembered(
+    agreed_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only("solve_spd", monkeypatch)
+    if agreed_before:
+        with planted("solve_spd", plain("solve_spd")):
+            ops.check_kernels()
     with planted("solve_spd", broken):
+        if agreed_before:
+            ops.check_kernels()
+        solve()
+        assert served("solve_spd") == "reference"
+        assert "solve_spd" not in {name for name, _ in verdicts.remembered(CPU)}
+    next_process("solve_spd")
+    with planted("solve_spd", plain("solve_spd")):
+        solve()
+        assert served("solve_spd") == "native" and ops.distrusted() == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_during_a_check_can_check() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def check() -> None:
+        with trust._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if trust._lock.acquire(timeout=1) else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_other_code_is_checked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with planted("solve_spd", changed("solve_spd", one_element)):
         solve()
     registry.serve_kernel("solve_spd", "cpu")
     assert len(list(tmp_path.iterdir())) == 1
@@ -218,7 +291,7 @@ def test_a_call_after_the_first_checks_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_mended_kernel_serves_again() -> None:
-    with planted("solve_spd", broken):
+    with planted("solve_spd", changed("solve_spd", one_element)):
         solve()
         assert served("solve_spd") == "reference"
     with planted("solve_spd", plain("solve_spd")):

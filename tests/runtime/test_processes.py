@@ -191,6 +191,27 @@ def test_one_process_alone_exchanges_nothing():
     assert processes.summed(values, values.device) is values
 
 
+def test_tensors_elsewhere_are_exchanged_on_the_accelerators_device():
+    class Accelerator:
+        process_index, num_processes, device = 0, 2, torch.device("meta")
+
+        def reduce(self, values, reduction):
+            assert values.device == self.device, "NCCL has no tensors of the CPU"
+            return torch.full(values.shape, 2.0)
+
+        def gather(self, values):
+            assert values.device == self.device, "NCCL has no tensors of the CPU"
+            return torch.full((2 * len(values),), 3.0)
+
+    processes, cpu = Processes(Accelerator()), torch.device("cpu")
+    values = [torch.ones(2), torch.ones(1, 3)]
+    processes.sum_(values)
+    assert all(bool((value == 2).all()) for value in values)
+    assert processes.everywhere(True, cpu)
+    assert processes.summed(torch.ones(3), cpu).tolist() == [2.0] * 3
+    assert processes.gather(torch.ones(2)).tolist() == [3.0] * 4
+
+
 def test_every_process_gets_the_same_erased_model(two):
     first, second = of_both(two, "unet")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -222,6 +243,7 @@ class Beside:
     """An accelerator whose other process adds what it is told to."""
 
     process_index, num_processes, trackers = 0, 2, ()
+    device = torch.device("cpu")
 
     def __init__(self, *other: float) -> None:
         self.other, self.sums = torch.tensor(other), 0
