@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from realera_fast.erasure import Erasure, applied
+from realera_fast.erasure import BaseModelMismatchError, Erasure, applied, check_stack
 from realera_fast.models import components_of
 from realera_fast.runtime import listed
 from realera_fast.solver import PromptMap
@@ -21,8 +21,8 @@ from realera_fast.solver import PromptMap
 class GuardedPipeline:
     """Draws as a pipeline does, without what was erased; made by `guard`.
 
-    Each call runs on a shallow copy of the pipeline, with a scheduler of its own: threads may call
-    it, and the pipeline itself, at the same time.
+    Each call runs on a shallow copy of the pipeline, with a scheduler of its own, as the pipeline's
+    was when this was made: threads may call it, and the pipeline itself, at the same time.
     """
 
     def __init__(self, pipe: Any, prompt_map: PromptMap) -> None:
@@ -30,13 +30,20 @@ class GuardedPipeline:
         Args:
             pipe: a stock pipeline of diffusers; never changed.
             prompt_map: of all erasures, on the device of the prompts best.
+
+        Raises:
+            ValueError: it has no ``encode_prompt``, or moves its modules while it draws
+                (``enable_model_cpu_offload``).
         """
         if not callable(getattr(pipe, "encode_prompt", None)) or not callable(pipe):
             raise ValueError(
                 f"pipe: {type(pipe).__name__} has no encode_prompt to guard; map its prompt "
                 "embeddings yourself, with erasure.prompt_map()"
             )
+        _check_hooks(pipe)
         self._pipe, self._map = pipe, prompt_map
+        # Later on the pipeline may be drawing, with its scheduler half way.
+        self._scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
 
     @property
     def prompt_map(self) -> PromptMap:
@@ -45,10 +52,15 @@ class GuardedPipeline:
 
     def pipeline(self) -> Any:
         """A pipeline of the same class for one request: its modules are the same objects, what a
-        call changes is its own."""
+        call changes is its own.
+
+        Raises:
+            ValueError: the pipeline moves its modules while it draws by now.
+        """
+        _check_hooks(self._pipe)
         own = copy.copy(self._pipe)
-        if getattr(own, "scheduler", None) is not None:
-            own.scheduler = copy.deepcopy(own.scheduler)
+        if self._scheduler is not None:
+            own.scheduler = copy.deepcopy(self._scheduler)
         own.encode_prompt = self._guarded(own.encode_prompt)
         return own
 
@@ -109,9 +121,11 @@ def guard(
         image = guarded("a photo of a cat", num_inference_steps=25).images[0]
 
     Args:
-        pipe: a stock pipeline of diffusers with an ``encode_prompt``, un-edited.
+        pipe: a stock pipeline of diffusers with an ``encode_prompt``, un-edited or with earlier
+            erasures, and without ``enable_model_cpu_offload``.
         erasure: what to leave out: an erasure, a prompt map, or several, in the order in which they
-            were erased.
+            were erased. Erasures are compared with the projections of `pipe` as `apply_` does it; a
+            prompt map does not say which model it is for, and only its width is checked.
         gate: calibrate gates, so that other prompts come out bit-identical. A `PromptMap` keeps the
             gates that it has.
 
@@ -119,26 +133,21 @@ def guard(
         Something to call in place of `pipe`.
 
     Raises:
+        BaseModelMismatchError: an erasure was made for other weights than those of `pipe`, and not
+            for these with the erasures before it.
         ValueError: an erasure has no prompt map (`Erasure.prompt_map`), is applied to the weights
-            of `pipe` already, or none is given; the pipeline has no ``encode_prompt``.
+            of `pipe` already, or none is given; the pipeline has no ``encode_prompt``, or moves
+            its modules while it draws.
     """
     given = (erasure,) if isinstance(erasure, Erasure | PromptMap) else listed(erasure, "erasure")
     if not given:
         raise ValueError("erasure: expected one at least, got none")
-    written = {each.fingerprint for each in applied(components_of(pipe).model)}
+    _check_hooks(pipe)
+    _check_given(pipe, given)
     prompt_map: PromptMap | None = None
     for each in given:
         if isinstance(each, Erasure):
-            if each.fingerprint in written:
-                raise ValueError(
-                    f"erasure: {each!r} is applied to this pipeline's weights already; "
-                    "restore_ it first"
-                )
             each = each.prompt_map(gate=gate, pipe=pipe if gate else None)
-        elif not isinstance(each, PromptMap):
-            raise TypeError(
-                f"erasure: expected an Erasure or a PromptMap, got {type(each).__name__}"
-            )
         # Weights are edited from the right: the later map goes first.
         prompt_map = each if prompt_map is None else prompt_map.compose(each)
     assert prompt_map is not None
@@ -146,6 +155,47 @@ def guard(
     if device is not None:
         prompt_map = copy.deepcopy(prompt_map).to(device)
     return GuardedPipeline(pipe, prompt_map)
+
+
+def _check_given(pipe: Any, given: Sequence[Any]) -> None:
+    """
+    Raises:
+        BaseModelMismatchError: an erasure is of another model.
+        TypeError: something is neither an erasure nor a prompt map.
+        ValueError: an erasure is in the weights already.
+    """
+    model = components_of(pipe).model
+    written = {each.fingerprint for each in applied(model)}
+    for each in given:
+        if not isinstance(each, Erasure | PromptMap):
+            raise TypeError(
+                f"erasure: expected an Erasure or a PromptMap, got {type(each).__name__}"
+            )
+        if isinstance(each, Erasure) and each.fingerprint in written:
+            raise ValueError(
+                f"erasure: {each!r} is applied to this pipeline's weights already; "
+                "restore_ it first"
+            )
+    try:
+        check_stack(model, [each for each in given if isinstance(each, Erasure)])
+    except BaseModelMismatchError as error:
+        raise BaseModelMismatchError(
+            f"erasure: {error}; one that was made after others needs them before it; for other "
+            "weights that are shown the same text, pass erasure.rebase(model)"
+        ) from error
+
+
+def _check_hooks(pipe: Any) -> None:
+    """
+    Raises:
+        ValueError: the end of each call sets the hooks of modules anew, which another thread may be
+            running.
+    """
+    if getattr(pipe, "_all_hooks", None):
+        raise ValueError(
+            "pipe: enable_model_cpu_offload moves its modules at the end of each call, under "
+            "requests that still draw; call pipe.remove_all_hooks(), and move it to one device"
+        )
 
 
 def _places(parts: Sequence[Any], dimensions: int, width: int) -> list[int]:

@@ -12,11 +12,12 @@ from realera_fast.cli.loading import find_device
 from realera_fast.cli.options import usage_error
 from realera_fast.erasure import Erasure
 from realera_fast.evaluation import (
+    STAYS,
     ClipJudge,
     FrechetReference,
     InceptionFeatures,
     find_detector,
-    group_of,
+    grouped_prompts,
     pictures_in,
 )
 
@@ -74,18 +75,20 @@ def _reference(asked: Asked, judge: Any) -> FrechetReference:
 
 
 def check_stays(
-    prompts: Sequence[str], untouched: Sequence[str], seeds: int, erasure: Erasure
+    prompts: Sequence[str] | None, untouched: Sequence[str], seeds: int, erasure: Erasure
 ) -> None:
-    """Refuses prompts of which a Fréchet distance can't be taken, before they are drawn.
+    """Refuses prompts of which a Fréchet distance can't be taken, before they are drawn; without
+    any it is about those that `verify` takes from the erasure.
 
     Raises:
         typer.BadParameter: fewer than two pictures show what stays.
     """
-    groups = [group_of(prompt, erasure.concepts) for prompt in prompts]
-    pictures = seeds * (len(untouched) + groups.count("untouched"))
-    if prompts and pictures < 2:
+    whose = "these prompts" if prompts else "the words of this delta"
+    grouped = grouped_prompts(erasure, prompts, untouched)
+    pictures = seeds * sum(group in STAYS for group, _ in grouped)
+    if pictures < 2:
         raise usage_error(
             "--fid",
-            f"needs at least 2 pictures of what stays, and these prompts and seeds draw {pictures};"
+            f"needs at least 2 pictures of what stays, and {whose} and seeds draw {pictures};"
             " add --untouched with such prompts, or seeds",
         )

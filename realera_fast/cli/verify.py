@@ -145,7 +145,7 @@ def verify(
 
     erasure = Erasure.load(delta)
     if fid is not None:
-        check_stays(prompt or (), untouched or (), len(numbers), erasure)
+        check_stays(prompt or None, untouched or (), len(numbers), erasure)
     start_logging(quiet)
     who = evaluators_of(
         Asked(model, device, clip, label or (), detector or (), fid, fid_weights), erasure

@@ -397,10 +397,11 @@ class Erasure(OnHub):
         Args:
             gate: leave prompts without the concepts bit-identical. Where the gates open is
                 calibrated on prompts of what goes and of what stays, which takes seconds.
-            pipe: for the gate, the pipeline: its text encoders read these prompts.
+            pipe: for the gate, the pipeline: its text encoders read these prompts. That they are
+                those it was made for is the caller's word; only their width is compared.
 
         Raises:
-            ValueError: `gate` without `pipe`, or with one that it was not made for; layers were
+            ValueError: `gate` without `pipe`, or with one whose text has another width; layers were
                 changed one by one, by noise alignment or where values are moved
                 (`ClosedFormConfig.space`), which no map of prompts can; or the model has a norm
                 before its map (`models.Family.norm`).

@@ -67,10 +67,11 @@ def calibrated(erasure: Erasure, pipe: Any) -> list[PromptGate]:
 
     Args:
         pipe: a pipeline with the text encoders and the denoiser that it was made for, or anything
-            that has them by the same names.
+            that has them by the same names. Only the width of the text is compared.
 
     Raises:
-        ValueError: the text encoders are not those of the erasure, or nothing is erased.
+        ValueError: the text encoders give another width than the erasure is for, or nothing is
+            erased.
     """
     gone = _leaving(erasure)
     if not gone:

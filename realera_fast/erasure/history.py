@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -164,6 +164,29 @@ def originals_of(model: nn.Module) -> dict[str, Tensor]:
 def history_of(model: nn.Module) -> list[dict[str, Any]]:
     """What was erased from a model before, for the provenance of the next erasure."""
     return [history_entry(erasure) for erasure in applied(model)]
+
+
+def check_stack(model: nn.Module, erasures: Sequence[Erasure]) -> None:
+    """Refuses erasures that were not made for a model, as it is or before what is applied to it.
+
+    One may also have been made after others, which are applied or come before it here.
+
+    Raises:
+        BaseModelMismatchError: one was made for other weights, or they can't be compared.
+        ValueError: one does not say for which.
+    """
+    before = applied(model)
+    # It was compared with the weights when it was applied.
+    bases = [entry.provenance.get("base_hashes") for entry in before[:1]]
+    known = {entry.fingerprint for entry in before}
+    for each in erasures:
+        entries = each.provenance.get("history", [])
+        earlier = {e.get("fingerprint") for e in entries if e.get("action") == "erased"}
+        expected = each.provenance.get("base_hashes")
+        if expected not in bases and not (earlier and earlier <= known):
+            check_base(model, expected, edit_of(each).takes)
+            bases.append(expected)
+        known |= {each.fingerprint, *earlier}
 
 
 def apply_(erasure: Erasure, model: nn.Module) -> nn.Module:

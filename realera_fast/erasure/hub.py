@@ -185,7 +185,10 @@ def _explained(repo_id: str, *, pushing: bool) -> Iterator[None]:
             f"{repo_id}: no such repository, or it is private: check the name, and log in "
             "(hf auth login, or pass token)"
         ) from error
-    except errors.RemoteEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
+        raise HubError(_unreached(repo_id, error, pushing)) from error
+    except errors.EntryNotFoundError as error:
+        # Its name for the Hub alone came with huggingface_hub 1.0.
         raise HubError(
             f"{repo_id}: it holds no such file; an erasure is called {DELTA_FILE}, pass filename "
             "for another"

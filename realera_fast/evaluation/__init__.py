@@ -4,6 +4,7 @@ from realera_fast.evaluation.clip_judge import ClipJudge
 from realera_fast.evaluation.eval_unlearn import UnlearnTechnique
 from realera_fast.evaluation.evaluators import Judge, find_detector, identity_of
 from realera_fast.evaluation.frechet import (
+    STAYS,
     FrechetDistances,
     FrechetReference,
     InceptionFeatures,
@@ -24,9 +25,10 @@ from realera_fast.evaluation.nudity import NudeNet
 from realera_fast.evaluation.prompt_groups import group_of
 from realera_fast.evaluation.rows_file import write_rows
 from realera_fast.evaluation.shots import Shot, is_right, judged, scores_of
-from realera_fast.evaluation.verification import Verification, verify
+from realera_fast.evaluation.verification import Verification, grouped_prompts, verify
 
 __all__ = [
+    "STAYS",
     "ClipJudge",
     "FrechetDistances",
     "FrechetReference",
@@ -47,6 +49,7 @@ __all__ = [
     "find_detector",
     "generate",
     "group_of",
+    "grouped_prompts",
     "identity_of",
     "is_right",
     "judged",

@@ -15,6 +15,7 @@ import torch
 from realera_fast.erasure import Erasure
 from realera_fast.evaluation.images import Sampling, generate
 from realera_fast.models import DTYPES, components_of, load_pipeline
+from realera_fast.runtime import folded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +48,8 @@ class UnlearnTechnique:
             model: a pipeline folder, the id of a cached one, or a single `.safetensors` checkpoint.
             delta: a file that `Erasure.save` wrote. Without it `erase_concept` is erased, with the
                 default settings.
-            erase_concept: the concept by the name that eval-unlearn checks metrics against.
+            erase_concept: the concept by the name that eval-unlearn checks metrics against; one
+                that `delta` erases, where both are given.
             dtype: "fp32", "bf16" or "fp16".
             device: "cuda", "cpu" ...; None is the first GPU, or the CPU.
             sampling: `num_inference_steps` (50), `guidance_scale` (7.5), `height`, `width` and
@@ -55,7 +57,7 @@ class UnlearnTechnique:
 
         Raises:
             TypeError: an argument has no such name.
-            ValueError: neither a delta nor a concept, or no such dtype.
+            ValueError: neither a delta nor a concept, a delta of other concepts, or no such dtype.
         """
         if delta is None and not erase_concept:
             raise ValueError("delta: expected a file, or erase_concept with what is to be erased")
@@ -63,9 +65,12 @@ class UnlearnTechnique:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self._sampling = {"steps": 50, **_sampling_of(sampling)}
         Sampling(**self._sampling)
+        loaded = None if delta is None else Erasure.load(delta)
+        if loaded is not None and erase_concept:
+            _check_erased(loaded, erase_concept)
         self.pipe = load_pipeline(model, dtype=DTYPES[dtype], device=device)
-        if delta is not None:
-            self.erasure = Erasure.load(delta)
+        if loaded is not None:
+            self.erasure = loaded
             self.erasure.apply_(components_of(self.pipe).model)
         else:
             from realera_fast.eraser import erase
@@ -90,6 +95,20 @@ class UnlearnTechnique:
         settings = Sampling(**{**self._sampling, **_sampling_of(sampling)})
         seeds = range(seed, seed + len(prompts))
         return generate(self.pipe, prompts, seeds, settings, progress=False)
+
+
+def _check_erased(erasure: Erasure, name: str) -> None:
+    """
+    Raises:
+        ValueError: scores of this concept would be those of another.
+    """
+    words = [word for concept in erasure.concepts for word in concept.words]
+    if folded(name.replace("_", " ")) not in {folded(word.replace("_", " ")) for word in words}:
+        shown = ", ".join(map(repr, words[:8])) + (", ..." if len(words) > 8 else "")
+        raise ValueError(
+            f"erase_concept: expected one that the delta erases ({shown or 'none'}), got {name!r}; "
+            "pass the delta of this concept, or no delta to erase it now"
+        )
 
 
 def _sampling_of(given: dict[str, Any]) -> dict[str, Any]:

@@ -263,7 +263,8 @@ def _metric(width: int) -> Any:
 
     given = torch.nn.Identity()
     given.num_features = width  # type: ignore[assignment]
-    return FrechetInceptionDistance(feature=given, reset_real_features=False)
+    # Each process has all the pictures: summed over processes they would count several times.
+    return FrechetInceptionDistance(feature=given, reset_real_features=False, sync_on_compute=False)
 
 
 def _need(package: str) -> None:

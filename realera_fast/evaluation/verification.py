@@ -137,7 +137,7 @@ def verify(
         ValueError: there is nothing to draw, or the erasure is of another base model.
     """
     untouched, seeds = valid_texts(untouched, "untouched"), distinct_seeds(seeds)
-    prompted = _grouped(erasure, prompts, untouched)
+    prompted = grouped_prompts(erasure, prompts, untouched)
     if not prompted:
         raise ValueError("prompts is empty: name at least one prompt to draw")
     if not seeds:
@@ -238,10 +238,16 @@ def _told(found: Any) -> str:
     return ", ".join(map(str, found)) if isinstance(found, list | tuple) else str(found)
 
 
-def _grouped(
+def grouped_prompts(
     erasure: Erasure, prompts: Sequence[str] | None, untouched: Sequence[str]
 ) -> list[tuple[Group, str]]:
-    """Every prompt with its group, in the order of `GROUPS`."""
+    """Every prompt that `verify` draws with its group, in the order of `GROUPS`.
+
+    Args:
+        erasure: names what is erased; its report, words that are watched.
+        prompts: as for `verify`; None draws the erasure's own words.
+        untouched: as for `verify`.
+    """
     relatives: Sequence[str] = ()
     if prompts is None:
         prompts = [word for concept in erasure.concepts for word in concept.words]

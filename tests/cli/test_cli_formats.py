@@ -413,4 +413,9 @@ def test_verify_refuses_distances_that_it_can_not_take(run, models, judged, tmp_
     ):
         code, _, err = verified(run, models, judged, tmp_path / "x", *options)
         assert code == 2 and told in " ".join(err.split()), err
+    # What both made is one delta, whose report names no words that stay.
+    one = Erasure.load(judged / "delta.safetensors")
+    one.then(one).save(tmp_path / "delta.safetensors")
+    code, _, err = verified(run, models, tmp_path, tmp_path / "x", *known)
+    assert code == 2 and "the words of this delta and seeds draw 0" in " ".join(err.split()), err
     assert not (tmp_path / "x").exists()

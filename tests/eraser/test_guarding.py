@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tiny_families import flux, sd1
 
 import realera_fast
 from realera_fast import EraseConfig, embedded
+from realera_fast.erasure import BaseModelMismatchError
 from realera_fast.solver import ClosedFormConfig, PromptMap
 
 CONFIG = replace(EraseConfig.fast(), closed_form=ClosedFormConfig(space="text"))
@@ -122,9 +124,51 @@ def test_what_can_not_be_guarded_is_refused(pipe, erasure):
         realera_fast.guard(parts, erasure, gate=False)
     with pytest.raises(ValueError, match="clip_skip"):
         draw(realera_fast.guard(pipe, erasure, gate=False), "a cat", clip_skip=1)
-    other = realera_fast.guard(flux(), erasure, gate=False).pipeline()
+    other = realera_fast.guard(flux(), erasure.prompt_map()).pipeline()
     with pytest.raises(ValueError, match="encode_prompt gave .* expected prompts of shape"):
         other("a cat", height=16, width=16, num_inference_steps=1, max_sequence_length=64)
+
+
+def test_an_erasure_of_other_weights_is_refused(pipe, erasure):
+    other = copy.copy(pipe)
+    other.unet = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        for weight in other.unet.parameters():
+            weight.mul_(1.5)
+    with pytest.raises(BaseModelMismatchError, match=r"was made for .* erasure\.rebase\(model\)"):
+        realera_fast.guard(other, erasure, gate=False)
+    realera_fast.guard(other, erasure.rebase(other.unet), gate=False)
+    # One that was made after another needs it, before it or in the weights.
+    erasure.apply_(pipe.unet)
+    try:
+        later = erasure.rebase(pipe.unet)
+        realera_fast.guard(pipe, later, gate=False)
+        # Another may be one that was made for the weights before them.
+        beside = replace(erasure, report={"other": True}, map=erasure.map.compose(erasure.map))
+        realera_fast.guard(pipe, beside, gate=False)
+    finally:
+        erasure.restore_(pipe.unet)
+    realera_fast.guard(pipe, [erasure, later], gate=False)
+    for stack in (later, [later, erasure]):
+        with pytest.raises(BaseModelMismatchError, match="needs them before it"):
+            realera_fast.guard(pipe, stack, gate=False)
+
+
+def test_modules_that_move_between_calls_are_refused(pipe, erasure, monkeypatch):
+    made_before = realera_fast.guard(pipe, erasure, gate=False)
+    monkeypatch.setattr(pipe, "_all_hooks", [object()], raising=False)
+    with pytest.raises(ValueError, match="enable_model_cpu_offload moves its modules"):
+        realera_fast.guard(pipe, erasure, gate=False)
+    with pytest.raises(ValueError, match="enable_model_cpu_offload moves its modules"):
+        made_before.pipeline()
+
+
+def test_a_scheduler_half_way_is_not_taken_over(pipe, erasure):
+    guarded = realera_fast.guard(pipe, erasure, gate=False)
+    before = dict(vars(guarded.pipeline().scheduler))
+    pipe.scheduler.set_timesteps(7)
+    after = vars(guarded.pipeline().scheduler)
+    assert after["num_inference_steps"] == before["num_inference_steps"] != 7
 
 
 def test_a_map_of_nothing_has_no_gate(pipe):

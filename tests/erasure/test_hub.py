@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from edits import edited
 from hub_server import Hub, hub_server
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, errors
 from tiny_families import sd1
 
 from realera_fast import Erasure
@@ -91,12 +91,15 @@ def test_a_folder_is_read_as_it_lies(erasure, tmp_path):
         Erasure.from_pretrained(tmp_path, filename="other.safetensors")
 
 
-def test_what_the_hub_answers_is_explained(erasure, hub: Hub, tmp_path):
+def test_what_the_hub_answers_is_explained(erasure, hub: Hub, tmp_path, monkeypatch):
     place = {"endpoint": hub.address, "cache_dir": tmp_path}
     with pytest.raises(HubError, match="someone/none: no such repository, or it is private"):
         Erasure.from_pretrained("someone/none", **place)
     erasure.push_to_hub(REPO, endpoint=hub.address)
     with pytest.raises(HubError, match="holds no such file; an erasure is called"):
+        Erasure.from_pretrained(REPO, filename="other.safetensors", **place)
+    with monkeypatch.context() as older, pytest.raises(HubError, match="holds no such file"):
+        older.delattr(errors, "RemoteEntryNotFoundError")
         Erasure.from_pretrained(REPO, filename="other.safetensors", **place)
     with pytest.raises(HubError, match="no such revision"):
         Erasure.from_pretrained(REPO, revision="v2", **place)

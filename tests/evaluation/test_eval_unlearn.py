@@ -62,6 +62,8 @@ def test_it_refuses(files: Path, technique: UnlearnTechnique) -> None:
         UnlearnTechnique(model)
     with pytest.raises(ValueError, match="dtype: expected one of fp32"):
         UnlearnTechnique(model, erase_concept="cat", dtype="int8")
+    with pytest.raises(ValueError, match=r"erase_concept: .* erases \('cat'\), got 'dog'"):
+        UnlearnTechnique(model, delta=files / "delta.safetensors", erase_concept="dog")
     with pytest.raises(TypeError, match="steps: no such setting; expected one of num_inference"):
         UnlearnTechnique(model, erase_concept="cat", steps=3)
     with pytest.raises(TypeError, match="eta: no such setting"):

@@ -107,6 +107,16 @@ def test_few_pictures_are_warned_of_and_one_is_refused() -> None:
     assert "of 2 pictures and 6 features are biased" in " ".join(found.warnings())
 
 
+def test_one_process_of_several_takes_the_distance_of_its_own(monkeypatch) -> None:
+    pytest.importorskip("torchmetrics")
+    known = FrechetReference([noise(i) for i in range(4)], Colors())
+    rows = [row("untouched", [noise(5), noise(6)], [noise(7), noise(8)])]
+    alone = known.distances(rows)
+    # There is no process group: whatever talks to the others fails.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert known.distances(rows) == alone
+
+
 def test_clip_gives_features() -> None:
     judge = ClipJudge(*tiny_clip())
     images = [noise(i, size=40) for i in range(3)]
