@@ -22,13 +22,11 @@ from realera_fast.evaluation.images import (
 )
 from realera_fast.evaluation.metrics import Scores, accuracy
 from realera_fast.evaluation.nudity import NudeNet
-from realera_fast.evaluation.prompt_groups import group_of
 from realera_fast.evaluation.rows_file import write_rows
 from realera_fast.evaluation.shots import Shot, is_right, judged, scores_of
 from realera_fast.evaluation.verification import Verification, grouped_prompts, verify
 
 __all__ = [
-    "STAYS",
     "ClipJudge",
     "FrechetDistances",
     "FrechetReference",
@@ -37,6 +35,7 @@ __all__ = [
     "Judge",
     "NudeNet",
     "Row",
+    "STAYS",
     "Sampling",
     "ScoreLine",
     "Scores",
@@ -48,7 +47,6 @@ __all__ = [
     "before_after_grid",
     "find_detector",
     "generate",
-    "group_of",
     "grouped_prompts",
     "identity_of",
     "is_right",
