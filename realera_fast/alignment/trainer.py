@@ -270,7 +270,7 @@ class Trainer:
         """A triplet's loss of a student that predicts the concept: where the closed form did the
         work, the first look is next to nothing. Of other losses 0."""
         if self.loss.name != "triplet" or batch.shown is None:
-            return torch.zeros((), device=self.shared.device)
+            return torch.zeros((), dtype=torch.float32, device=self.shared.device)
         count = batch.targets
         errors = self.loss(batch.shown, batch.teacher[:count], batch.shown)
         return (errors * batch.weight[:count]).sum()

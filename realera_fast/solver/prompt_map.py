@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from realera_fast.runtime.safetensors_file import read_header, write
+from realera_fast.runtime import read_header, write
 from realera_fast.solver.concept_map import ConceptMap
 from realera_fast.solver.prompt_gate import PromptGate
 
