@@ -10,11 +10,11 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera_fast.erasure import BaseModelMismatchError, Erasure, applied, check_stack
 from realera_fast.models import components_of
-from realera_fast.runtime import listed
+from realera_fast.runtime import listed, refuse_offloading
 from realera_fast.solver import PromptMap
 
 
@@ -33,7 +33,7 @@ class GuardedPipeline:
 
         Raises:
             ValueError: it has no ``encode_prompt``, or moves its modules while it draws
-                (``enable_model_cpu_offload``).
+                (``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``).
         """
         if not callable(getattr(pipe, "encode_prompt", None)) or not callable(pipe):
             raise ValueError(
@@ -188,9 +188,12 @@ def _check_given(pipe: Any, given: Sequence[Any]) -> None:
 def _check_hooks(pipe: Any) -> None:
     """
     Raises:
-        ValueError: the end of each call sets the hooks of modules anew, which another thread may be
-            running.
+        ValueError: weights move during a call, or the end of each call sets the hooks of modules
+            anew, which another thread may be running.
     """
+    for name, part in getattr(pipe, "components", {}).items():
+        if isinstance(part, nn.Module):
+            refuse_offloading(part, f"pipe.{name}")
     if getattr(pipe, "_all_hooks", None):
         raise ValueError(
             "pipe: enable_model_cpu_offload moves its modules at the end of each call, under "

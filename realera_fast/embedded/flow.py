@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusion3Pipeline
 
-__all__ = ["FLOW", "SAMPLING", "flow_words", "load_flow", "shared_parts"]
+    from realera_fast.models import Family
+
+__all__ = ["FLOW", "SAMPLING", "flow_reading", "flow_words", "load_flow", "shared_parts"]
 
 FLOW = "flow"
 """Beside the embedded model's pipeline: the sibling's folder."""
-SAMPLING = dict(steps=8, guidance_scale=3.0, height=64, width=64, max_sequence_length=1)
+SAMPLING: dict[str, Any] = dict(
+    steps=8, guidance_scale=3.0, height=64, width=64, max_sequence_length=1
+)
 """Recommended arguments of the pipeline call, as in the table's ``sampling``. In T5's place the
 pipeline sends rows of zeros, 256 by default: one does, and takes less time."""
 
@@ -37,6 +41,15 @@ def flow_words(folder: str | Path | None = None) -> Words:
         sampling=SAMPLING,
         accuracy={word: share for rows in measured.values() for word, share in rows.items()},
     )
+
+
+def flow_reading(transformer: Any) -> Family:
+    """How prompts are read in calls with `SAMPLING`: ``reading=`` of `erase`."""
+    from realera_fast.models import family_of
+
+    family = family_of(transformer, 3)
+    rows = replace(family.sections[1][0], max_tokens=SAMPLING["max_sequence_length"])
+    return replace(family, sections=(family.sections[0], (rows,)))
 
 
 def shared_parts(tokenizer: Any, encoder: Any, vae: Any) -> dict[str, Any]:

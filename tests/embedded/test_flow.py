@@ -8,9 +8,8 @@ import torch
 
 from realera_fast import EraseConfig, erase
 from realera_fast.embedded import FOLDER, load_judge
-from realera_fast.embedded.flow import FLOW, SAMPLING, flow_words, load_flow
+from realera_fast.embedded.flow import FLOW, SAMPLING, flow_reading, flow_words, load_flow
 from realera_fast.evaluation import Sampling, generate
-from realera_fast.models import family_of
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,6 @@ def test_it_draws_what_it_is_asked_for(pipe) -> None:
 
 
 def test_the_closed_form_erases_from_it(pipe) -> None:
-    family = family_of(pipe.transformer, 3)
-    t5 = dataclasses.replace(family.sections[1][0], max_tokens=SAMPLING["max_sequence_length"])
-    reading = dataclasses.replace(family, sections=(family.sections[0], (t5,)))
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     fast = EraseConfig.fast()
     config = dataclasses.replace(
@@ -62,7 +58,9 @@ def test_the_closed_form_erases_from_it(pipe) -> None:
         mining=dataclasses.replace(fast.mining, mode="none", relative_words=0),
         vocabulary=dataclasses.replace(fast.vocabulary, words=100, preserve_scale=40.0),
     )
-    erasure = erase(pipe, ["cat"], config=config, reading=reading, progress=False)
+    erasure = erase(
+        pipe, ["cat"], config=config, reading=flow_reading(pipe.transformer), progress=False
+    )
     seen = drawn(pipe, ["a photo of a cat"] * 4 + ["a photo of a guitar", "a photo of a castle"])
     erasure.restore_(pipe.transformer)
     assert "cat" not in seen[:4] and seen[4:] == ["guitar", "castle"]

@@ -163,6 +163,15 @@ def test_modules_that_move_between_calls_are_refused(pipe, erasure, monkeypatch)
         made_before.pipeline()
 
 
+def test_weights_that_come_and_go_are_refused(erasure):
+    from accelerate import cpu_offload
+
+    offloaded = sd1()
+    cpu_offload(offloaded.unet, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"pipe\.unet: the weights of .* are offloaded"):
+        realera_fast.guard(offloaded, erasure, gate=False)
+
+
 def test_a_scheduler_half_way_is_not_taken_over(pipe, erasure):
     guarded = realera_fast.guard(pipe, erasure, gate=False)
     before = dict(vars(guarded.pipeline().scheduler))

