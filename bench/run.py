@@ -35,7 +35,7 @@ CASES = {
     "closed_form": Case("speed.closed_form", "time of the closed form", timed=True, plot=True),
     "perturb": Case("speed.perturb", "time of drawing neighbors", timed=True, plot=True),
     "alignment": Case("speed.alignment", "time of the noise alignment", timed=True, plot=True),
-    "full_size": Case("speed.full_size", "an erasure from SD 1.4 at full size", timed=True),
+    "full_size": Case("speed.full_size", "closed forms at full size", timed=True, plot=True),
     "end_to_end": Case("speed.end_to_end", "whole erasures, with both stages", timed=True),
     "entry_maps": Case("quality.entry_maps", "where to edit joint attention", timed=True),
     "quality": Case("quality.evaluate", "tables of quality, on the embedded model"),
@@ -107,6 +107,10 @@ def run_timed(name: str, argv: Sequence[str]) -> int:
     if name == "alignment":
         parser.add_argument(
             "--profile", type=Path, metavar="FILE", help="the slowest operators of a step"
+        )
+    if name == "full_size":
+        parser.add_argument(
+            "--model", action="append", help="of SD 1.4, SDXL, FLUX (default: all); may be repeated"
         )
     arguments = parser.parse_args(argv)
     if case.plot and arguments.plot:

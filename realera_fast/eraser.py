@@ -398,7 +398,7 @@ def _measured_words(
     with progress_bar(total=len(prompts), desc="report", progress=job.progress) as bar:
         for index, concept in enumerate(prompts.concepts):
             for number in prompts.numbers(index):
-                word = prompts[number]
+                word = prompts.brief(number)
                 role = "target" if word.word == concept.target else "synonym"
                 measured[number] = report.WordReport(
                     word.word,
@@ -411,10 +411,10 @@ def _measured_words(
     staying = [fill(_PROMPT, word) for word in selection.watched]
     drifts = movement.drifts(*read_text_rows(job.text, staying))
     words = [measured[number] for number in range(len(prompts))]
-    for word, drift in zip(selection.watched, drifts, strict=True):
-        role = "relative" if word in selection.relatives else "vocabulary"
-        role = "preserved" if word in selection.retained else role
-        words.append(report.WordReport(word, role, None, None, drift))
+    for name, drift in zip(selection.watched, drifts, strict=True):
+        role = "relative" if name in selection.relatives else "vocabulary"
+        role = "preserved" if name in selection.retained else role
+        words.append(report.WordReport(name, role, None, None, drift))
     return words
 
 

@@ -1,13 +1,14 @@
 """Noise alignment as a plain diffusers and peft training loop, after RealEra's second stage.
 
-Two U-Nets: a frozen original and an edited one with a peft adapter. Every step runs the original on
-the whole batch, then the edited one, and takes an AdamW step on the same loss as the library's.
+Two denoisers: a frozen original and an edited one with a peft adapter. Every step runs the original
+on the whole batch, then the edited one, and takes an AdamW step on the same loss as the library's.
+A Stable Diffusion 3 transformer takes prompts whose last row is the pooled vector.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional
 
-from realera_fast.models import projections
+from realera_fast.models import Stream, is_joint, streams
 from realera_fast.solver import ConceptMap
 
 
@@ -24,8 +25,8 @@ class PlainLoop:
 
     def __init__(
         self,
-        unet: Any,
-        concept_map: ConceptMap,
+        model: Any,
+        maps: Mapping[Stream, ConceptMap],
         *,
         r: int,
         lora_alpha: float,
@@ -35,24 +36,29 @@ class PlainLoop:
     ) -> None:
         """
         Args:
-            unet: the original; it becomes the teacher and is frozen.
+            model: the original; it becomes the teacher and is frozen.
+            maps: the closed form of each text stream.
+            target_modules: of a U-Net's cross-attention or of the text's stream.
             compiled: run both models through `torch.compile`.
         """
-        student = copy.deepcopy(unet)
+        student = copy.deepcopy(model)
         with torch.no_grad():
-            for layer in projections(student).values():
+            for name, stream in streams(student).items():
+                layer = student.get_submodule(name)
                 weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
-                left, right = concept_map.left.to(weight), concept_map.right.to(weight)
+                left, right = maps[stream].left.to(weight), maps[stream].right.to(weight)
                 layer.weight.copy_(weight + (weight @ left) @ right)
         student.requires_grad_(False)
         student.add_adapter(
             LoraConfig(
                 r=r,
                 lora_alpha=lora_alpha,  # type: ignore[arg-type]
-                target_modules=[f"attn2.{name}" for name in target_modules],
+                target_modules=[
+                    name if is_joint(model) else f"attn2.{name}" for name in target_modules
+                ],
             )
         )
-        dtype = next(unet.parameters()).dtype
+        dtype = next(model.parameters()).dtype
         # Factors of half-precision models are float32, as training scripts make them.
         wide = torch.promote_types(dtype, torch.float32)
         for parameter in student.parameters():
@@ -64,14 +70,28 @@ class PlainLoop:
             for name, parameter in student.named_parameters()
             if parameter.requires_grad
         }
-        self._teacher = unet.requires_grad_(False)
+        self._teacher = model.requires_grad_(False)
         self._autocast = dtype != wide
         self._run_teacher, self._run_student = self._teacher, student
         if compiled:
-            self._run_teacher, self._run_student = torch.compile(unet), torch.compile(student)
+            self._run_teacher, self._run_student = torch.compile(model), torch.compile(student)
         self.optimizer = torch.optim.AdamW(
             list(self.factors.values()), lr=learning_rate, weight_decay=0.0
         )
+
+    def _called(self, run: Any, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """`[b, c, h, w]` what a model predicts."""
+        if is_joint(self._teacher):
+            rows, pooled = states[:, :-1], states[:, -1]
+            found: Tensor = run(
+                hidden_states=latents,
+                timestep=timesteps,
+                encoder_hidden_states=rows,
+                pooled_projections=pooled[:, : self._teacher.config.pooled_projection_dim],
+            ).sample
+            return found
+        found = run(latents, timesteps, encoder_hidden_states=states).sample
+        return found
 
     def predictions(
         self, latents: Tensor, timesteps: Tensor, student_states: Tensor, teacher_states: Tensor
@@ -88,12 +108,10 @@ class PlainLoop:
         # Mixed precision, as training scripts run half-precision models with float32 adapters.
         with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
             with torch.no_grad():
-                teacher = self._run_teacher(
-                    latents, timesteps, encoder_hidden_states=teacher_states.to(dtype)
-                ).sample
-            student = self._run_student(
-                latents, timesteps, encoder_hidden_states=student_states.to(dtype)
-            ).sample
+                teacher = self._called(
+                    self._run_teacher, latents, timesteps, teacher_states.to(dtype)
+                )
+            student = self._called(self._run_student, latents, timesteps, student_states.to(dtype))
         wide = torch.promote_types(dtype, torch.float32)
         return student.to(wide), teacher.to(wide)
 
@@ -117,9 +135,7 @@ class PlainLoop:
         dtype = next(self._teacher.parameters()).dtype
         leaf = states.detach().clone().requires_grad_()
         with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
-            student = self._run_student(
-                latents.to(dtype), timesteps, encoder_hidden_states=leaf.to(dtype)
-            ).sample
+            student = self._called(self._run_student, latents.to(dtype), timesteps, leaf.to(dtype))
         error = (student.to(shown) - shown).square().flatten(1).mean(1).sum()
         return torch.autograd.grad(error, leaf)[0]
 
@@ -149,12 +165,10 @@ class PlainLoop:
         for timestep in scheduler.timesteps:
             with torch.autocast(latents.device.type, dtype, enabled=self._autocast):
                 free, guided = (
-                    self._run_student(
-                        torch.cat([latents, latents]).to(dtype),
-                        timestep,
-                        encoder_hidden_states=both,
+                    self._called(
+                        self._run_student, torch.cat([latents, latents]).to(dtype), timestep, both
                     )
-                    .sample.float()
+                    .float()
                     .chunk(2)
                 )
             predicted = free + guidance_scale * (guided - free)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from baselines import Rows, for_each, working_dtype
-from baselines.phrases import ANCHORS, Phrases, matrices, pairs_of, rewrite
+from baselines.phrases import ANCHORS, UNIT, Phrases, matrices, pairs_of, rewrite
+from realera_fast.models import streams
 from realera_fast.text import Concept
 
 
@@ -61,6 +62,40 @@ def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int 
         weight = torch.cat([weight, torch.full((len(kept),), settings.preserve_scale)])
     rows = Rows(source, destination, weight)
     rewrite(matrices(pipe.unet), lambda weights: edit(weights, rows, settings.ridge))
+
+
+@torch.no_grad()
+def erase_entries(
+    transformer: Any,
+    texts: Mapping[Any, Sequence[Any]],
+    concepts: Sequence[Concept],
+    settings: Settings,
+) -> None:
+    """Edits the maps by which text enters a transformer, as the published code does for FLUX.
+
+    Args:
+        transformer: edited in place.
+        texts: what each stream of `realera_fast.models.streams` reads.
+    """
+    pairs = pairs_of(concepts, settings.anchors, expand=settings.expand)
+    for name, stream in streams(transformer).items():
+        text = texts[stream][0]
+
+        def last(phrases: Sequence[str], text: Any = text) -> Tensor:
+            rows = text.encode(phrases).float()
+            if rows.shape[1] == 1:
+                return rows[:, 0]
+            place = torch.tensor(text.ends(phrases)) - 1
+            return rows[torch.arange(len(rows)), place]
+
+        source, destination = (last([pair[i] for pair in pairs]) for i in (0, 1))
+        scale = (UNIT / last(["a photo of a"]).square().sum()).sqrt()
+        weight = torch.full((len(pairs),), settings.erase_scale)
+        rows = Rows(source * scale, destination * scale, weight)
+        rewrite(
+            [transformer.get_submodule(name)],  # type: ignore[list-item]
+            lambda weights, rows=rows: edit(weights, rows, settings.ridge),
+        )
 
 
 def edit(weights: Sequence[Tensor], rows: Rows | Sequence[Rows], ridge: float) -> list[Tensor]:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from harness import RESULTS, ROOT  # noqa: E402
 from harness.provenance import where  # noqa: E402
 from harness.rows import read  # noqa: E402
+from harness.tables import DEFAULT  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
@@ -149,6 +150,68 @@ def alignment(rows: Path = ALIGNMENT_ROWS, picture: Path = ALIGNMENT_PICTURE) ->
         return f"{ALIGNMENT_NAMES[row['operation']]}, {row['model']}, {row['dtype']}"
 
     ratios(rows, picture, "alignment", ALIGNMENT_MARKS, title)
+
+
+FULL_SIZE_ROWS = RESULTS / "full_size.jsonl"
+FULL_SIZE_PICTURE = FOLDER / "full_size.png"
+FULL_SIZE_LINES = {
+    ("RECE", "every"): ("RECE", "#009E73", "^"),
+    ("MACE, closed form", "every"): ("MACE, first stage", "#CC79A7", "D"),
+    ("OCE", "every"): ("OCE", "#56B4E9", "v"),
+    ("UCE", "every"): ("UCE", "#D55E00", "s"),
+    (DEFAULT, "first"): ("realera_fast, first call", "#000000", "*"),
+    (DEFAULT, "later"): ("realera_fast", "#000000", "o"),
+}
+
+
+def full_size(rows: Path = FULL_SIZE_ROWS, picture: Path = FULL_SIZE_PICTURE) -> None:
+    """Seconds of whole calls against concepts, one panel for each model."""
+    found = [row for row in read(rows) if row["stage"] == "all"]
+    if not found:
+        raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py full_size")
+    models = list(dict.fromkeys((row["model"], row["dtype"]) for row in found))
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(3.4 * len(models) + 0.6, 4.4), sharey=True, squeeze=False
+    )
+    for panel, (model, dtype) in zip(panels[0], models, strict=True):
+        for (method, call), (_, color, marker) in FULL_SIZE_LINES.items():
+            points = sorted(
+                (row["concepts"], row["seconds"])
+                for row in found
+                if (row["model"], row["dtype"], row["method"], row["call"])
+                == (model, dtype, method, call)
+            )
+            width = 2.2 if method == DEFAULT else 1.4
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            panel.plot(x, y, color=color, marker=marker, linewidth=width, markersize=6)
+        panel.set_title(f"{model}, {dtype}", fontsize=10)
+        panel.set_xlabel("erased concepts")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.xaxis.set_major_locator(LogLocator(numticks=9))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
+        panel.minorticks_off()
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8.5)
+    panels[0][0].set_ylabel("seconds of the whole call")
+    handles = [
+        Line2D([], [], color=color, marker=marker, label=label)
+        for label, color, marker in FULL_SIZE_LINES.values()
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=8.5)
+    first = found[0]
+    figure.suptitle(
+        f"{where(first)}, {first['threads']} thread(s), torch {first['torch']}",
+        fontsize=8.5,
+        color="#444444",
+        y=0.985,
+    )
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
 
 
 def ratios(

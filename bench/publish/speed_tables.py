@@ -171,6 +171,7 @@ def alignment_lines() -> list[str]:
             "–" if operation == "image" else f"{count}",
             f"{point['library']['p50_ms']:,.1f}",
             *(factor_of(point, name) for name in others),
+            *(f"{point[name]['step_bytes'] / 2**20:,.0f}" for name in ("library", "plain")),
         ]
         for (operation, model, dtype, count), point in points.items()
     ]
@@ -178,9 +179,10 @@ def alignment_lines() -> list[str]:
     return [
         f"Noise alignment, medians on {where(first)}, {first['threads']} thread(s), torch "
         f"{first['torch']}, commit {first['commit']}. The last columns say how many times as long "
-        "as the library the others take: a plain diffusers and peft loop of ours with two U-Nets, "
+        "as the library the others take: a plain diffusers and peft loop of ours with two models, "
         "of the same batch, terms and z_t; both through torch.compile (compiling not counted); and "
-        "the plain loop that denoises z_t anew for each step. Pictures are 20 guided steps without "
+        "the plain loop that denoises z_t anew for each step. MiB are what a run takes at its "
+        "peak beside the weights. Pictures are 20 guided steps without "
         "the VAE, beside the same model unfused.",
         "",
         *table(
@@ -193,6 +195,8 @@ def alignment_lines() -> list[str]:
                 "plain, compiled",
                 "library, compiled",
                 "plain, new z_t",
+                "MiB",
+                "plain, MiB",
             ),
             body,
         ),
@@ -201,50 +205,57 @@ def alignment_lines() -> list[str]:
 
 
 def full_size_lines() -> list[str]:
-    """Whole calls on Stable Diffusion 1.4 at full size, and the library's stages."""
+    """Whole calls on models at full size, and the library's stages."""
     found = committed("full_size.jsonl")
     if not found:
         return []
-    whole = [
-        (
-            row["method"],
-            row["call"],
-            f"{row['concepts']}",
-            row["dtype"],
-            f"{row['seconds']:,.1f}",
-            f"{row['peak_mb']:,}",
-        )
-        for row in found
-        if row["stage"] == "all"
-    ]
-    stages = [
-        (
-            row["call"],
-            f"{row['concepts']}",
-            row["dtype"],
-            row["stage"],
-            f"{row['seconds']:,.2f}",
-            f"{row['peak_mb']:,}",
-            f"{row['file_mb']:.1f}" if "file_mb" in row else "",
-        )
-        for row in found
-        if row["method"] == DEFAULT
-    ]
+    whole = [row for row in found if row["stage"] == "all"]
+    counts = sorted({row["concepts"] for row in whole})
+    body, staged = [], []
+    lines: dict[tuple[str, str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in whole:
+        key = (row["model"], row["dtype"], row["method"], row["call"])
+        lines.setdefault(key, {})[row["concepts"]] = row
+    for (model, dtype, method, call), line in lines.items():
+        cells = [f"{line[n]['seconds']:,.1f}" if n in line else "–" for n in counts]
+        peak = max(row["peak_mb"] for row in line.values())
+        body.append([f"{model}, {dtype}", method, call, *cells, f"{peak:,}"])
+    stages: dict[tuple[str, str, str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in found:
+        if row["method"] == DEFAULT:
+            key_of = (row["model"], row["dtype"], row["call"], row["concepts"])
+            stages.setdefault(key_of, {})[row["stage"]] = row
+    for (model, dtype, call, count), of in stages.items():
+        seconds = [f"{of[name]['seconds']:,.1f}" for name in STAGES]
+        sizes = [f"{of[name]['file_mb']:.1f}" for name in FILES]
+        mined, peak = of["all"]["neighbors"], of["all"]["peak_mb"]
+        start = [f"{model}, {dtype}", call, f"{count:,}", f"{mined:,}"]
+        staged.append([*start, *seconds, f"{peak:,}", *sizes])
     first = found[0]
     return [
-        f"One run on {where(first)}, {first['threads']} thread(s), torch {first['torch']}, commit "
-        f"{first['commit']}. Random weights of the real shapes, CLIP's tokenizer; peak memory is "
-        "that of the whole process (on a GPU: of its allocator), model included. The library's "
-        "closed form; the first call with a text encoder reads its words, later ones find that on "
-        "the disk. The baselines' whole scripts have their authors' settings, which keep no words.",
+        f"Seconds of whole calls, one run a model on {where(first)}, {first['threads']} thread(s), "
+        f"torch {first['torch']}, commit {first['commit']}. Random weights of the real shapes, the "
+        "whole text encoders, CLIP's tokenizer (of FLUX: CLIP, T5-XXL and two of 57 blocks, as its "
+        "closed form edits the entrance alone); peak memory is that of the process (on a GPU: of "
+        "its allocator), model included. The library's closed form (`EraseConfig.fast()`): its "
+        "first call with a text encoder reads the words, later ones find them on the disk. The "
+        "baselines' whole scripts have their authors' settings, which keep no words. A dash: "
+        "expected to take longer than a quarter of an hour.",
         "",
-        *table(("method", "call", "concepts", "dtype", "s", "peak MiB"), whole),
+        *table(("model", "method", "call", *(f"{n:,} concepts" for n in counts), "peak MiB"), body),
         "",
-        "The library's stages:",
+        "The library's stages in seconds, the words that were mined, and the files in MB:",
         "",
-        *table(("call", "concepts", "dtype", "stage", "s", "peak MiB", "file MB"), stages),
+        *table(
+            ("model", "call", "concepts", "mined", *STAGES, "peak MiB", *FILES),
+            staged,
+        ),
         "",
     ]
+
+
+STAGES = ("words", "prior", "mining", "equations", "closed form", "report", "edit and checks")
+FILES = ("save", "save_lora", "save_weights")
 
 
 def entry_map_lines() -> list[str]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from baselines import Rows, esd, gem, uce
-from baselines.phrases import ANCHORS, UNIT, pairs_of
+from baselines import esd, gem, uce
+from baselines.phrases import ANCHORS
 from harness.tables import DEFAULT, FAST
 from torch import Tensor
 
@@ -157,25 +157,7 @@ def entry_uce(settings: uce.Settings) -> Method:
         encoders = (pipe.text_encoder, pipe.text_encoder_2, None)
         tokenizers = (pipe.tokenizer, pipe.tokenizer_2, None)
         texts = text_streams(pipe.transformer, encoders, tokenizers, flow_reading(pipe.transformer))
-        pairs = pairs_of(concepts, settings.anchors, expand=settings.expand)
-        with torch.no_grad():
-            for name, stream in maps(pipe).items():
-                text = texts[stream][0]  # type: ignore[index]
-
-                def last(phrases: Sequence[str], text: Any = text) -> Tensor:
-                    rows = text.encode(phrases)
-                    if rows.shape[1] == 1:
-                        return rows[:, 0]
-                    place = torch.tensor(text.ends(phrases)) - 1
-                    return rows[torch.arange(len(rows)), place]
-
-                source, destination = (last([pair[i] for pair in pairs]) for i in (0, 1))
-                scale = (UNIT / last(["a photo of a"]).square().sum()).sqrt()
-                weight = torch.full((len(pairs),), settings.erase_scale)
-                rows = Rows(source * scale, destination * scale, weight)
-                layer = pipe.transformer.get_submodule(name)
-                (edited,) = uce.edit([layer.weight.float()], rows, settings.ridge)
-                layer.weight.copy_(edited)
+        uce.erase_entries(pipe.transformer, texts, concepts, settings)
 
     return Method(erase, False, dataclasses.asdict(settings))
 

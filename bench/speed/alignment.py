@@ -25,10 +25,13 @@ had from that. `flops` are counted by PyTorch on the library's step.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 from harness.points import Candidates, Comparison, Key, Points, times
 from harness.provenance import provenance
@@ -36,7 +39,8 @@ from harness.rows import file_for, measured
 from harness.timing import Clock, percentiles
 
 from realera_fast.runtime import fastest_dtype
-from speed.alignment_problem import Point, Problem
+from speed.alignment_problem import FLOW, Point, Problem
+from speed.full_size import Memory
 
 
 def cpu_points(quick: bool) -> list[Point]:
@@ -44,6 +48,7 @@ def cpu_points(quick: bool) -> list[Point]:
     points = [Point("step", "embedded", dtype, compiled=not quick) for dtype in dtypes]
     points += [Point("worst step", "embedded", dtype) for dtype in dtypes]
     points += [] if quick else [Point("train", "embedded", dtype) for dtype in dtypes]
+    points += [Point(kind, FLOW, dtype) for kind in ("step", "worst step") for dtype in dtypes]
     return [*points, *(Point("image", "embedded", dtype) for dtype in dtypes)]
 
 
@@ -55,6 +60,8 @@ def gpu_points(quick: bool) -> list[Point]:
         *([] if quick else [Point("train", "SD 1.4", half, 6)]),
         Point("image", "SD 1.4", half),
         Point("step", "embedded", half, compiled=not quick),
+        Point("step", FLOW, half),
+        Point("worst step", FLOW, half),
     ]
 
 
@@ -87,6 +94,25 @@ def profile(point: Point, device: torch.device) -> str:
     return "\n".join(tables)
 
 
+def growth(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a run takes at its peak beyond what was there: activations, gradients, states."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    # What earlier runs freed would serve this one unseen.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    memory = Memory(device)
+    before = psutil.Process().memory_info().rss
+    run()
+    peak = memory.peak() * 2**20
+    memory.stop()
+    return max(0, round(peak - before))
+
+
 def measure(point: Point, device: torch.device, least: int, seconds: float) -> list[dict[str, Any]]:
     """Rows of all candidates, measured in turns."""
     problem, clock = Problem(point, device), Clock(device)
@@ -106,6 +132,7 @@ def measure(point: Point, device: torch.device, least: int, seconds: float) -> l
                 peak[name] = torch.cuda.max_memory_allocated()
         if len(taken["library"]) == 50:
             break
+    grown = {name: growth(run, device) for name, run in runs.items()}
     found = []
     for name, each in taken.items():
         steps = problem.config.steps if point.operation == "train" and "new" not in name else 1
@@ -124,6 +151,7 @@ def measure(point: Point, device: torch.device, least: int, seconds: float) -> l
                 "compile_s": (first[name] - spread.p50) / 1e3 if compiled else None,
                 "error": error if name == "library" else None,
                 "peak_bytes": peak.get(name),
+                "step_bytes": grown[name],
                 "flops": flops,
                 "matmul_flops_per_s": rate,
             }
@@ -165,6 +193,8 @@ def cells(point: Candidates) -> Iterator[str]:
     for name in point:
         if name != "library":
             yield f"{name} {times(point, name):.2f}x"
+    own, plain = (point[name]["step_bytes"] / 2**20 for name in ("library", "plain"))
+    yield f"{own:,.0f} MiB beside {plain:,.0f}"
     error = point["library"]["error"]
     if error is not None:
         yield f"error {error:.1g}"

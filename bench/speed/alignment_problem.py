@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from realera_fast import embedded, fuse, unfuse
 from realera_fast.alignment import AlignmentConfig, Points, Trainer, Window, WindowFiller, loss_of
 from realera_fast.alignment.adversary import adversary_of
+from realera_fast.alignment.denoisers import ClosedForm, new_factors, sampler_of, shared_denoiser
+from realera_fast.embedded.flow import load_flow
 from realera_fast.mining import MiningConfig, Region
-from realera_fast.models import projections
+from realera_fast.models import TEXT_STREAM, Stream, is_joint, projections
 from realera_fast.runtime import Processes, progress_bar
 from realera_fast.solver import ConceptMap
 from realera_fast.text import AlignedPrompts
-from realera_fast.unet import DDIMSampler, LoraParameters, SharedUNet
 
+FLOW = "embedded flow"
+"""The sibling with joint attention: a step's prompts have the pooled vector as their last row."""
 TOKENS = 77
 BEYOND = Region(-1.0, 0.5, 1.6)
 IMAGE_STEPS = 20
@@ -45,7 +49,9 @@ class Point:
 
 
 def model_of(name: str) -> nn.Module:
-    """The U-Net; Stable Diffusion's has random weights."""
+    """The denoiser; Stable Diffusion's has random weights."""
+    if name == FLOW:
+        return load_flow().transformer
     if name == "embedded":
         return embedded.load_pipeline().unet
     from diffusers import UNet2DConditionModel
@@ -61,10 +67,11 @@ class Problem:
         from diffusers import DDIMScheduler
 
         self.point, self.device = point, device
-        self.unet: Any = model_of(point.model).to(device, point.dtype).eval()
-        self.width = next(iter(projections(self.unet).values())).in_features
+        self.model: Any = model_of(point.model).to(device, point.dtype).eval()
+        self.is_joint = is_joint(self.model)
+        self.width = next(iter(projections(self.model).values())).in_features
         generator = torch.Generator().manual_seed(0)
-        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        channels, size = self.model.config.in_channels, self.model.config.sample_size
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(sizes, generator=generator).to(device)
@@ -79,8 +86,13 @@ class Problem:
         self.sizes = (config.batch_size, config.beyond_size, config.preserve_size)
         self.scales = (1.0, config.beyond_scale, config.preserve_scale)
         self.rows = sum(self.sizes)
-        left = 0.1 * normal(self.width, 8) / self.width**0.5
-        self.map = ConceptMap(left.cpu(), normal(8, self.width).cpu())
+        widths: dict[Stream, int] = {"sequence": self.width}
+        if self.is_joint:
+            widths["pooled"] = self.model.config.pooled_projection_dim
+        self.maps = {
+            stream: ConceptMap(0.1 * normal(width, 8).cpu() / width**0.5, normal(8, width).cpu())
+            for stream, width in widths.items()
+        }
         self.latents = normal(self.rows, channels, size, size)
         self.timesteps = torch.randint(0, 1000, (self.rows,), generator=generator).to(device)
         self.student = normal(self.rows, TOKENS, self.width).to(point.dtype)
@@ -101,26 +113,22 @@ class Problem:
         self.scheduler.set_timesteps(config.sampling_steps)
 
     def trainer(self, compiled: bool = False) -> Trainer:
-        unet = copy.deepcopy(self.unet).requires_grad_(False)
-        lora = LoraParameters(
-            projections(unet),
-            {},
-            r=self.config.r,
-            lora_alpha=self.config.lora_alpha,
-            seed=0,
-            device=self.device,
-        )
-        shared = SharedUNet(unet, self.map, lora, compiled=compiled)
-        adversary = adversary_of(shared, self.config, MiningConfig())
-        return Trainer(shared, self.config, adversary, seed=0, processes=Processes())
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        config = dataclasses.replace(self.config, compile=compiled)
+        lora = new_factors(model, config, 0)
+        shared = shared_denoiser(model, ClosedForm(self.maps), lora, config)
+        adversary = adversary_of(shared, config, MiningConfig())
+        return Trainer(shared, config, adversary, seed=0, processes=Processes())
 
     def loop(self, compiled: bool = False) -> PlainLoop:
+        names = self.config.target_modules
         return PlainLoop(
-            copy.deepcopy(self.unet),
-            self.map,
+            copy.deepcopy(self.model),
+            self.maps,
             r=self.config.r,
             lora_alpha=self.config.lora_alpha,
             learning_rate=self.config.learning_rate,
+            target_modules=[TEXT_STREAM[n] if self.is_joint else n for n in names],
             compiled=compiled,
         )
 
@@ -172,14 +180,8 @@ class Problem:
 
     def library_train(self) -> Callable[[], Any]:
         trainer, config = self.trainer(), self.config
-        sampler = DDIMSampler(
-            trainer.shared,
-            self.scheduler,
-            self.empty,
-            steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale,
-            latent_size=None,
-            batch_size=config.sampling_batch_size,
+        sampler = sampler_of(
+            trainer.shared, self.scheduler, self.empty, config, config.sampling_steps
         )
         filler = WindowFiller(
             sampler,
@@ -241,7 +243,7 @@ class Problem:
         return run
 
     def image(self, fused: bool) -> Callable[[], Any]:
-        unet = copy.deepcopy(self.unet)
+        unet = copy.deepcopy(self.model)
         unet = fuse(unet) if fused else unfuse(unet)
         states = torch.cat([self.empty, self.preserve[:1]]).to(self.point.dtype)
         scheduler = copy.deepcopy(self.scheduler)

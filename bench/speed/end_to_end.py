@@ -13,28 +13,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from harness.provenance import provenance
 from harness.rows import file_for, measured
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from realera_fast import Concept, EraseConfig, embedded, erase
 from speed.full_size import Memory, stages
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What is erased from, and what reads its prompts."""
-
-    unet: Any
-    text_encoders: list[Any]
-    tokenizers: list[Any]
-    scheduler: Any
+from speed.models import Parts, embedded_parts, random_parts
 
 
 @dataclass(frozen=True)
@@ -49,71 +39,6 @@ class Point:
     @property
     def title(self) -> str:
         return f"{self.model}, {self.call} call, {self.concepts} concepts"
-
-
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-"""Of stabilityai/stable-diffusion-xl-base-1.0, which differs from the class's defaults there."""
-
-
-def _clip(kind: Any, width: int, layers: int, heads: int) -> Any:
-    return kind(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            projection_dim=width,
-        )
-    )
-
-
-def stable_diffusion_1() -> tuple[Any, list[Any]]:
-    """U-Net and text encoder of CompVis/stable-diffusion-v1-4."""
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    return unet, [_clip(CLIPTextModel, 768, 12, 12)]
-
-
-def stable_diffusion_xl() -> tuple[Any, list[Any]]:
-    """U-Net and text encoders of stabilityai/stable-diffusion-xl-base-1.0."""
-    first = _clip(CLIPTextModel, 768, 12, 12)
-    return UNet2DConditionModel(**SDXL), [first, _clip(CLIPTextModelWithProjection, 1280, 32, 20)]
-
-
-def random_parts(build: Callable[[], tuple[Any, list[Any]]], device: torch.device) -> Parts:
-    """A model with random weights on a device."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            unet, encoders = build()
-    finally:
-        torch.set_default_dtype(before)
-    tokenizer = embedded.load_pipeline().tokenizer
-    tokenizer.model_max_length = 77
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return Parts(
-        unet.eval(), [e.eval() for e in encoders], [tokenizer for _ in encoders], scheduler
-    )
-
-
-def embedded_parts() -> Parts:
-    """The model that ships with the library."""
-    pipe = embedded.load_pipeline()
-    return Parts(pipe.unet, [pipe.text_encoder], [pipe.tokenizer], pipe.scheduler)
 
 
 def whole(
@@ -132,15 +57,14 @@ def whole(
             "peak_mb": round(peak),
         }
 
-    many = len(parts.text_encoders) > 1
     memory.peak()
     with stages(memory) as heard:
         started = time.perf_counter()
         erasure = erase(
             parts.unet,
-            tuple(parts.text_encoders) if many else parts.text_encoders[0],
+            parts.text_encoder,
             [Concept(name) for name in names],
-            tokenizer=tuple(parts.tokenizers) if many else parts.tokenizers[0],
+            tokenizer=parts.tokenizer,
             scheduler=parts.scheduler,
             config=config,
             progress=False,
@@ -169,8 +93,8 @@ def main(arguments: argparse.Namespace) -> int:
     builders: dict[str, Callable[[], Parts]] = {"embedded": embedded_parts}
     if device.type == "cuda":
         builders = {
-            "SD 1.4": lambda: random_parts(stable_diffusion_1, device),
-            "SDXL": lambda: random_parts(stable_diffusion_xl, device),
+            model: partial(random_parts, model, device, torch.bfloat16)
+            for model in ("SD 1.4", "SDXL")
         }
     calls = (("first", 1),) if arguments.quick else (("first", 1), ("later", 1), ("later", 10))
     points = [Point(model, *call) for model in builders for call in calls]

@@ -1,10 +1,9 @@
-"""Erasing from Stable Diffusion 1.4 at full size: seconds and peak memory of whole calls.
+"""Closed forms of models at full size: seconds and peak memory of whole calls.
 
-The architecture is that of CompVis/stable-diffusion-v1-4 (U-Net, CLIP ViT-L/14 text encoder) with
-CLIP's tokenizer; the weights are random, so that nothing has to be downloaded: time and memory
-hardly depend on them. The library's closed form is called for the first time with a text encoder,
-whose words it then reads, and again; beside it stand the baselines' whole scripts with their
-authors' settings. What erasing does is measured elsewhere.
+The library is called for the first time with a text encoder, whose words it then reads, and again;
+beside it stand the baselines' whole scripts with their authors' settings. On a CPU a method's next
+count is left out where the last one says that it would take longer than a quarter of an hour. What
+erasing does is measured elsewhere.
 """
 
 from __future__ import annotations
@@ -16,38 +15,54 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import psutil
 import torch
-from baselines import mace, rece, uce
-from diffusers import UNet2DConditionModel
+from baselines import mace, oce, rece, uce
 from harness.provenance import provenance
 from harness.rows import file_for, measured
 from harness.tables import DEFAULT
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from realera_fast import Concept, EraseConfig, Erasure, embedded, erase
+from realera_fast.models import streams, text_streams
+from speed.models import MODELS, Parts, random_parts
 
-_SECONDS_ON_A_CPU = frozenset(
-    (
-        (DEFAULT, 1),
-        *(("UCE", count) for count in (1, 10, 100)),
-        *(("RECE", count) for count in (1, 10, 100)),
-    )
-)
-"""What is measured there; the others take minutes each."""
-BASELINES: Mapping[str, ModuleType] = {"UCE": uce, "RECE": rece, "MACE, closed form": mace}
+LIBRARY = (("first", 1), *(("later", count) for count in (1, 10, 100, 1000)))
+"""Calls of the library; a first one of more concepts takes what reading the words adds to one."""
+COUNTS = (1, 10, 100, 1000)
+LONGEST = 900.0
+"""Seconds; no point is begun on a CPU that is expected to take longer."""
+Script = Callable[[Parts, list[Concept]], Any]
+"""What a method does with a model."""
+
+
+def _of_unets(module: Any) -> Script:
+    return lambda parts, concepts: module.erase(parts, concepts, module.Settings())
+
+
+def _uce_entries(parts: Parts, concepts: list[Concept]) -> None:
+    texts = text_streams(parts.denoiser, parts.text_encoder, parts.tokenizer)
+    uce.erase_entries(parts.denoiser, texts, concepts, uce.Settings())
+
+
+OF_UNETS: Mapping[str, Script] = {
+    "UCE": _of_unets(uce),
+    "OCE": _of_unets(oce),
+    "RECE": _of_unets(rece),
+    "MACE, closed form": _of_unets(mace),
+}
+OF_TRANSFORMERS: Mapping[str, Script] = {"UCE": _uce_entries}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One call."""
 
+    model: str
     method: str
     call: str
     """Of the library the "first" with a text encoder or a "later" one; of a baseline "every" one,
@@ -57,7 +72,25 @@ class Point:
 
     @property
     def title(self) -> str:
-        return f"{self.method}, {self.call} call, {self.concepts} concepts, {self.dtype}"
+        return (
+            f"{self.model}, {self.method}, {self.call} call, {self.concepts} concepts, {self.dtype}"
+        )
+
+
+def points(models: Sequence[str], device: torch.device) -> Iterator[Point]:
+    """All calls, model by model."""
+    for model in models:
+        scripts = OF_TRANSFORMERS if model == "FLUX" else OF_UNETS
+        # T5-XXL in float32 and what it computes with do not fit in the memory of most machines.
+        dtypes = ("bfloat16",) if model == "FLUX" else ("float32",)
+        if device.type == "cuda":
+            dtypes = ("float32", "float16")
+        for dtype in dtypes:
+            for call, count in LIBRARY:
+                yield Point(model, DEFAULT, call, count, dtype)
+            for method in scripts:
+                for count in COUNTS:
+                    yield Point(model, method, "every", count, dtype)
 
 
 class Memory:
@@ -119,58 +152,64 @@ def stages(memory: Memory) -> Iterator[_Stages]:
 
 
 class Bench:
-    """The model, built once."""
+    """One model at a time, and how long each method took on it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        torch.manual_seed(0)
-        with torch.device(device):
-            unet: Any = UNet2DConditionModel(cross_attention_dim=768).eval()
-            encoder = CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=49408,
-                    hidden_size=768,
-                    intermediate_size=3072,
-                    num_hidden_layers=12,
-                    num_attention_heads=12,
-                )
-            ).eval()
-        tokenizer = embedded.load_pipeline().tokenizer
-        tokenizer.model_max_length = 77
-        self.pipe = SimpleNamespace(unet=unet, text_encoder=encoder, tokenizer=tokenizer)
         self.names = [thing.name for thing in embedded.words().things]
+        words = embedded.load_pipeline().tokenizer.get_vocab()
+        known = sorted(words, key=lambda token: words[token])
+        plain = (t.removesuffix("</w>") for t in known if t.endswith("</w>"))
+        self.names += [w for w in plain if w.isalpha() and len(w) > 3 and w not in self.names]
         self.memory = Memory(device)
+        self._built: tuple[str, str] | None = None
+        self._parts: Parts
+        self._took: dict[tuple[str, str, str], tuple[int, float]] = {}
 
     def measure(self, point: Point) -> list[dict[str, Any]]:
-        dtype = getattr(torch, point.dtype)
-        self.pipe.unet, self.pipe.text_encoder = (
-            part.to(dtype) for part in (self.pipe.unet, self.pipe.text_encoder)
-        )
+        key = (point.model, point.method, point.dtype)
+        count, took = self._took.get(key, (1, 0.0))
+        if self.device.type == "cpu" and took * point.concepts / count > LONGEST:
+            print(f"{point.title}: would take longer than {LONGEST:.0f} s", flush=True)
+            return []
+        if self._built != (point.model, point.dtype):
+            self._parts = None  # type: ignore[assignment]
+            self._parts = random_parts(point.model, self.device, getattr(torch, point.dtype))
+            self._built = (point.model, point.dtype)
         # No call reads the words of another one's concepts.
         names = self.names[:1] if point.call == "first" else self.names[1:][: point.concepts]
         concepts = [Concept(name) for name in names]
         self.memory.peak()
-        if point.method in BASELINES:
-            return [self._of_baseline(point, concepts)]
-        return self._of_library(point, concepts)
+        if point.method == DEFAULT:
+            rows = self._of_library(point, concepts)
+        else:
+            rows = [self._of_script(point, concepts)]
+        whole = next(row["seconds"] for row in rows if row["stage"] == "all")
+        self._took[key] = (point.concepts, whole)
+        return rows
 
-    def _of_baseline(self, point: Point, concepts: list[Concept]) -> dict[str, Any]:
-        module = BASELINES[point.method]
-        weights = {k: v.clone() for k, v in self.pipe.unet.state_dict().items() if ".attn2." in k}
+    def _of_script(self, point: Point, concepts: list[Concept]) -> dict[str, Any]:
+        parts = self._parts
+        maps = {name: parts.denoiser.get_submodule(name).weight for name in streams(parts.denoiser)}
+        kept = {name: weight.detach().clone() for name, weight in maps.items()}
+        script = (OF_TRANSFORMERS if point.model == "FLUX" else OF_UNETS)[point.method]
         started = time.perf_counter()
-        module.erase(self.pipe, concepts, module.Settings())
+        script(parts, concepts)
         row = self._row(point, "all", time.perf_counter() - started, self.memory.peak())
-        self.pipe.unet.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            for name, weight in kept.items():
+                maps[name].copy_(weight)
         return row
 
     def _of_library(self, point: Point, concepts: list[Concept]) -> list[dict[str, Any]]:
+        parts = self._parts
         with stages(self.memory) as heard:
             started = time.perf_counter()
             erasure = erase(
-                self.pipe.unet,
-                self.pipe.text_encoder,
+                parts.denoiser,
+                parts.text_encoder,
                 concepts,
-                tokenizer=self.pipe.tokenizer,
+                tokenizer=parts.tokenizer,
                 config=EraseConfig.fast(),
                 progress=False,
             )
@@ -184,7 +223,7 @@ class Bench:
         rows.append(every | {"neighbors": mined})
         rows += self._files(point, erasure)
         started = time.perf_counter()
-        erasure.restore_(self.pipe.unet)
+        erasure.restore_(parts.denoiser)
         rows.append(self._row(point, "restore_", time.perf_counter() - started, self.memory.peak()))
         return rows
 
@@ -192,8 +231,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             for name, save in (
                 ("save", lambda path: erasure.save(path)),
-                ("save_lora", lambda path: erasure.save_lora(path, self.pipe.unet)),
-                ("save_weights", lambda path: erasure.save_weights(path, self.pipe.unet)),
+                ("save_lora", lambda path: erasure.save_lora(path, self._parts.denoiser)),
+                ("save_weights", lambda path: erasure.save_weights(path, self._parts.denoiser)),
             ):
                 path = Path(folder) / f"{name}.safetensors"
                 started = time.perf_counter()
@@ -203,7 +242,6 @@ class Bench:
 
     def _row(self, point: Point, stage: str, seconds: float, peak: float) -> dict[str, Any]:
         return {
-            "model": "SD 1.4",
             **dataclasses.asdict(point),
             "stage": stage,
             "seconds": round(seconds, 4),
@@ -216,31 +254,21 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         size = f", {row['file_mb']:.1f} MB" if "file_mb" in row else ""
         yield (
-            f"{row['method']:>18}, {row['call']:5} {row['concepts']:3} {row['stage']:>16}: "
-            f"{row['seconds']:8.2f} s, {row['peak_mb']:,} MiB{size}"
+            f"{row['model']:>6}, {row['method']:>16}, {row['call']:5} {row['concepts']:4} "
+            f"{row['stage']:>16}: {row['seconds']:8.2f} s, {row['peak_mb']:,} MiB{size}"
         )
 
 
 def main(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = ("float32", "float16") if device.type == "cuda" else ("float32",)
-    points = [
-        Point(method, call, concepts, dtype)
-        for dtype in dtypes
-        for method, call, concepts in (
-            (DEFAULT, "first", 1),
-            *((DEFAULT, "later", count) for count in (1, 10, 100)),
-            *((name, "every", count) for name in BASELINES for count in (1, 10, 100)),
-        )
-        if device.type == "cuda" or (method, concepts) in _SECONDS_ON_A_CPU
-    ]
+    asked = list(points(arguments.model or list(MODELS), device))
     with tempfile.TemporaryDirectory() as folder:
         # What an earlier run kept of this text encoder is none of this one's.
         kept = mock.patch("huggingface_hub.cached_assets_path", lambda *parts: _in(folder, *parts))
         with kept:
             bench = Bench(device)
             measured(
-                points[:2] if arguments.quick else points,
+                asked[:2] if arguments.quick else asked,
                 bench.measure,
                 lines,
                 provenance(arguments.threads),

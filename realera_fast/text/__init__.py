@@ -7,12 +7,13 @@ from realera_fast.text.concept_file import ConceptFileError, read_concepts
 from realera_fast.text.concepts import KINDS, Concept, check_names, parse_concept, parse_concepts
 
 if TYPE_CHECKING:
+    from realera_fast.text.concept_prompts import ConceptPrompts, WithFound
     from realera_fast.text.encoders import Output, Text, TextModel
     from realera_fast.text.free_prompts import FreePrompts
     from realera_fast.text.joined import JoinedText, TextInSections, TextWithPooled
     from realera_fast.text.lexicon import Lexicon, run_together
     from realera_fast.text.padding import read_text_rows
-    from realera_fast.text.prompts import AlignedPrompts, ConceptPrompts, WithFound, align
+    from realera_fast.text.prompts import AlignedPrompts, align
     from realera_fast.text.templates import PairsConfig, before_word, fill
     from realera_fast.text.token_words import TokenWords, read_token_words, whole_words
     from realera_fast.text.vocabulary import (
@@ -33,7 +34,8 @@ else:
             "lexicon": ("Lexicon", "run_together"),
             "joined": ("JoinedText", "TextInSections", "TextWithPooled"),
             "padding": ("read_text_rows",),
-            "prompts": ("AlignedPrompts", "ConceptPrompts", "WithFound", "align"),
+            "prompts": ("AlignedPrompts", "align"),
+            "concept_prompts": ("ConceptPrompts", "WithFound"),
             "templates": ("PairsConfig", "before_word", "fill"),
             "token_words": ("TokenWords", "read_token_words", "whole_words"),
             "vocabulary": (

@@ -15,24 +15,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from realera_fast.runtime import folded
-from realera_fast.text.concepts import Concept
 from realera_fast.text.encoders import Span, Text
-from realera_fast.text.free_prompts import FreePrompts
 from realera_fast.text.padding import (
     first_row_weights,
     read_rows,
     row_weights,
     shared_paddings,
 )
-from realera_fast.text.templates import PairsConfig, before_word, fill, prompts_of
+from realera_fast.text.templates import before_word, fill, prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +57,25 @@ class AlignedPrompts:
     found: int = 0
     """How many of the prompts, the last ones, were found by attacking the edited model (count).
     What they bring back is what the original model draws for the plain prompt."""
+
+    def first(self) -> AlignedPrompts:
+        """The same word in the first of its prompts, as far as that has rows of weight."""
+        used = (self.weight[0] > 0).nonzero()
+        stop = int(used[-1]) + 1 if len(used) else 0
+
+        def part(rows: Tensor) -> Tensor:
+            return rows[:1, :stop].clone()
+
+        return AlignedPrompts(
+            self.word,
+            self.prompts[:1],
+            self.anchor_prompts[:1],
+            part(self.source),
+            part(self.destination),
+            part(self.anchor)[:, :0],
+            part(self.weight),
+            0,
+        )
 
     def with_found(self, other: AlignedPrompts) -> AlignedPrompts:
         """The same word in prompts that were found as well."""
@@ -197,13 +213,13 @@ def align(
     Raises:
         ValueError: the word fits in no template; the message says what would be cut.
     """
-    aim = _Aim(anchor, tuple(neutral))
-    plan = _plan(text, word, aim, templates, context, number=number, mined=mined)
-    return _aligned(text, plan, aim, read_rows(text, plan.prompts, plan.paddings), {})
+    aim = Aim(anchor, tuple(neutral))
+    plan = plan_of(text, word, aim, templates, context, number=number, mined=mined)
+    return aligned(text, plan, aim, read_rows(text, plan.prompts, plan.paddings), {})
 
 
 @dataclass(frozen=True)
-class _Aim:
+class Aim:
     """What words become."""
 
     anchor: str | None
@@ -218,7 +234,7 @@ class _Aim:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is read of a word."""
 
     word: str
@@ -229,16 +245,16 @@ class _Plan:
     """What the padding of each weighs, and that of the anchor's prompts (`padding.read_rows`)."""
 
 
-def _plan(
+def plan_of(
     text: Text,
     word: str,
-    aim: _Aim,
+    aim: Aim,
     templates: Sequence[str],
     context: Sequence[str],
     *,
     number: int | None,
     mined: bool,
-) -> _Plan:
+) -> Plan:
     """Prompts of a word that fit; as `align`."""
     kept = []
     cut = ""
@@ -257,12 +273,10 @@ def _plan(
         )
     filled = tuple((template, extra) for _, template, extra in kept)
     paddings = _paddings(filled, number, mined)
-    return _Plan(word, tuple(prompt for prompt, _, _ in kept), filled, paddings)
+    return Plan(word, tuple(prompt for prompt, _, _ in kept), filled, paddings)
 
 
-def _aligned(
-    text: Text, plan: _Plan, aim: _Aim, source: Tensor, memo: AnchorMemo
-) -> AlignedPrompts:
+def aligned(text: Text, plan: Plan, aim: Aim, source: Tensor, memo: AnchorMemo) -> AlignedPrompts:
     """A word beside its anchor.
 
     Args:
@@ -304,193 +318,3 @@ def _aligned(
         weight.to(source.device, torch.float32),
         plain,
     )
-
-
-_ANCHOR_BYTES = 1 << 30
-"""Encoded anchors of so many bytes are kept at a time, and one more."""
-_MINED_TEMPLATES = 3
-"""Templates in which a mined word is read, others for each word (count; ours): its rows are summed,
-and those of one word in many templates tell little more."""
-_KEPT_BYTES = 1 << 28
-"""Prompts of so many bytes are kept, so that the report need not encode them again."""
-_FREE_TOKENS = 3
-"""Vectors that an attack has at least, where so many fit into the prompt (count; ours)."""
-_TOGETHER = 1 << 23
-"""Numbers of embeddings of mined words that are read together: short prompts are slow alone."""
-
-
-class ConceptPrompts(Sequence[AlignedPrompts]):
-    """Prompts of all words of all concepts, encoded when asked for; kept if they take little.
-
-    The named words come first, concept by concept, then the mined neighbor words. Memory is bounded
-    however many concepts there are; words of one concept are best asked for one after the other, as
-    they share its anchor.
-    """
-
-    def __init__(
-        self,
-        text: Text,
-        concepts: Sequence[Concept],
-        neighbors: Mapping[str, Sequence[str]],
-        config: PairsConfig,
-        *,
-        avoid: Sequence[str] = (),
-        words: Sequence[str] = (),
-        anchors: Mapping[str, Sequence[str]] | None = None,
-        whole: bool = True,
-    ) -> None:
-        """
-        Args:
-            neighbors: mined words by target.
-            whole: read all padding, as whoever draws from the prompts must; else as much of it as
-                sums of rows need.
-            anchors: words whose average concepts become, by target.
-            words: what `{word}` templates and the mean word are made of.
-            avoid: words that stand neither in `{word}` templates nor in the mean word, such as the
-                concepts' own neighbors.
-        """
-        self._text, self._config, self.concepts = text, config, tuple(concepts)
-        left_out = {folded(w) for w in (*avoid, *(w for c in concepts for w in c.words))}
-        usable = [w for w in words if folded(w) not in left_out]
-        self._context = _spread(usable, config.context_words)
-        self._neutral = _spread(usable, config.neutral_words)
-        named = [(i, word) for i, concept in enumerate(concepts) for word in concept.words]
-        self.named = len(named)
-        """How many of the words were named."""
-        self._words = named + [
-            (i, word)
-            for i, concept in enumerate(concepts)
-            for word in neighbors.get(concept.target, ())
-        ]
-        self._numbers: list[list[int]] = [[] for _ in concepts]
-        for number, (owner, _) in enumerate(self._words):
-            self._numbers[owner].append(number)
-        self._memo: AnchorMemo = {}
-        self._anchors, self._whole = anchors or {}, whole
-        self._kept: dict[int, AlignedPrompts] = {}
-        self._bytes = 0
-        self._ahead: dict[int, AlignedPrompts] = {}
-
-    def __len__(self) -> int:
-        return len(self._words)
-
-    def __getitem__(self, number: Any) -> Any:
-        number = range(len(self))[number]
-        if number in self._kept:
-            return self._kept[number]
-        if number not in self._ahead:
-            self._ahead = self._read_from(number)
-        found = self._ahead.pop(number)
-        size = 3 * found.source.numel() * found.source.element_size()
-        if self._bytes + size <= _KEPT_BYTES:
-            self._kept[number] = found
-            self._bytes += size
-        return found
-
-    def _read_from(self, number: int) -> dict[int, AlignedPrompts]:
-        """A word's prompts and, of mined ones, those of the next few of the same concept."""
-        text, concept, aim = self._text, self.concept(number), self._aim(number)
-        named = number < self.named
-        templates = self._config.of(concept.kind)
-        # A mined word stands for itself, and there are many: no context is put beside it.
-        plain = tuple(t for t in templates if "{word}" not in t) or templates
-        few = max(1, _TOGETHER // (len(plain) * text.max_tokens * text.width))
-        # Whoever draws asks for words in any order.
-        last = number if named or self._whole else number + few - 1
-        numbers = [n for n in self._numbers[self._words[number][0]] if number <= n <= last]
-        plans = [
-            _plan(
-                text,
-                self._words[n][1],
-                aim,
-                templates if named else plain if self._whole else self._in_turns(plain, n, aim),
-                self._context,
-                number=None if self._whole else n,
-                mined=not named,
-            )
-            for n in numbers
-        ]
-        prompts = [prompt for plan in plans for prompt in plan.prompts]
-        paddings = [p for plan in plans for p in plan.paddings or [1.0] * len(plan.prompts)]
-        rows = read_rows(text, prompts, paddings).split([len(plan.prompts) for plan in plans])
-        if sum(a.hidden.nbytes for found in self._memo.values() for a in found) > _ANCHOR_BYTES:
-            self._memo.clear()
-        return {
-            n: _aligned(text, plan, aim, source, self._memo)
-            for n, plan, source in zip(numbers, plans, rows, strict=True)
-        }
-
-    def _aim(self, number: int) -> _Aim:
-        concept = self.concept(number)
-        chosen = self._anchors.get(concept.target, ())
-        only = chosen[0] if len(chosen) == 1 else None
-        return _Aim(only if chosen else concept.destination, tuple(chosen) or self._neutral)
-
-    def free(self, number: int, count: int) -> FreePrompts:
-        """So many prompts that say a word most plainly, for an attack to begin with.
-
-        Of a short name an attack has more vectors than it has tokens: it stands there repeatedly.
-        """
-        text, longest = self._text, self._aim(number).longest
-        word = self._words[number][1]
-        times = -(-_FREE_TOKENS // max(1, len(text.token_ids(word))))
-        templates = self._config.of(self.concept(number).kind)
-        plain = [t for t in templates if "{word}" not in t] or ["{}"]
-        for name in (" ".join([word] * times), word):
-            fits = [t for t in plain if not any(text.overflow(fill(t, x)) for x in (name, longest))]
-            if fits:
-                break
-        return FreePrompts.of(text, max(fits or plain, key=len), name, count)
-
-    @torch.no_grad()
-    def found(self, number: int, prompts: FreePrompts) -> AlignedPrompts:
-        """Free prompts beside the anchor of the word they bring back; each weighs 1."""
-        text, count = self._text, len(prompts)
-        filled = ((prompts.template, ""),) * count
-        plan = _Plan(prompts.word, (prompts.prompt,) * count, filled, None)
-        rows = _aligned(text, plan, self._aim(number), text.encode_free(prompts), {})
-        return replace(rows, weight=count * rows.weight, found=count)
-
-    def _in_turns(self, templates: tuple[str, ...], number: int, aim: _Aim) -> tuple[str, ...]:
-        """Some of the templates that a mined word and its aim fit into."""
-        words = (self._words[number][1], aim.longest)
-        fits = tuple(
-            t for t in templates if not any(self._text.overflow(fill(t, w)) for w in words)
-        )
-        fits = fits or templates
-        turned = fits[number % len(fits) :] + fits[: number % len(fits)]
-        return turned[:_MINED_TEMPLATES]
-
-    def concept(self, number: int) -> Concept:
-        """Whose word an item is of."""
-        return self.concepts[self._words[number][0]]
-
-    def numbers(self, concept: int) -> list[int]:
-        """Items of the concept of that place, named words first; they share an anchor."""
-        return self._numbers[concept]
-
-
-class WithFound(Sequence[AlignedPrompts]):
-    """Prompts of words, and beside them those that were found for some of the words."""
-
-    def __init__(self, prompts: ConceptPrompts, found: Mapping[int, AlignedPrompts]) -> None:
-        """
-        Args:
-            found: by number of the word.
-        """
-        self._prompts, self._found = prompts, found
-        self.named = prompts.named
-        """How many of the words were named."""
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def __getitem__(self, number: Any) -> Any:
-        number = range(len(self))[number]
-        word = self._prompts[number]
-        return word.with_found(self._found[number]) if number in self._found else word
-
-
-def _spread(words: Sequence[str], count: int) -> tuple[str, ...]:
-    """`count` of the words, evenly over the list."""
-    return tuple(words[:: max(1, len(words) // max(1, count))][:count])

@@ -108,7 +108,12 @@ def plain(dtype: torch.dtype, targets=("to_k", "to_v")) -> dict[str, Tensor]:
     unet = tiny_unet(WIDTH).to(dtype)
     shared = shared_unet(copy.deepcopy(unet), targets=targets)
     loop = PlainLoop(
-        unet, concept_map(), r=RANK, lora_alpha=ALPHA, learning_rate=1.0, target_modules=targets
+        unet,
+        {"sequence": concept_map()},
+        r=RANK,
+        lora_alpha=ALPHA,
+        learning_rate=1.0,
+        target_modules=targets,
     )
     with torch.no_grad():
         for name, factors in shared.lora.factors().items():

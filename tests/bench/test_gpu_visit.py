@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from speed import end_to_end
+from speed import end_to_end, models
 from speed.full_size import Memory
 from tiny_erase import CONFIG
 from tiny_models import tiny_pipeline
@@ -118,7 +118,7 @@ def test_nothing_begins_when_the_time_is_over(tmp_path: Path, path: str) -> None
 def test_rows_of_a_whole_erasure_name_every_stage() -> None:
     pipe = tiny_pipeline()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    parts = end_to_end.Parts(pipe.unet, [pipe.text_encoder], [pipe.tokenizer], pipe.scheduler)
+    parts = models.Parts(pipe.unet, (pipe.text_encoder,), (pipe.tokenizer,), pipe.scheduler)
     memory = Memory(torch.device("cpu"))
     point = end_to_end.Point("tiny", "first", 1)
     rows = end_to_end.whole(point, parts, ["cat=ship"], memory, CONFIG)
@@ -136,8 +136,9 @@ def test_rows_of_a_whole_erasure_name_every_stage() -> None:
 @pytest.mark.parametrize(
     ("build", "millions"),
     [
-        (end_to_end.stable_diffusion_1, [860, 123]),
-        (end_to_end.stable_diffusion_xl, [2567, 123, 695]),
+        (models.stable_diffusion_1, [860, 123]),
+        (models.stable_diffusion_xl, [2567, 123, 695]),
+        (models.flux, [546, 123, 4762]),
     ],
 )
 def test_models_are_as_large_as_the_real_ones(build, millions) -> None:

@@ -142,9 +142,9 @@ def test_five_hundred_concepts_take_no_more_memory_than_ten(tmp_path):
             "target,anchor\n" + "".join(f"{word},dog\n" for word in words[:count])
         )
     code = """
-from realera_fast.text import prompts
+from realera_fast.text import concept_prompts
 # What is kept so that the report need not encode it again has a budget of its own.
-prompts._KEPT_BYTES = 1 << 20
+concept_prompts._KEPT_BYTES = 1 << 20
 name, target = sys.argv[1:3]
 found = erase(FAMILIES["sd1"](), read_concepts(name), config=ONE, progress=True)
 found.save(target)

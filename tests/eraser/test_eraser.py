@@ -553,9 +553,9 @@ def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypa
 def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
     import weakref
 
-    from realera_fast.text import AlignedPrompts, prompts
+    from realera_fast.text import AlignedPrompts, concept_prompts
 
-    monkeypatch.setattr(prompts, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(concept_prompts, "_KEPT_BYTES", 0)
     living, most = weakref.WeakSet(), []
     made = AlignedPrompts.__init__
 

@@ -12,6 +12,7 @@ from realera_fast.text import (
     PairsConfig,
     TextModel,
     align,
+    concept_prompts,
     fill,
     read_text_rows,
 )
@@ -185,6 +186,25 @@ def test_mined_words_stand_in_some_of_the_templates_in_turns(text):
     named, ship, tree = (word.prompts for word in words)
     assert len(named) >= plain > len(ship) == len(tree) > 1
     assert {p.replace("ship", "") for p in ship} != {p.replace("tree", "") for p in tree}
+
+
+@pytest.mark.parametrize("room", [1 << 28, 0])
+def test_a_mined_word_is_measured_in_the_first_of_its_templates(text, room, monkeypatch):
+    monkeypatch.setattr(concept_prompts, "_KEPT_BYTES", room)
+    words = ConceptPrompts(
+        text, [Concept("cat", "dog")], {"cat": ("ship", "tree")}, PairsConfig(), whole=False
+    )
+    whole = list(words)
+    for number in (2, 1):
+        brief, full = words.brief(number), whole[number]
+        assert brief.prompts == full.prompts[:1] and brief.anchor_prompts == full.anchor_prompts[:1]
+        rows = full.weight[0] > 0
+        share = full.weight[0][rows] / full.weight[0].sum()
+        torch.testing.assert_close(brief.weight[brief.weight > 0] / brief.weight.sum(), share)
+        for name in ("source", "destination"):
+            seen = getattr(brief, name)[brief.weight > 0]
+            torch.testing.assert_close(seen, getattr(full, name)[0][rows])
+    assert words.brief(0).prompts == whole[0].prompts, "a named word is measured in all"
 
 
 def assert_read_in_part(text, part, whole):
