@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -30,7 +32,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def provenance(threads: int | None = None, *, cuda: bool | None = None) -> dict[str, Any]:
-    """Device, processor, threads, versions, commit and date.
+    """Device, processor, threads, versions, commit, code and date.
 
     Args:
         threads: as many as torch has unless said otherwise.
@@ -48,8 +50,25 @@ def provenance(threads: int | None = None, *, cuda: bool | None = None) -> dict[
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": None if status is None else bool(status),
+        "code": code_hash(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def code_hash() -> str:
+    """Twelve digits of the SHA-256 of the sources that decide what comes out: the package's, the
+    native library's, and those of the baselines and of the tables."""
+    digest = hashlib.sha256()
+    for folder in ("realera_fast", "csrc", "bench/baselines", "bench/quality"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in _SOURCES:
+                digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+_SOURCES = frozenset((".py", ".cpp", ".h", ".cu", ".cuh"))
 
 
 def where(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@
 
 Every method erases the same concepts, then draws the same prompts from the same seeds, and the
 embedded judge names what the pictures show. One row per method, erasure and seed is appended to
-bench/results/quality.jsonl (of a sweep: sweep.jsonl); rows that are there are not made again.
+bench/results/quality.jsonl (of a sweep: sweep.jsonl); rows that are there are not made again unless
+the method has other settings now. bench/results/settings.json says which a row's are.
 `bench/run.py publish` makes tables and plots of them.
 """
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,7 +153,7 @@ def run(table: str, arguments: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     present = read(out) if out.exists() else []
     present = [row for row in present if row.get("world", "") == world and row["table"] == table]
-    done = {(r["table"], r["method"], r["task"], r["seed"]) for r in present}
+    made = {(row["method"], row["task"], row["seed"]): row.get("settings") for row in present}
     studio = Studio(getattr(torch, arguments.dtype), arguments.world, arguments.denoiser)
     about["model"] = studio.fingerprint
     if any(row.get("model") != studio.fingerprint for row in present):
@@ -169,13 +171,56 @@ def run(table: str, arguments: argparse.Namespace) -> None:
         for name, method in chosen.items():
             if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
                 continue
-            left = [s for s in task.shots if (table, name, task.name, s) not in done]
+            of_method = {} if method is None else method.settings
+            settings = settings_key(of_method)
+            # A row without settings is of a time when none were written down.
+            keys = {s: made.get((name, task.name, s), "") for s in task.shots}
+            left = [s for s, key in keys.items() if key not in (None, settings)]
             if not left:
                 continue
-            found = [row | about for row in rows_of(studio, name, method, task, left)]
-            with out.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in found))
+            mark = about | {"settings": settings}
+            found = [row | mark for row in rows_of(studio, name, method, task, left)]
+            if method is not None:
+                note_settings(out.parent / "settings.json", settings, of_method)
+            put(out, found, stale=any(keys[seed] for seed in left))
             print(f"{task.name:12} {name:44} {_mean(found)}", flush=True)
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Twelve digits of the SHA-256 of a method's settings."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def note_settings(path: Path, key: str, settings: Mapping[str, Any]) -> None:
+    """Writes down what a row's `settings` stand for."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if key not in known:
+        lines = sorted((known | {key: settings}).items())
+        body = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, default=str)}" for k, v in lines)
+        path.write_text(f"{{\n{body}\n}}\n", encoding="utf-8")
+
+
+KEY = ("world", "table", "method", "task", "seed")
+"""What no two rows of a file share."""
+
+
+def put(out: Path, found: Sequence[Mapping[str, Any]], *, stale: bool) -> None:
+    """Appends rows to a file.
+
+    Args:
+        stale: whether the file has rows that these take the place of.
+    """
+    lines = "".join(json.dumps(row) + "\n" for row in found)
+    if not stale:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(lines)
+        return
+    new = {tuple(row.get(name) for name in KEY) for row in found}
+    kept = [row for row in read(out) if tuple(row.get(name) for name in KEY) not in new]
+    whole = out.with_suffix(".unfinished")
+    whole.write_text("".join(json.dumps(row) + "\n" for row in kept) + lines, encoding="utf-8")
+    whole.replace(out)
 
 
 def _mean(found: Sequence[Mapping[str, Any]]) -> str:
