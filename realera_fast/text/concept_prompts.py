@@ -133,7 +133,8 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         templates = self._config.of(concept.kind)
         # A mined word stands for itself, and there are many: no context is put beside it.
         plain = tuple(t for t in templates if "{word}" not in t) or templates
-        few = max(1, _TOGETHER // (len(plain) * text.max_tokens * text.width))
+        count = len(plain) if self._whole else min(most, len(plain))
+        few = max(1, _TOGETHER // (count * text.max_tokens * text.width))
         # Whoever draws asks for words in any order.
         last = number if named or self._whole else number + few - 1
         numbers = [n for n in self._numbers[self._words[number][0]] if number <= n <= last]

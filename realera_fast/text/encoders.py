@@ -25,6 +25,7 @@ from realera_fast.text.prompt_frame import PromptFrame, chat_frame, cleaned
 
 if TYPE_CHECKING:
     from realera_fast.text.free_prompts import FreePrompts
+from realera_fast.text.packing import PackedReader
 
 logger = logging.getLogger(__name__)
 
@@ -606,17 +607,9 @@ class TextModel:
         if not prompts:
             return torch.zeros(0, self.width, dtype=torch.float32, device=self.device)
         ids = self.tokenize(prompts)[0]
-        of_count: dict[int, list[int]] = {}
-        for place, count in enumerate(counts):
-            of_count.setdefault(count, []).append(place)
-        found: dict[int, Tensor] = {}
+        tokens = [row[:count] for row, count in zip(ids.tolist(), counts, strict=True)]
         with self._reading():
-            for count, places in of_count.items():
-                for part in _blocks(places, count * self.width):
-                    rows = ids[part, :count].to(self.device)
-                    states = self._states(rows, torch.ones_like(rows))
-                    for place, state in zip(part, states, strict=True):
-                        found[place] = state
+            found = dict(self._reader.rows(tokens))
         return self._finite(torch.cat([found[place] for place in range(len(prompts))]))
 
     @torch.no_grad()
@@ -658,6 +651,11 @@ class TextModel:
             self._reading(),
             progress_bar(total=len(prompts), desc="words", progress=progress) as bar,
         ):
+            if self.is_causal:
+                for place, states in self._reader.rows(ids):
+                    found[place] = states[-1]
+                    bar.update(1)
+                return self._finite(found)
             for length, places in of_length.items():
                 for part in _blocks(places, length * self.width):
                     given = torch.tensor([ids[place] for place in part], device=self.device)
@@ -742,9 +740,26 @@ class TextModel:
             prompt = cleaned(prompt)
         return prompt.lower().strip() if self._lowercase else prompt
 
-    def _states(self, ids: Tensor, mask: Tensor, *, alone: bool = False) -> Tensor:
+    @functools.cached_property
+    def _reader(self) -> PackedReader:
+        """Of a causal encoder."""
+        return PackedReader(
+            self._states,
+            longest=self.rows,
+            numbers=_BLOCK // 8,
+            like=self.input_embeddings,
+        )
+
+    def _states(
+        self, ids: Tensor, mask: Tensor, *, alone: bool = False, positions: Tensor | None = None
+    ) -> Tensor:
         """`[p, n, d]` states of tokens; of those of the instruction, which are not there where
-        prompts stand alone, the first."""
+        prompts stand alone, the first.
+
+        Args:
+            positions: `[p, n]` where tokens stand, if not one after the other; the mask is then
+                what is added to attention's scores.
+        """
         # A language model with a head gives logits in place of its last states.
         has_states = self.output == "penultimate" or self._has_head or bool(self._layers)
         options: dict[str, Any] = {"output_hidden_states": True} if has_states else {}
@@ -759,7 +774,10 @@ class TextModel:
             taken = ids.gather(1, places.clamp(0, count - 1))
             ids = torch.where(inside, taken, self.tokenizer.pad_token_id)
         try:
-            output = self.encoder(ids, attention_mask=mask if self._use_mask else None, **options)
+            if positions is not None:
+                options["position_ids"] = positions
+            is_used = self._use_mask or positions is not None
+            output = self.encoder(ids, attention_mask=mask if is_used else None, **options)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, NotImplementedError) as error:

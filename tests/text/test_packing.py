@@ -1,0 +1,93 @@
+"""Prompts that begin alike are read together, and are what they are alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_text_encoder, tiny_tokenizer
+
+from realera_fast.text import TextModel
+from realera_fast.text.packing import Pack, packs_of
+
+PROMPTS = [
+    template.format(word)
+    for template in ("a photo of a {}", "a painting of {}", "{}")
+    for word in ("cat", "kitten", "ship", "van gogh", "tree")
+]
+
+
+def seen_by(pack: Pack, number: int) -> list[int]:
+    return [pack.tokens[place] for place in pack.paths[number]]
+
+
+@pytest.mark.parametrize("longest", [6, 9, 40])
+def test_every_prompt_is_whole_in_one_pack(longest: int) -> None:
+    prompts = [p for n in range(1, 5) for p in itertools.product((7, 8, 9), repeat=n)]
+    prompts += [(1, 2, 3, 4, 5, 6), (7, 8), (1, 2, 3, 4, 5, 6)]
+    packs = packs_of(prompts, longest)
+    assert all(len(pack.tokens) <= longest for pack in packs)
+    assert sorted(n for pack in packs for n in pack.paths) == list(range(len(prompts)))
+    for pack in packs:
+        for number, path in pack.paths.items():
+            assert seen_by(pack, number) == list(prompts[number])
+            assert [pack.depths[place] for place in path] == list(range(len(path)))
+            assert [pack.parents[place] for place in path[1:]] == path[:-1]
+    assert sum(len(pack.tokens) for pack in packs) < sum(map(len, prompts))
+    assert packs_of([], longest) == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("output", ["last", "penultimate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_prompts_alone(attention: str, output: Any, dtype: torch.dtype) -> None:
+    encoder = tiny_text_encoder(dtype=dtype)
+    encoder.set_attn_implementation(attention)
+    text = TextModel(encoder, tiny_tokenizer(), output=output)
+    counts = [end + 2 for end in text.ends(PROMPTS)]
+    counts[3] = text.max_tokens
+    rows, last = text.first_rows(PROMPTS, counts), text.last_rows(PROMPTS)
+    assert text._reader._packs
+    whole = text.encode(PROMPTS)
+    expected = torch.cat([part[:count] for part, count in zip(whole, counts, strict=True)])
+    near = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(rows, expected, atol=near, rtol=near)
+    ends = torch.tensor(text.ends(PROMPTS))
+    torch.testing.assert_close(last, whole[torch.arange(len(whole)), ends], atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("fault", ["raises", "sees everything", "no places"])
+def test_an_encoder_that_takes_no_packs_reads_prompts_one_by_one(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_text_encoder()
+    text = TextModel(encoder, tiny_tokenizer())
+    expected = TextModel(encoder, tiny_tokenizer()).encode(PROMPTS)
+    forward = type(encoder).forward
+
+    def faulty(self: Any, ids: Any, attention_mask: Any = None, **options: Any) -> Any:
+        if "position_ids" in options:
+            if fault == "raises":
+                raise TypeError("no masks of four dimensions")
+            if fault == "sees everything":
+                attention_mask = torch.zeros_like(attention_mask)
+            else:
+                del options["position_ids"]
+        return forward(self, ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(type(encoder), "forward", faulty)
+    counts = [end + 1 for end in text.ends(PROMPTS)]
+    rows = text.first_rows(PROMPTS, counts)
+    assert text._reader._packs is False
+    whole = torch.cat([part[:count] for part, count in zip(expected, counts, strict=True)])
+    torch.testing.assert_close(rows, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_what_goes_wrong_in_the_encoder_itself_is_said() -> None:
+    encoder = tiny_text_encoder()
+    text = TextModel(encoder, tiny_tokenizer())
+    encoder.forward = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        text.first_rows(PROMPTS, [2] * len(PROMPTS))
