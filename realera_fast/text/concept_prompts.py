@@ -21,6 +21,12 @@ _ANCHOR_BYTES = 1 << 30
 _MINED_TEMPLATES = 3
 """Templates in which a mined word is read, others for each word (count; ours): its rows are summed,
 and those of one word in many templates tell little more."""
+_MANY = 8
+"""Named words from which on templates share their padding, another one's for each word (count;
+ours)."""
+_MEASURED_PROMPTS = 3
+"""Prompts in which the report measures a named word, where what stays is not kept whole (count;
+ours)."""
 _KEPT_BYTES = 1 << 28
 """Prompts of so many bytes are kept, so that the report need not encode them again."""
 _FREE_TOKENS = 3
@@ -91,23 +97,23 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         if number in self._kept:
             return self._kept[number]
         found = self._next(number, _MINED_TEMPLATES)
-        if self._is_brief(number):
-            self._keep(self._briefs, number, found.first())
-        else:
+        if self._whole:
             self._keep(self._kept, number, found)
+        else:
+            self._keep(self._briefs, number, found.first(self._measured(number)))
         return found
 
     def brief(self, number: int) -> AlignedPrompts:
-        """A word as it is measured: where padding need not be read, a mined one in one template."""
-        if not self._is_brief(number):
+        """A word as it is measured: where padding need not be read, in its first prompts alone."""
+        if self._whole:
             found: AlignedPrompts = self[number]
             return found
         if number not in self._briefs:
-            return self._next(number, 1).first()
+            return self._next(number, 1).first(self._measured(number))
         return self._briefs[number]
 
-    def _is_brief(self, number: int) -> bool:
-        return number >= self.named and not self._whole
+    def _measured(self, number: int) -> int:
+        return _MEASURED_PROMPTS if number < self.named else 1
 
     def _keep(self, into: dict[int, AlignedPrompts], number: int, found: AlignedPrompts) -> None:
         """Keeps a word's prompts if there is room."""
@@ -151,13 +157,14 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
                 self._context,
                 number=None if self._whole else n,
                 mined=not named,
+                pooled=self.named >= _MANY,
             )
             for n in numbers
         ]
         prompts = [prompt for plan in plans for prompt in plan.prompts]
         paddings = [p for plan in plans for p in plan.paddings or [1.0] * len(plan.prompts)]
         rows = read_rows(text, prompts, paddings).split([len(plan.prompts) for plan in plans])
-        if sum(a.hidden.nbytes for found in self._memo.values() for a in found) > _ANCHOR_BYTES:
+        if sum(anchor.hidden.nbytes for anchor in self._memo.values()) > _ANCHOR_BYTES:
             self._memo.clear()
         return {
             n: aligned(text, plan, aim, source, self._memo)

@@ -58,21 +58,22 @@ class AlignedPrompts:
     """How many of the prompts, the last ones, were found by attacking the edited model (count).
     What they bring back is what the original model draws for the plain prompt."""
 
-    def first(self) -> AlignedPrompts:
-        """The same word in the first of its prompts, as far as that has rows of weight."""
-        used = (self.weight[0] > 0).nonzero()
+    def first(self, count: int) -> AlignedPrompts:
+        """The same word in the first of its prompts, as far as these have rows of weight, and
+        without what the teacher is shown."""
+        used = (self.weight[:count] > 0).any(dim=0).nonzero()
         stop = int(used[-1]) + 1 if len(used) else 0
 
         def part(rows: Tensor) -> Tensor:
-            return rows[:1, :stop].clone()
+            return rows[:count, :stop].clone()
 
         return AlignedPrompts(
             self.word,
-            self.prompts[:1],
-            self.anchor_prompts[:1],
+            self.prompts[:count],
+            self.anchor_prompts[:count],
             part(self.source),
             part(self.destination),
-            part(self.anchor)[:, :0],
+            self.anchor[:count, :0].clone(),
             part(self.weight),
             0,
         )
@@ -125,14 +126,16 @@ class _Anchor:
     """Rows of the anchor in it."""
     end: int
     """Row of its last token."""
+    whole: bool
+    """Whether all of its padding was read."""
 
 
-AnchorMemo: TypeAlias = dict[object, list[_Anchor]]
-"""Encoded anchors, kept between words that share one."""
+AnchorMemo: TypeAlias = dict[object, _Anchor]
+"""Encoded anchors by aim, template and context word, kept between words that share one."""
 
 
 def _paddings(
-    filled: Sequence[tuple[str, str]], number: int | None, mined: bool
+    filled: Sequence[tuple[str, str]], number: int | None, mined: bool, pooled: bool
 ) -> list[float] | None:
     """What the padding of each `(template, context word)` weighs (`padding.read_rows`).
 
@@ -140,14 +143,15 @@ def _paddings(
 
     Args:
         number: of the word; None reads everything.
+        pooled: whether templates share theirs too, as there are many words.
     """
     if number is None:
         return None
     if mined:
         return [0.0] * len(filled)
     groups: dict[str, list[int]] = {}
-    for place, (template, _) in enumerate(filled):
-        groups.setdefault(template, []).append(place)
+    for place, (template, extra) in enumerate(filled):
+        groups.setdefault("" if pooled and not extra else template, []).append(place)
     found = [0.0] * len(filled)
     for places in groups.values():
         shared = shared_paddings(len(places), number)
@@ -185,7 +189,9 @@ def _anchors(
         label = part[0] if len(words) == 1 else fill(template, "<mean word>", extra)
         hidden = torch.stack([rows[prompt] for prompt in part]).mean(dim=0)
         span = text.span(before_word(template, extra), words[0])
-        found.append(_Anchor(label, hidden, span, ends[part[0]]))
+        found.append(
+            _Anchor(label, hidden, span, ends[part[0]], paddings is None or paddings[number] > 0)
+        )
     return found
 
 
@@ -254,6 +260,7 @@ def plan_of(
     *,
     number: int | None,
     mined: bool,
+    pooled: bool = False,
 ) -> Plan:
     """Prompts of a word that fit; as `align`."""
     kept = []
@@ -272,7 +279,7 @@ def plan_of(
             f"{cut!r} would be cut: use fewer words"
         )
     filled = tuple((template, extra) for _, template, extra in kept)
-    paddings = _paddings(filled, number, mined)
+    paddings = _paddings(filled, number, mined, pooled)
     return Plan(word, tuple(prompt for prompt, _, _ in kept), filled, paddings)
 
 
@@ -284,10 +291,18 @@ def aligned(text: Text, plan: Plan, aim: Aim, source: Tensor, memo: AnchorMemo) 
         memo: keeps encoded anchors, for words that share one.
     """
     filled, paddings = plan.filled, plan.paddings
-    key = (aim, filled, None if paddings is None else tuple(paddings))
-    if key not in memo:
-        memo[key] = _anchors(text, aim.anchor, filled, aim.neutral, paddings)
-    anchors = memo[key]
+    needed = [True] * len(filled) if paddings is None else [weight > 0 for weight in paddings]
+    missing = [
+        place
+        for place, at in enumerate(filled)
+        if (aim, at) not in memo or (needed[place] and not memo[aim, at].whole)
+    ]
+    if missing:
+        few = [filled[place] for place in missing]
+        read = None if paddings is None else [paddings[place] for place in missing]
+        for at, anchor in zip(few, _anchors(text, aim.anchor, few, aim.neutral, read), strict=True):
+            memo[aim, at] = anchor
+    anchors = [memo[aim, at] for at in filled]
     index = []
     ends = text.ends(plan.prompts)
     for (template, extra), end, found in zip(filled, ends, anchors, strict=True):

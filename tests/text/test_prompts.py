@@ -189,22 +189,24 @@ def test_mined_words_stand_in_some_of_the_templates_in_turns(text):
 
 
 @pytest.mark.parametrize("room", [1 << 28, 0])
-def test_a_mined_word_is_measured_in_the_first_of_its_templates(text, room, monkeypatch):
+def test_a_word_is_measured_in_the_first_of_its_prompts(text, room, monkeypatch):
     monkeypatch.setattr(concept_prompts, "_KEPT_BYTES", room)
     words = ConceptPrompts(
         text, [Concept("cat", "dog")], {"cat": ("ship", "tree")}, PairsConfig(), whole=False
     )
     whole = list(words)
-    for number in (2, 1):
+    for number, count in ((2, 1), (1, 1), (0, 3)):
         brief, full = words.brief(number), whole[number]
-        assert brief.prompts == full.prompts[:1] and brief.anchor_prompts == full.anchor_prompts[:1]
-        rows = full.weight[0] > 0
-        share = full.weight[0][rows] / full.weight[0].sum()
-        torch.testing.assert_close(brief.weight[brief.weight > 0] / brief.weight.sum(), share)
+        assert brief.prompts == full.prompts[:count]
+        assert brief.anchor_prompts == full.anchor_prompts[:count]
+        rows = full.weight[:count] > 0
+        torch.testing.assert_close(
+            brief.weight[brief.weight > 0] / brief.weight.sum(),
+            full.weight[:count][rows] / full.weight[:count].sum(),
+        )
         for name in ("source", "destination"):
             seen = getattr(brief, name)[brief.weight > 0]
-            torch.testing.assert_close(seen, getattr(full, name)[0][rows])
-    assert words.brief(0).prompts == whole[0].prompts, "a named word is measured in all"
+            torch.testing.assert_close(seen, getattr(full, name)[:count][rows])
 
 
 def assert_read_in_part(text, part, whole):
