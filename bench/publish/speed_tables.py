@@ -239,8 +239,8 @@ def full_size_lines() -> list[str]:
         "closed form edits the entrance alone); peak memory is that of the process (on a GPU: of "
         "its allocator), model included. The library's closed form (`EraseConfig.fast()`): its "
         "first call with a text encoder reads the words, later ones find them on the disk. The "
-        "baselines' whole scripts have their authors' settings, which keep no words. A dash: "
-        "expected to take longer than a quarter of an hour.",
+        "baselines' whole scripts have their authors' settings; OCE reads a moment of the words that stay, "
+        "in every call anew. A dash: not measured, as it was expected to take minutes.",
         "",
         *table(("model", "method", "call", *(f"{n:,} concepts" for n in counts), "peak MiB"), body),
         "",

@@ -180,8 +180,7 @@ def run(table: str, arguments: argparse.Namespace) -> None:
                 continue
             mark = about | {"settings": settings}
             found = [row | mark for row in rows_of(studio, name, method, task, left)]
-            if method is not None:
-                note_settings(out.parent / "settings.json", settings, of_method)
+            note_settings(out.parent / "settings.json", settings, of_method)
             put(out, found, stale=any(keys[seed] for seed in left))
             print(f"{task.name:12} {name:44} {_mean(found)}", flush=True)
 

@@ -117,6 +117,36 @@ def test_repeated_rows_of_quality_are_refused(quality_page, tmp_path):
         quality_page.generated()
 
 
+def test_rows_take_the_place_of_those_of_other_settings(bench, tmp_path):
+    evaluate, out = bench("quality.evaluate"), tmp_path / "rows.jsonl"
+
+    def row(method, seed, settings, world=None):
+        found = {"table": "objects", "method": method, "task": "cat", "seed": seed}
+        return found | {"settings": settings} | ({"world": world} if world else {})
+
+    old, other = row("a", 0, "x"), row("a", 0, "x", world="flow")
+    evaluate.put(out, [old, other], stale=False)
+    evaluate.put(out, [row("a", 1, "x")], stale=False)
+    evaluate.put(out, [row("a", 0, "y")], stale=True)
+    rows = bench("harness.rows").read(out)
+    assert rows == [other, row("a", 1, "x"), row("a", 0, "y")]
+    assert evaluate.settings_key({"b": 1, "a": (2, 3)}) == evaluate.settings_key(
+        {"a": [2, 3], "b": 1}
+    )
+    noted = tmp_path / "settings.json"
+    for key, settings in (("y", {"b": 1}), ("x", {}), ("y", {"b": 2})):
+        evaluate.note_settings(noted, key, settings)
+    assert json.loads(noted.read_text()) == {"x": {}, "y": {"b": 1}}
+
+
+def test_settings_of_rows_are_written_down(bench):
+    rows = bench("harness.rows").committed("quality.jsonl")
+    noted = bench("harness.rows").committed_object("settings.json")
+    named = {row["settings"] for row in rows if row.get("settings")}
+    assert named and named <= set(noted)
+    assert all(bench("quality.evaluate").settings_key(noted[key]) == key for key in named)
+
+
 def test_the_one_door_lists_every_case(bench, capsys):
     run = bench("run")
     with pytest.raises(SystemExit) as ended:
@@ -407,6 +437,7 @@ def alignment_row(candidate, milliseconds, operation="step", **change):
         "p80_ms": milliseconds,
         "error": 0.0,
         "peak_bytes": None,
+        "step_bytes": 5 << 20,
         "flops": 1,
         "compile_s": None,
         "matmul_flops_per_s": 1.0,

@@ -69,6 +69,21 @@ def test_what_would_take_too_long_is_said_and_not_begun(
     assert ten.title in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("earlier", "seconds"),
+    [
+        ([], 0.0),
+        ([(1, 10.0)], 55.0),
+        ([(1, 17.0), (1, 9.0)], 49.5),
+        ([(1, 9.0), (10, 36.0)], 36.0),
+    ],
+)
+def test_what_ten_concepts_are_expected_to_take(
+    earlier: list[tuple[int, float]], seconds: float
+) -> None:
+    assert full_size.expected(10, earlier) == pytest.approx(seconds)
+
+
 def test_models_are_measured_one_after_the_other() -> None:
     found = [point.model for point in full_size.points(["SDXL", "FLUX"], CPU)]
     assert found == sorted(found, reverse=True) and set(found) == {"SDXL", "FLUX"}
