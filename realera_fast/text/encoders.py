@@ -344,6 +344,7 @@ class TextModel:
         self.parameters_per_token = _parameters_per_token(self._plain)
         """Parameters that a token is multiplied with (count): all but the tables of embeddings."""
         self._fingerprint: str | None = None
+        self._reader = PackedReader(longest=self.rows, numbers=_BLOCK // 8)
         # A few templates come before all words.
         self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
         self._place_prompts(0 if dropped is None and chat is not None else dropped)
@@ -609,7 +610,7 @@ class TextModel:
         ids = self.tokenize(prompts)[0]
         tokens = [row[:count] for row, count in zip(ids.tolist(), counts, strict=True)]
         with self._reading():
-            found = dict(self._reader.rows(tokens))
+            found = dict(self._reader.rows(tokens, self._states, self.input_embeddings))
         return self._finite(torch.cat([found[place] for place in range(len(prompts))]))
 
     @torch.no_grad()
@@ -652,7 +653,8 @@ class TextModel:
             progress_bar(total=len(prompts), desc="words", progress=progress) as bar,
         ):
             if self.is_causal:
-                for place, states in self._reader.rows(ids):
+                read = self._reader.rows(ids, self._states, self.input_embeddings)
+                for place, states in read:
                     found[place] = states[-1]
                     bar.update(1)
                 return self._finite(found)
@@ -739,16 +741,6 @@ class TextModel:
         if self._clean:
             prompt = cleaned(prompt)
         return prompt.lower().strip() if self._lowercase else prompt
-
-    @functools.cached_property
-    def _reader(self) -> PackedReader:
-        """Of a causal encoder."""
-        return PackedReader(
-            self._states,
-            longest=self.rows,
-            numbers=_BLOCK // 8,
-            like=self.input_embeddings,
-        )
 
     def _states(
         self, ids: Tensor, mask: Tensor, *, alone: bool = False, positions: Tensor | None = None

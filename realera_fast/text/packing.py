@@ -11,11 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+States: TypeAlias = Callable[..., Tensor]
+"""`[b, n, d]` of `[b, n]` tokens, a mask, and `positions`."""
 
 
 @dataclass
@@ -113,65 +117,71 @@ class PackedReader:
     releases of transformers and some kinds of attention take no mask of their own.
     """
 
-    def __init__(
-        self, states: Callable[..., Tensor], *, longest: int, numbers: int, like: Tensor
-    ) -> None:
+    def __init__(self, *, longest: int, numbers: int) -> None:
         """
         Args:
-            states: `[b, n, d]` of `[b, n]` tokens, a mask, and `positions`.
             longest: tokens of a prompt at most.
             numbers: embeddings, in numbers, that are computed together.
-            like: decides device and dtype.
         """
-        self._states, self._longest, self._numbers, self._like = states, longest, numbers, like
+        self._longest, self._numbers = longest, numbers
         self._packs: bool | None = None
         """Whether the encoder takes packs; None before the first."""
 
-    def rows(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+    def rows(
+        self, prompts: Sequence[Sequence[int]], states: States, like: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
         """The number of each prompt and its `[n, d]` rows, in any order.
 
         Args:
             prompts: tokens of each.
+            states: what the encoder makes of them; not kept, as it holds the encoder.
+            like: `[v, d]` embeddings of tokens, which decide device and dtype.
         """
         if self._packs is None and len(prompts) > 1:
-            self._packs = self._agree(prompts[:_COMPARED])
-        yield from self._packed(prompts) if self._packs else self._apart(prompts)
+            self._packs = self._agree(prompts[:_COMPARED], states, like)
+        read = self._packed if self._packs else self._apart
+        yield from read(prompts, states, like)
 
-    def _apart(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+    def _apart(
+        self, prompts: Sequence[Sequence[int]], states: States, like: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
         """Prompts of one length together."""
         of_length: dict[int, list[int]] = {}
         for number, tokens in enumerate(prompts):
             of_length.setdefault(len(tokens), []).append(number)
         for length, numbers in of_length.items():
-            together = self._together(length)
+            together = self._together(length, like)
             for start in range(0, len(numbers), together):
                 part = numbers[start : start + together]
-                given = torch.tensor([list(prompts[n]) for n in part], device=self._like.device)
-                yield from zip(part, self._states(given, torch.ones_like(given)), strict=True)
+                given = torch.tensor([list(prompts[n]) for n in part], device=like.device)
+                yield from zip(part, states(given, torch.ones_like(given)), strict=True)
 
-    def _packed(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+    def _packed(
+        self, prompts: Sequence[Sequence[int]], states: States, like: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
         """Prompts that begin alike together."""
         packs = packs_of(prompts, self._longest)
-        for batch in batches_of(packs, self._together(self._longest), self._like):
-            states = self._states(batch.ids, batch.mask, positions=batch.positions)
-            for pack, rows in zip(batch.packs, states, strict=True):
+        for batch in batches_of(packs, self._together(self._longest, like), like):
+            found = states(batch.ids, batch.mask, positions=batch.positions)
+            for pack, rows in zip(batch.packs, found, strict=True):
                 for number, path in pack.paths.items():
                     yield number, rows[torch.tensor(path, device=rows.device)]
 
-    def _together(self, length: int) -> int:
-        width = self._like.shape[-1]
-        return max(1, min(1024, self._numbers // (length * width)))
+    def _together(self, length: int, like: Tensor) -> int:
+        return max(1, min(1024, self._numbers // (length * like.shape[-1])))
 
-    def _agree(self, prompts: Sequence[Sequence[int]]) -> bool:
+    def _agree(self, prompts: Sequence[Sequence[int]], states: States, like: Tensor) -> bool:
         """Whether packs give the rows of prompts alone."""
-        alone = dict(self._apart(prompts))
+        alone = dict(self._apart(prompts, states, like))
         try:
-            packed = dict(self._packed(prompts))
+            packed = dict(self._packed(prompts, states, like))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever an encoder makes of a mask it does not take
             logger.info("prompts are read one by one: %s: %s", type(error).__name__, error)
             return False
         # Rounding stays far below, a token that sees what it should not far above.
-        limit = torch.finfo(self._like.dtype).eps ** 0.5
+        limit = torch.finfo(like.dtype).eps ** 0.5
         apart = max(
             float((packed[n] - alone[n]).norm() / alone[n].norm().clamp_min(1e-12)) for n in alone
         )

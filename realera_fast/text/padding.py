@@ -35,6 +35,9 @@ def read_rows(text: Text, prompts: Sequence[str], paddings: Sequence[float] | No
         paddings: what the padding of each prompt weighs, 0 where only its first row is read; None
             reads everything, as encoders that are not causal must.
     """
+    if prompts and text.max_tokens == 1 and text.reads_unpadded:
+        # The pooled vector is that of the last token.
+        return text.last_rows(prompts)[:, None]
     if not prompts or paddings is None or all(paddings) or not text.is_causal:
         return text.encode_visible(prompts)
     most = text.max_tokens

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from tiny_models import tiny_text_encoder, tiny_tokenizer
 
+from realera_fast.models import components_of, text_streams
 from realera_fast.text import TextModel
 from realera_fast.text.packing import Pack, packs_of
+from realera_fast.text.padding import read_rows
 
 PROMPTS = [
     template.format(word)
@@ -91,3 +94,15 @@ def test_what_goes_wrong_in_the_encoder_itself_is_said() -> None:
     encoder.forward = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("broken"))
     with pytest.raises(ValueError, match="broken"):
         text.first_rows(PROMPTS, [2] * len(PROMPTS))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_pooled_vectors_are_read_without_padding(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = components_of(FAMILIES[family]())
+    texts = text_streams(parts.model, parts.text_encoders, parts.tokenizers)["pooled"]
+    whole = texts[0].encode(PROMPTS)
+    monkeypatch.setattr(type(texts[0]), "encode_visible", None)
+    for paddings in (None, [0.0] * len(PROMPTS), [1.0] * len(PROMPTS)):
+        torch.testing.assert_close(read_rows(texts[0], PROMPTS, paddings), whole)
