@@ -57,7 +57,7 @@ SWEEP = (
     Settings(),
     Settings(learning_rate=3e-3),
     Settings(eta=0.25),
-    Settings(learning_rate=3e-3, layers=("attn2.to_k", "attn2.to_v")),
+    *(Settings(learning_rate=r, layers=("attn2.to_k", "attn2.to_v")) for r in (1e-3, 3e-3)),
 )
 """What is tried on words that are not judged."""
 

@@ -70,6 +70,8 @@ SWEEP = (
     Settings(learning_rate=1e-4),
     Settings(learning_rate=1e-4, negative_guidance=1.0),
     Settings(negative_guidance=1.0),
+    Settings(learning_rate=3e-4),
+    Settings(learning_rate=3e-4, negative_guidance=1.0),
 )
 """What is tried on words that are not judged."""
 

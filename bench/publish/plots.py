@@ -171,7 +171,7 @@ def full_size(rows: Path = FULL_SIZE_ROWS, picture: Path = FULL_SIZE_PICTURE) ->
         raise SystemExit(f"{rows} holds no rows to draw: run bench/run.py full_size")
     models = list(dict.fromkeys((row["model"], row["dtype"]) for row in found))
     figure, panels = plt.subplots(
-        1, len(models), figsize=(3.4 * len(models) + 0.6, 4.4), sharey=True, squeeze=False
+        1, len(models), figsize=(max(6.6, 3.4 * len(models) + 0.6), 4.4), sharey=True, squeeze=False
     )
     for panel, (model, dtype) in zip(panels[0], models, strict=True):
         for (method, call), (_, color, marker) in FULL_SIZE_LINES.items():
