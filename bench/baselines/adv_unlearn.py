@@ -61,6 +61,7 @@ class Settings:
 
 SWEEP = (
     Settings(),
+    Settings(learning_rate=2e-5),
     Settings(learning_rate=5e-5),
     Settings(learning_rate=5e-4),
 )

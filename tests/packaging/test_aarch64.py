@@ -27,7 +27,7 @@ def test_compiles_for_aarch64(path: Path, tmp_path: Path) -> None:
     made = subprocess.run(
         [
             *(sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu"),
-            *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror"),
+            *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra"),
             *("-Wno-unused-parameter", "-Wno-unused-command-line-argument"),
             f"-isystem{Path(torch.__file__).parent / 'include'}",
             "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
