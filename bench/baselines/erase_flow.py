@@ -54,6 +54,8 @@ SWEEP = (
     Settings(learning_rate=1e-3),
     Settings(learning_rate=2e-3),
     Settings(learning_rate=4e-3),
+    Settings(iterations=60, learning_rate=5e-4),
+    Settings(iterations=60, learning_rate=1e-3),
 )
 """What is tried on words that are not judged."""
 
