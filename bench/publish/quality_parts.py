@@ -182,9 +182,12 @@ def sweep_lines() -> list[str]:
         if not found.rows:
             continue
         body = []
+        every = max(len(found.of(method)) for method in found.methods)
         for method in (m for m in found.methods if m != UNERASED):
             part = found.of(method)
             title, _, settings = method.partition(": ")
+            # What trains takes a minute each.
+            settings += f" (on {len(part)} of {every})" if len(part) < every else ""
             cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
             body.append([title, settings, *(f"{value:.1f}" for value in cells)])
         body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
@@ -201,8 +204,9 @@ def sweep_lines() -> list[str]:
         return []
     return [
         "Every setting that was tried for the baselines. Tables use the best of each, of the "
-        "second list where several things are erased at once. Ridges, thresholds and scales are "
-        "in the units of Stable Diffusion 1.4's embeddings.",
+        "second list where several things are erased at once; of what trains, cow and sailboat "
+        "alone decide. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's "
+        "embeddings.",
         "",
         *lines,
     ]
