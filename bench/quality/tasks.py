@@ -283,7 +283,9 @@ def taken_apart(plan: Plan, seeds: Sequence[int]) -> list[Task]:
 
 
 def ablated(plan: Plan, seeds: Sequence[int]) -> list[Task]:
-    return [plan.of_things(name, [plan.table.thing(name)], seeds) for name in ("cat", "ship")]
+    return [
+        plan.of_things(name, [plan.table.thing(name)], seeds) for name in ("cat", "ship", "truck")
+    ]
 
 
 @dataclass(frozen=True)
