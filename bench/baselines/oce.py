@@ -60,14 +60,14 @@ def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int 
     shares = phrases.text.shares(["a photo of a cat"])[0] > 0
     general = general[:, shares].flatten(0, 1).double()
     moment = general.T @ general / len(general)
-    kept = phrases.last(words).double()
+    kept = phrases.last(words).double() if settings.preserve_concept_scale else None
 
     def rotate(weight: Tensor) -> Tensor:
         wide = weight.double()
-        eye = torch.eye(len(wide), dtype=torch.float64)
+        eye = torch.eye(len(wide), dtype=torch.float64, device=wide.device)
         erased, guide = _projector(wide @ targets.T), _projector(wide @ anchors.T)
         total = -settings.erase_scale * erased @ (eye - guide)
-        if settings.preserve_concept_scale:
+        if kept is not None:
             outputs = wide @ kept.T
             total += settings.preserve_concept_scale * outputs @ outputs.T
         total += settings.preserve_global_scale * wide @ moment @ wide.T

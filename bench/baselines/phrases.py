@@ -51,8 +51,11 @@ class Phrases:
     def last(self, phrases: Sequence[str]) -> Tensor:
         """`[p, d]` the row of each phrase's last token; of the empty phrase, that of
         begin-of-text, as in the published codes."""
-        place = torch.tensor(self.text.ends(phrases)) - 1
-        return self.rows(phrases)[torch.arange(len(phrases)), place]
+        # Many concepts share an anchor.
+        distinct = list(dict.fromkeys(phrases))
+        place = torch.tensor(self.text.ends(distinct)) - 1
+        rows = self.rows(distinct)[torch.arange(len(distinct)), place]
+        return rows[[distinct.index(phrase) for phrase in phrases]]
 
     def kept(self, concepts: Sequence[Concept]) -> tuple[str, ...]:
         """Words to keep: those of the tokenizer that are neither erased nor near what is.

@@ -82,11 +82,14 @@ def erase_entries(
         text = texts[stream][0]
 
         def last(phrases: Sequence[str], text: Any = text) -> Tensor:
-            rows = text.encode(phrases).float()
-            if rows.shape[1] == 1:
-                return rows[:, 0]
-            place = torch.tensor(text.ends(phrases)) - 1
-            return rows[torch.arange(len(rows)), place]
+            distinct = list(dict.fromkeys(phrases))
+            rows = text.encode(distinct).float()
+            place = torch.zeros(len(distinct), dtype=torch.long)
+            if rows.shape[1] > 1:
+                # T5 has nothing in front of the end of an empty phrase.
+                place = (torch.tensor(text.ends(distinct)) - 1).clamp_min(0)
+            rows = rows[torch.arange(len(rows)), place]
+            return rows[[distinct.index(phrase) for phrase in phrases]]
 
         source, destination = (last([pair[i] for pair in pairs]) for i in (0, 1))
         scale = (UNIT / last(["a photo of a"]).square().sum()).sqrt()

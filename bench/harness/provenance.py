@@ -58,9 +58,9 @@ def provenance(threads: int | None = None, *, cuda: bool | None = None) -> dict[
 @functools.cache
 def code_hash() -> str:
     """Twelve digits of the SHA-256 of the sources that decide what comes out: the package's, the
-    native library's, and those of the baselines and of the tables."""
+    native library's, and the bench's."""
     digest = hashlib.sha256()
-    for folder in ("realera_fast", "csrc", "bench/baselines", "bench/quality"):
+    for folder in ("realera_fast", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in _SOURCES:
                 digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())

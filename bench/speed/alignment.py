@@ -12,12 +12,12 @@ Candidates:
 
     library            `realera_fast`
     library compiled   the same with `AlignmentConfig(compile=True)`
-    plain              two U-Nets, peft adapters, teacher and student in every step, z_t from the
+    plain              two models, peft adapters, teacher and student in every step, z_t from the
                        same replay of trajectories
-    plain compiled     the same, both U-Nets through torch.compile
+    plain compiled     the same, both models through torch.compile
     plain, new z_t     the same without replay: every step denoises its z_t, half a picture
 
-Compiling is not part of the times; it is in the rows as `compile_s`. A step passes the U-Net once
+Compiling is not part of the times; it is in the rows as `compile_s`. A step passes the model once
 forward and once back (the library) or once more for the teacher (plain): no more than 3/2 can be
 had from that. `flops` are counted by PyTorch on the library's step.
 """
@@ -25,8 +25,6 @@ had from that. `flops` are counted by PyTorch on the library's step.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +38,7 @@ from harness.timing import Clock, percentiles
 
 from realera_fast.runtime import fastest_dtype
 from speed.alignment_problem import FLOW, Point, Problem
-from speed.full_size import Memory
+from speed.full_size import Memory, trim
 
 
 def cpu_points(quick: bool) -> list[Point]:
@@ -95,22 +93,23 @@ def profile(point: Point, device: torch.device) -> str:
 
 
 def growth(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a run takes at its peak beyond what was there: activations, gradients, states."""
+    """Bytes that a run takes at its peak beyond what was there, models and optimizer: activations
+    and gradients. On a CPU the most of some runs, as memory is looked at every 10 ms."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    # What earlier runs freed would serve this one unseen.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    memory = Memory(device)
-    before = psutil.Process().memory_info().rss
-    run()
-    peak = memory.peak() * 2**20
+    memory, found = Memory(device), [0]
+    for _ in range(3):
+        trim()
+        before = psutil.Process().memory_info().rss
+        memory.peak()
+        run()
+        found.append(round(memory.peak() * 2**20 - before))
     memory.stop()
-    return max(0, round(peak - before))
+    return max(found)
 
 
 def measure(point: Point, device: torch.device, least: int, seconds: float) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import tempfile
@@ -121,6 +122,12 @@ class Memory:
         self._running = False
 
 
+def trim() -> None:
+    """Gives back what earlier calls freed, so that it does not serve the next one unseen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class _Stages(logging.Handler):
     """Notes the peak memory at the end of each stage, which the library logs."""
 
@@ -152,15 +159,16 @@ def stages(memory: Memory) -> Iterator[_Stages]:
 
 
 def expected(count: int, earlier: Sequence[tuple[int, float]]) -> float:
-    """Seconds of a call of so many concepts, on a line through the last two calls; of one alone
-    nobody can tell what of it the concepts took: half of it."""
+    """Seconds of a call of so many concepts, on a line through the last two counts; of one count
+    alone nobody can tell what of it the concepts took, and more are begun."""
     if not earlier:
         return 0.0
     number, took = earlier[-1]
-    before, base = earlier[-2] if len(earlier) > 1 else (0, took / 2)
-    if before >= number:
-        before, base = 0, took / 2
-    return took + (count - number) * (took - base) / (number - before)
+    before = [call for call in earlier if call[0] < number]
+    if not before:
+        return took
+    fewer, base = before[-1]
+    return took + (count - number) * (took - base) / (number - fewer)
 
 
 class Bench:
@@ -187,30 +195,30 @@ class Bench:
             self._parts = None  # type: ignore[assignment]
             self._parts = random_parts(point.model, self.device, getattr(torch, point.dtype))
             self._built = (point.model, point.dtype)
-        # No call reads the words of another one's concepts.
+        # What a first call reads of its concepts is none of a later one's.
         names = self.names[:1] if point.call == "first" else self.names[1:][: point.concepts]
         concepts = [Concept(name) for name in names]
+        denoiser = self._parts.denoiser
+        maps = {name: denoiser.get_submodule(name).weight for name in streams(denoiser)}
+        kept = {name: weight.detach().clone() for name, weight in maps.items()}
+        trim()
         self.memory.peak()
         if point.method == DEFAULT:
             rows = self._of_library(point, concepts)
         else:
             rows = [self._of_script(point, concepts)]
+        with torch.no_grad():
+            for name, weight in kept.items():
+                maps[name].copy_(weight)
         whole = next(row["seconds"] for row in rows if row["stage"] == "all")
         earlier.append((point.concepts, whole))
         return rows
 
     def _of_script(self, point: Point, concepts: list[Concept]) -> dict[str, Any]:
-        parts = self._parts
-        maps = {name: parts.denoiser.get_submodule(name).weight for name in streams(parts.denoiser)}
-        kept = {name: weight.detach().clone() for name, weight in maps.items()}
         script = (OF_TRANSFORMERS if point.model == "FLUX" else OF_UNETS)[point.method]
         started = time.perf_counter()
-        script(parts, concepts)
-        row = self._row(point, "all", time.perf_counter() - started, self.memory.peak())
-        with torch.no_grad():
-            for name, weight in kept.items():
-                maps[name].copy_(weight)
-        return row
+        script(self._parts, concepts)
+        return self._row(point, "all", time.perf_counter() - started, self.memory.peak())
 
     def _of_library(self, point: Point, concepts: list[Concept]) -> list[dict[str, Any]]:
         parts = self._parts

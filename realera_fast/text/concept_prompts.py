@@ -100,7 +100,8 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         if self._whole:
             self._keep(self._kept, number, found)
         else:
-            self._keep(self._briefs, number, found.first(self._measured(number)))
+            if number not in self._briefs:
+                self._keep(self._briefs, number, self._first(number, found))
         return found
 
     def brief(self, number: int) -> AlignedPrompts:
@@ -109,11 +110,12 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
             found: AlignedPrompts = self[number]
             return found
         if number not in self._briefs:
-            return self._next(number, 1).first(self._measured(number))
+            return self._first(number, self._next(number, 1))
         return self._briefs[number]
 
-    def _measured(self, number: int) -> int:
-        return _MEASURED_PROMPTS if number < self.named else 1
+    def _first(self, number: int, found: AlignedPrompts) -> AlignedPrompts:
+        count = _MEASURED_PROMPTS if number < self.named else 1
+        return found.first(self._text.ends(found.prompts[:count]))
 
     def _keep(self, into: dict[int, AlignedPrompts], number: int, found: AlignedPrompts) -> None:
         """Keeps a word's prompts if there is room."""
@@ -144,27 +146,14 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         # Whoever draws asks for words in any order.
         last = number if named or self._whole else number + few - 1
         numbers = [n for n in self._numbers[self._words[number][0]] if number <= n <= last]
-        plans = [
-            plan_of(
-                text,
-                self._words[n][1],
-                aim,
-                templates
-                if named
-                else plain
-                if self._whole
-                else self._in_turns(plain, n, aim, most),
-                self._context,
-                number=None if self._whole else n,
-                mined=not named,
-                pooled=self.named >= _MANY,
-            )
-            for n in numbers
-        ]
+        plans = [self._plan(n, aim, templates if named else plain, most) for n in numbers]
         prompts = [prompt for plan in plans for prompt in plan.prompts]
         paddings = [p for plan in plans for p in plan.paddings or [1.0] * len(plan.prompts)]
         rows = read_rows(text, prompts, paddings).split([len(plan.prompts) for plan in plans])
-        if sum(anchor.hidden.nbytes for anchor in self._memo.values()) > _ANCHOR_BYTES:
+        if (
+            sum(a.hidden.nbytes for read in self._memo.values() for a in read.values())
+            > _ANCHOR_BYTES
+        ):
             self._memo.clear()
         return {
             n: aligned(text, plan, aim, source, self._memo)
@@ -202,17 +191,30 @@ class ConceptPrompts(Sequence[AlignedPrompts]):
         rows = aligned(text, plan, self._aim(number), text.encode_free(prompts), {})
         return replace(rows, weight=count * rows.weight, found=count)
 
-    def _in_turns(
-        self, templates: tuple[str, ...], number: int, aim: Aim, most: int
-    ) -> tuple[str, ...]:
-        """Some of the templates that a mined word and its aim fit into."""
-        words = (self._words[number][1], aim.longest)
-        fits = tuple(
-            t for t in templates if not any(self._text.overflow(fill(t, w)) for w in words)
+    def _plan(self, number: int, aim: Aim, templates: tuple[str, ...], most: int) -> Plan:
+        """Prompts of a word; of a mined one, where padding need not be read, in some of the
+        templates that it and its aim fit into, in turns."""
+        word, mined = self._words[number][1], number >= self.named
+        fits: tuple[str, ...] = ()
+        if mined and not self._whole:
+            fits = tuple(
+                t
+                for t in templates
+                if not any(self._text.overflow(fill(t, w)) for w in (word, aim.longest))
+            )
+            turned = fits[number % len(fits) :] + fits[: number % len(fits)] if fits else templates
+            templates = turned[:most]
+        plan = plan_of(
+            self._text,
+            word,
+            aim,
+            templates,
+            self._context,
+            number=None if self._whole else number,
+            mined=mined,
+            pooled=self.named >= _MANY,
         )
-        fits = fits or templates
-        turned = fits[number % len(fits) :] + fits[: number % len(fits)]
-        return turned[:most]
+        return replace(plan, together=tuple((template, "") for template in fits))
 
     def concept(self, number: int) -> Concept:
         """Whose word an item is of."""

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from realera_fast.runtime import locked, progress_bar, refuse_offloading, uncompiled, unwrapped
+from realera_fast.text.packing import PackedReader
 from realera_fast.text.prompt_frame import PromptFrame, chat_frame, cleaned
 
 if TYPE_CHECKING:
     from realera_fast.text.free_prompts import FreePrompts
-from realera_fast.text.packing import PackedReader
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,11 @@ class TextModel:
         self.parameters_per_token = _parameters_per_token(self._plain)
         """Parameters that a token is multiplied with (count): all but the tables of embeddings."""
         self._fingerprint: str | None = None
-        self._reader = PackedReader(longest=self.rows, numbers=_BLOCK // 8)
+        # Flash attention reads every mask as one of padding.
+        attention = getattr(plain.config, "_attn_implementation", None)
+        self._reader = PackedReader(
+            longest=self.rows, numbers=_BLOCK // 8, packs=attention in ("sdpa", "eager")
+        )
         # A few templates come before all words.
         self._tokens_before = functools.lru_cache(maxsize=1024)(self._count)
         self._place_prompts(0 if dropped is None and chat is not None else dropped)

@@ -56,10 +56,7 @@ def packs_of(prompts: Sequence[Sequence[int]], longest: int) -> list[Pack]:
     last = 0
     for number in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])):
         tokens = prompts[number]
-        alike = next(
-            (i for i, (a, b) in enumerate(zip(tokens, before, strict=False)) if a != b),
-            min(len(tokens), len(before)),
-        )
+        alike = _alike(tokens, before)
         if not packs or len(packs[-1].tokens) + len(tokens) - alike > longest:
             packs.append(Pack())
             alike = 0
@@ -67,6 +64,22 @@ def packs_of(prompts: Sequence[Sequence[int]], longest: int) -> list[Pack]:
         packs[-1].add(number, tokens, shared)
         before, last = tokens, number
     return packs
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    differs = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differs, min(len(one), len(other)))
+
+
+def forked(prompts: Sequence[Sequence[int]], longest: int) -> list[Sequence[int]]:
+    """Some prompts that stand in one pack and go different ways in it; none if there are none."""
+    for pack in packs_of(prompts[:_LOOKED_AT], longest):
+        distinct = list(dict.fromkeys(tuple(prompts[number]) for number in pack.paths))
+        few = distinct[:_COMPARED]
+        if len(few) > 1 and 0 < _alike(few[0], few[1]) < min(len(few[0]), len(few[1])):
+            return list(few)
+    return []
 
 
 @dataclass(frozen=True)
@@ -117,15 +130,16 @@ class PackedReader:
     releases of transformers and some kinds of attention take no mask of their own.
     """
 
-    def __init__(self, *, longest: int, numbers: int) -> None:
+    def __init__(self, *, longest: int, numbers: int, packs: bool = True) -> None:
         """
         Args:
             longest: tokens of a prompt at most.
             numbers: embeddings, in numbers, that are computed together.
+            packs: whether the encoder may take packs.
         """
         self._longest, self._numbers = longest, numbers
-        self._packs: bool | None = None
-        """Whether the encoder takes packs; None before the first."""
+        self._packs: bool | None = None if packs else False
+        """Whether it does; None before the first."""
 
     def rows(
         self, prompts: Sequence[Sequence[int]], states: States, like: Tensor
@@ -137,9 +151,10 @@ class PackedReader:
             states: what the encoder makes of them; not kept, as it holds the encoder.
             like: `[v, d]` embeddings of tokens, which decide device and dtype.
         """
-        if self._packs is None and len(prompts) > 1:
-            self._packs = self._agree(prompts[:_COMPARED], states, like)
-        read = self._packed if self._packs else self._apart
+        if self._packs is None and (few := forked(prompts, self._longest)):
+            self._packs = self._agree(few, states, like)
+        # One alone has nobody to share with.
+        read = self._packed if self._packs and len(prompts) > 1 else self._apart
         yield from read(prompts, states, like)
 
     def _apart(
@@ -165,7 +180,7 @@ class PackedReader:
             found = states(batch.ids, batch.mask, positions=batch.positions)
             for pack, rows in zip(batch.packs, found, strict=True):
                 for number, path in pack.paths.items():
-                    yield number, rows[torch.tensor(path, device=rows.device)]
+                    yield number, rows[torch.tensor(path, device=rows.device, dtype=torch.long)]
 
     def _together(self, length: int, like: Tensor) -> int:
         return max(1, min(1024, self._numbers // (length * like.shape[-1])))
@@ -180,10 +195,18 @@ class PackedReader:
         except Exception as error:  # whatever an encoder makes of a mask it does not take
             logger.info("prompts are read one by one: %s: %s", type(error).__name__, error)
             return False
-        # Rounding stays far below, a token that sees what it should not far above.
+        # Rounding stays far below, a token that sees what it should not far above. What all prompts
+        # begin with says nothing.
         limit = torch.finfo(like.dtype).eps ** 0.5
+        shared = _alike(min(prompts, key=tuple), max(prompts, key=tuple))
         apart = max(
-            float((packed[n] - alone[n]).norm() / alone[n].norm().clamp_min(1e-12)) for n in alone
+            float(
+                ((packed[n] - rows).norm(dim=-1) / rows.norm(dim=-1).clamp_min(1e-12))[
+                    shared:
+                ].max()
+            )
+            for n, rows in alone.items()
+            if len(rows) > shared
         )
         if not apart <= limit:
             logger.info("prompts are read one by one: packs differ by %.1e", apart)
@@ -193,3 +216,5 @@ class PackedReader:
 
 _COMPARED = 4
 """Prompts that are read both ways (count; ours)."""
+_LOOKED_AT = 64
+"""Prompts among which these are looked for (count; ours)."""

@@ -58,14 +58,21 @@ class AlignedPrompts:
     """How many of the prompts, the last ones, were found by attacking the edited model (count).
     What they bring back is what the original model draws for the plain prompt."""
 
-    def first(self, count: int) -> AlignedPrompts:
-        """The same word in the first of its prompts, as far as these have rows of weight, and
-        without what the teacher is shown."""
-        used = (self.weight[:count] > 0).any(dim=0).nonzero()
-        stop = int(used[-1]) + 1 if len(used) else 0
+    def first(self, ends: Sequence[int]) -> AlignedPrompts:
+        """The same word in the first of its prompts, with one row of padding each and without what
+        the teacher is shown.
+
+        Args:
+            ends: row of the last token of each of these prompts.
+        """
+        count, stop = len(ends), min(max(ends) + 2, self.weight.shape[1])
 
         def part(rows: Tensor) -> Tensor:
             return rows[:count, :stop].clone()
+
+        weight = part(self.weight)
+        for row, end in zip(weight, ends, strict=True):
+            row[end + 2 :] = 0.0
 
         return AlignedPrompts(
             self.word,
@@ -74,7 +81,7 @@ class AlignedPrompts:
             part(self.source),
             part(self.destination),
             self.anchor[:count, :0].clone(),
-            part(self.weight),
+            weight,
             0,
         )
 
@@ -126,12 +133,11 @@ class _Anchor:
     """Rows of the anchor in it."""
     end: int
     """Row of its last token."""
-    whole: bool
-    """Whether all of its padding was read."""
 
 
-AnchorMemo: TypeAlias = dict[object, _Anchor]
-"""Encoded anchors by aim, template and context word, kept between words that share one."""
+AnchorMemo: TypeAlias = dict[object, dict[tuple[str, str], _Anchor]]
+"""Encoded anchors by what is read together, then by template and context word, kept between words
+that share one."""
 
 
 def _paddings(
@@ -189,9 +195,7 @@ def _anchors(
         label = part[0] if len(words) == 1 else fill(template, "<mean word>", extra)
         hidden = torch.stack([rows[prompt] for prompt in part]).mean(dim=0)
         span = text.span(before_word(template, extra), words[0])
-        found.append(
-            _Anchor(label, hidden, span, ends[part[0]], paddings is None or paddings[number] > 0)
-        )
+        found.append(_Anchor(label, hidden, span, ends[part[0]]))
     return found
 
 
@@ -249,6 +253,8 @@ class Plan:
     """Template and context word of each."""
     paddings: Sequence[float] | None
     """What the padding of each weighs, and that of the anchor's prompts (`padding.read_rows`)."""
+    together: tuple[tuple[str, str], ...] = ()
+    """In which the anchor is read at once, without padding, if not in these alone."""
 
 
 def plan_of(
@@ -291,18 +297,14 @@ def aligned(text: Text, plan: Plan, aim: Aim, source: Tensor, memo: AnchorMemo) 
         memo: keeps encoded anchors, for words that share one.
     """
     filled, paddings = plan.filled, plan.paddings
-    needed = [True] * len(filled) if paddings is None else [weight > 0 for weight in paddings]
-    missing = [
-        place
-        for place, at in enumerate(filled)
-        if (aim, at) not in memo or (needed[place] and not memo[aim, at].whole)
-    ]
-    if missing:
-        few = [filled[place] for place in missing]
-        read = None if paddings is None else [paddings[place] for place in missing]
-        for at, anchor in zip(few, _anchors(text, aim.anchor, few, aim.neutral, read), strict=True):
-            memo[aim, at] = anchor
-    anchors = [memo[aim, at] for at in filled]
+    together = plan.together or filled
+    read = paddings if together is filled else [0.0] * len(together)
+    # What is read with an anchor decides its last digits: no earlier word may.
+    key = (aim, together, None if read is None else tuple(read))
+    if key not in memo:
+        found_there = _anchors(text, aim.anchor, together, aim.neutral, read)
+        memo[key] = dict(zip(together, found_there, strict=True))
+    anchors = [memo[key][at] for at in filled]
     index = []
     ends = text.ends(plan.prompts)
     for (template, extra), end, found in zip(filled, ends, anchors, strict=True):

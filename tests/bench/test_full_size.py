@@ -8,7 +8,7 @@ import pytest
 import torch
 from speed import full_size
 from speed.models import Parts
-from tiny_families import flux
+from tiny_families import flux, sdxl
 from tiny_models import tiny_pipeline
 
 from realera_fast.models import streams
@@ -17,7 +17,10 @@ CPU = torch.device("cpu")
 
 
 def _parts(model: str, *_: object) -> Parts:
-    pipe = flux() if model == "FLUX" else tiny_pipeline()
+    pipe = flux() if model == "FLUX" else sdxl() if model == "SDXL" else tiny_pipeline()
+    if model == "SDXL":
+        encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        return Parts(pipe.unet, encoders, (pipe.tokenizer, pipe.tokenizer_2), pipe.scheduler)
     if model == "FLUX":
         encoders = (pipe.text_encoder, pipe.text_encoder_2)
         return Parts(pipe.transformer, encoders, (pipe.tokenizer, pipe.tokenizer_2), None)
@@ -33,16 +36,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[full_size.Bench]:
     made.memory.stop()
 
 
-@pytest.mark.parametrize("model", ["SD 1.4", "FLUX"])
-def test_every_method_leaves_the_model_as_it_was(model: str, bench: full_size.Bench) -> None:
+@pytest.mark.parametrize("model", ["SD 1.4", "SDXL", "FLUX"])
+def test_every_method_leaves_the_model_as_it_was(
+    model: str, bench: full_size.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = [p for p in full_size.points([model], CPU) if p.concepts == 1]
-    rows = bench.measure(calls[0])
-    maps = {
-        name: bench._parts.denoiser.get_submodule(name).weight
-        for name in streams(bench._parts.denoiser)
-    }
+    rows, parts = [], _parts(model)
+    maps = {name: parts.denoiser.get_submodule(name).weight for name in streams(parts.denoiser)}
     before = {name: weight.detach().clone() for name, weight in maps.items()}
-    for point in calls[1:]:
+    monkeypatch.setattr(full_size, "random_parts", lambda *_: parts)
+    for point in calls:
         rows += bench.measure(point)
         for name, weight in before.items():
             assert torch.equal(maps[name], weight), point.title
@@ -61,8 +64,7 @@ def test_what_would_take_too_long_is_said_and_not_begun(
 
     begun: list[int] = []
     monkeypatch.setattr(full_size, "OF_UNETS", {"UCE": script})
-    one, ten = full_size.Point("SD 1.4", "UCE", "every", 1, "float32"), None
-    bench.measure(one)
+    bench.measure(full_size.Point("SD 1.4", "UCE", "every", 1, "float32"))
     ten = full_size.Point("SD 1.4", "UCE", "every", 10, "float32")
     monkeypatch.setattr(full_size, "LONGEST", -1.0)
     assert bench.measure(ten) == [] and len(begun) == 1
@@ -73,9 +75,10 @@ def test_what_would_take_too_long_is_said_and_not_begun(
     ("earlier", "seconds"),
     [
         ([], 0.0),
-        ([(1, 10.0)], 55.0),
-        ([(1, 17.0), (1, 9.0)], 49.5),
+        ([(1, 10.0)], 10.0),
+        ([(1, 17.0), (1, 9.0)], 9.0),
         ([(1, 9.0), (10, 36.0)], 36.0),
+        ([(1, 9.0), (5, 21.0)], 36.0),
     ],
 )
 def test_what_ten_concepts_are_expected_to_take(

@@ -18,7 +18,7 @@ LOOPS = {"tiles": "TILES", "noise": "NOISE"}
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("ziglang") is None,
-    reason="no compiler for aarch64: pip install ziglang",
+    reason="no compiler for aarch64: pip install realera_fast[arm]",
 )
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.cpp")), ids=lambda path: path.stem)
 def test_compiles_for_aarch64(path: Path, tmp_path: Path) -> None:

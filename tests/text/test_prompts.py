@@ -189,24 +189,41 @@ def test_mined_words_stand_in_some_of_the_templates_in_turns(text):
 
 
 @pytest.mark.parametrize("room", [1 << 28, 0])
-def test_a_word_is_measured_in_the_first_of_its_prompts(text, room, monkeypatch):
+@pytest.mark.parametrize("others", [(), ("tree", "van", "gogh", "horse", "puppy", "sky", "moon")])
+def test_a_word_is_measured_in_the_first_of_its_prompts(text, room, others, monkeypatch):
     monkeypatch.setattr(concept_prompts, "_KEPT_BYTES", room)
-    words = ConceptPrompts(
-        text, [Concept("cat", "dog")], {"cat": ("ship", "tree")}, PairsConfig(), whole=False
-    )
+    named = [Concept("cat", "dog"), *(Concept(name, "dog") for name in others)]
+    words = ConceptPrompts(text, named, {"cat": ("ship", "kitten")}, PairsConfig(), whole=False)
     whole = list(words)
-    for number, count in ((2, 1), (1, 1), (0, 3)):
+    for number in (len(words) - 1, len(words) - 2, *range(words.named)):
+        count = 3 if number < words.named else 1
         brief, full = words.brief(number), whole[number]
         assert brief.prompts == full.prompts[:count]
         assert brief.anchor_prompts == full.anchor_prompts[:count]
-        rows = full.weight[:count] > 0
-        torch.testing.assert_close(
-            brief.weight[brief.weight > 0] / brief.weight.sum(),
-            full.weight[:count][rows] / full.weight[:count].sum(),
-        )
-        for name in ("source", "destination"):
-            seen = getattr(brief, name)[brief.weight > 0]
-            torch.testing.assert_close(seen, getattr(full, name)[:count][rows])
+        # Of each prompt what carries text, and one row of padding: the same for every word.
+        for row, end in enumerate(text.ends(brief.prompts)):
+            kept = brief.weight[row] > 0
+            assert kept.nonzero().flatten().tolist() == list(range(1, min(end + 2, len(kept))))
+            for name in ("source", "destination"):
+                seen = getattr(brief, name)[row][kept]
+                torch.testing.assert_close(seen, getattr(full, name)[row][1 : len(seen) + 1])
+
+
+def test_what_was_read_before_does_not_change_a_word(text):
+    concepts = [Concept("cat", "dog"), Concept("ship", "dog")]
+    mined = {"cat": ("kitten",), "ship": ("tree", "van")}
+
+    def fresh(whole):
+        return ConceptPrompts(text, concepts, mined, PairsConfig(), words=["sky"], whole=whole)
+
+    for whole in (True, False):
+        in_order = list(fresh(whole))
+        backwards = fresh(whole)
+        for number in reversed(range(len(backwards))):
+            word = backwards[number]
+            # Mined words are read with the next ones, where all are asked for in order.
+            for name in ("source", "destination", "anchor") if whole else ("anchor",):
+                assert torch.equal(getattr(word, name), getattr(in_order[number], name)), number
 
 
 def assert_read_in_part(text, part, whole):
