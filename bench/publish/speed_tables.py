@@ -232,9 +232,10 @@ def full_size_lines() -> list[str]:
         start = [f"{model}, {dtype}", call, f"{count:,}", f"{mined:,}"]
         staged.append([*start, *seconds, f"{peak:,}", *sizes])
     first = found[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
     return [
-        f"Seconds of whole calls, one run a model on {where(first)}, {first['threads']} thread(s), "
-        f"torch {first['torch']}, commit {first['commit']}. Random weights of the real shapes, the "
+        f"Seconds of whole calls on {where(first)}, {first['threads']} thread(s), torch "
+        f"{first['torch']}, commit {commits}. Random weights of the real shapes, the "
         "whole text encoders, CLIP's tokenizer; peak memory is that of the process (on a GPU: of "
         "its allocator), model included. The library's closed form (`EraseConfig.fast()`): its "
         "first call with a text encoder reads the words, later ones find them on the disk. The "
@@ -242,7 +243,16 @@ def full_size_lines() -> list[str]:
         "every call anew. A dash: not measured, as it was expected to take minutes."
         + ("" if any(row["model"] == "FLUX" for row in found) else _NO_FLUX),
         "",
-        *table(("model", "method", "call", *(f"{n:,} concepts" for n in counts), "peak MiB"), body),
+        *table(
+            (
+                "model",
+                "method",
+                "call",
+                *(f"{n:,} concept{'s' if n > 1 else ''}" for n in counts),
+                "peak MiB",
+            ),
+            body,
+        ),
         "",
         "The library's stages in seconds, the words that were mined, and the files in MB:",
         "",
