@@ -518,7 +518,7 @@ def test_table_and_plot_of_alignment(bench, speed_page, tmp_path):
     ]
     path = tmp_path / "alignment.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    line = "| optimizer step | embedded, float32 | 20 | 2.0 | 2.50x | – | 0.50x | – |"
+    line = "| optimizer step | embedded, float32 | 20 | 2.0 | 2.50x | – | 0.50x | – | 5 | 5 |"
     assert line in speed_page.generated()
     pytest.importorskip("matplotlib")
     bench("publish.plots").alignment(path, tmp_path / "plot.png")
