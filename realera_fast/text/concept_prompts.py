@@ -25,8 +25,7 @@ _MANY = 8
 """Named words from which on templates share their padding, another one's for each word (count;
 ours)."""
 _MEASURED_PROMPTS = 3
-"""Prompts in which the report measures a named word, where what stays is not kept whole (count;
-ours)."""
+"""Prompts in which the report measures a named word, a mined one in the first (count; ours)."""
 _KEPT_BYTES = 1 << 28
 """Prompts of so many bytes are kept, so that the report need not encode them again."""
 _FREE_TOKENS = 3
