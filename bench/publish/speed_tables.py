@@ -266,7 +266,7 @@ def full_size_lines() -> list[str]:
 
 _NO_FLUX = (
     " FLUX was not measured: on a CPU its T5-XXL takes seconds for a prompt of 512 rows, and the "
-    "prior alone was not read in four minutes of two cores."
+    "prior alone was not read in four minutes of two cores (seen)."
 )
 STAGES = ("words", "prior", "mining", "equations", "closed form", "report", "edit and checks")
 FILES = ("save", "save_lora", "save_weights")

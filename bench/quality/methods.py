@@ -62,7 +62,7 @@ TUNED: Mapping[str, Any] = {
     "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
     # Its sweep takes hours: the authors'.
     "ESD": esd.Settings(),
-    # On two words: cow and sailboat.
+    # On two words, cow and sailboat; EraseFlow on cow.
     "RACE": race.Settings(learning_rate=2e-5),
     "AdvUnlearn": adv_unlearn.Settings(learning_rate=2e-5),
     "STEREO": stereo.Settings(learning_rate=1e-4),

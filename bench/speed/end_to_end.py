@@ -9,21 +9,18 @@ erasing does is measured elsewhere.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from harness.provenance import provenance
 from harness.rows import file_for, measured
 
 from realera_fast import Concept, EraseConfig, embedded, erase
-from speed.full_size import Memory, stages
+from speed.full_size import Memory, nothing_kept, stages
 from speed.models import Parts, embedded_parts, random_parts
 
 
@@ -111,26 +108,14 @@ def main(arguments: argparse.Namespace) -> int:
         chosen = names[start : start + point.concepts]
         return whole(point, built[point.model], chosen, memory, EraseConfig())
 
-    with tempfile.TemporaryDirectory() as folder:
-        # What an earlier run kept of a text encoder is none of this one's.
-        kept = mock.patch(
-            "huggingface_hub.cached_assets_path", lambda *parts: _in(folder, *map(str, parts))
+    with nothing_kept():
+        measured(
+            points,
+            measure,
+            lines,
+            provenance(arguments.threads),
+            file_for("end_to_end", arguments.out, quick=arguments.quick),
+            legend="whole calls, one after the other in one process",
         )
-        with kept:
-            measured(
-                points,
-                measure,
-                lines,
-                provenance(arguments.threads),
-                file_for("end_to_end", arguments.out, quick=arguments.quick),
-                legend="whole calls, one after the other in one process",
-            )
     memory.stop()
     return 0
-
-
-def _in(folder: str, *parts: str) -> Path:
-    """Where the library keeps what it read of a text encoder, in another folder."""
-    path = Path(folder, *parts)
-    path.mkdir(parents=True, exist_ok=True)
-    return path

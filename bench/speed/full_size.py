@@ -122,6 +122,20 @@ class Memory:
         self._running = False
 
 
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Inside the block the library finds nothing that earlier runs kept of a text encoder."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def place(*parts: Any) -> Path:
+            path = Path(folder, *map(str, parts))
+            path.mkdir(parents=True, exist_ok=True)
+            return path
+
+        with mock.patch("huggingface_hub.cached_assets_path", place):
+            yield
+
+
 def trim() -> None:
     """Gives back what earlier calls freed, so that it does not serve the next one unseen."""
     with contextlib.suppress(OSError, AttributeError):
@@ -282,25 +296,15 @@ def main(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default = [name for name in MODELS if device.type == "cuda" or name != "FLUX"]
     asked = list(points(arguments.model or default, device))
-    with tempfile.TemporaryDirectory() as folder:
-        # What an earlier run kept of this text encoder is none of this one's.
-        kept = mock.patch("huggingface_hub.cached_assets_path", lambda *parts: _in(folder, *parts))
-        with kept:
-            bench = Bench(device)
-            measured(
-                asked[:2] if arguments.quick else asked,
-                bench.measure,
-                lines,
-                provenance(arguments.threads),
-                file_for("full_size", arguments.out, quick=arguments.quick),
-                legend="whole calls, one after the other in one process",
-            )
+    with nothing_kept():
+        bench = Bench(device)
+        measured(
+            asked[:2] if arguments.quick else asked,
+            bench.measure,
+            lines,
+            provenance(arguments.threads),
+            file_for("full_size", arguments.out, quick=arguments.quick),
+            legend="whole calls, one after the other in one process",
+        )
     bench.memory.stop()
     return 0
-
-
-def _in(folder: str, *parts: str) -> Path:
-    """Where the library keeps what it read of a text encoder, in another folder."""
-    path = Path(folder, *parts)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
