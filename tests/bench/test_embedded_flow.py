@@ -177,6 +177,10 @@ def joint_work(folder: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     bank.captions_of.cache_clear()
     unrelated = [f"a photo of a word {i}" for i in range(examples.UNRELATED)]
     monkeypatch.setattr(examples, "unrelated_captions", lambda seed: unrelated)
+    # WordNet itself need not be installed where the tests run.
+    monkeypatch.setattr(
+        bank, "heard_words", lambda table: {thing.name: ["thingamajig"] for thing in table.things}
+    )
     np.save(folder / "latents.npy", np.ones((len(kept), 24, 8, 8), np.float16))
     flow.keep_joint_states(folder)
     bank.captions_of.cache_clear()
