@@ -95,17 +95,19 @@ def costs_lines() -> list[str]:
         out = []
         for count in counts:
             part = [r for r in found if r["method"] == method and r["concepts"] == count]
-            seconds = statistics.median(r["seconds"] for r in part)
+            if not part:
+                out += ["–", "–"]
+                continue
+            seconds = statistics.median(r["cpu_seconds"] for r in part)
             out += [f"{seconds:.2f}", f"{max(r['peak_mb'] for r in part):.0f}"]
         return out
 
-    header = [h for n in counts for h in (f"s, {n} concept{'s' * (n > 1)}", "peak MiB")]
+    header = [h for n in counts for h in (f"CPU s, {n} concept{'s' * (n > 1)}", "peak MiB")]
     first = found[0]
     return [
         f"One run, each erasure in a process of its own, median of "
-        f"{len({r['seed'] for r in found})} after a first run that is not counted: it writes the "
-        "preserve prior of this text encoder to the disk, where later erasures find it. Peak "
-        "memory beyond the loaded pipeline. "
+        f"{len({r['seed'] for r in found})}, seconds of a CPU; the preserve prior of this text "
+        "encoder lies on the disk already. Peak memory beyond the loaded pipeline. "
         f"{first['dtype']}, {first['device']}, {first['threads']} thread(s), torch "
         f"{first['torch']}, commit {first['commit']}.",
         "",

@@ -129,7 +129,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def seconds(path: Path) -> None:
-    """H_o of objects against the seconds of one erasure."""
+    """H_o of objects against the CPU seconds of one erasure."""
     costs, found = committed("costs.jsonl"), Found("objects")
     if not costs or not found.rows:
         return
@@ -138,7 +138,7 @@ def seconds(path: Path) -> None:
         if method not in found.methods:
             continue
         x = statistics.median(
-            r["seconds"] for r in costs if r["method"] == method and r["concepts"] == 1
+            r["cpu_seconds"] for r in costs if r["method"] == method and r["concepts"] == 1
         )
         values = [100 * v for v in found.by_seed(method, score("h_o"))]
         panel.errorbar(
@@ -160,7 +160,7 @@ def seconds(path: Path) -> None:
         )
     panel.set_xscale("log")
     panel.margins(x=0.16, y=0.12)
-    panel.set_xlabel("seconds of one erasure (log)", fontsize=9)
+    panel.set_xlabel("CPU seconds of one erasure (log)", fontsize=9)
     panel.set_ylabel("H_o, objects, percent", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

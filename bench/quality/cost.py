@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import multiprocessing
 import resource
@@ -13,10 +14,13 @@ from pathlib import Path
 import torch
 from harness import RESULTS
 from harness.provenance import provenance
+from harness.tables import FAST
 
 from quality import methods
 from quality.studio import Studio
 from realera_fast import Concept
+
+REPEATS = 2
 
 
 def cost(name: str, count: int, dtype: str, threads: int) -> dict[str, float]:
@@ -27,29 +31,36 @@ def cost(name: str, count: int, dtype: str, threads: int) -> dict[str, float]:
     concepts = [Concept(thing.name) for thing in gone]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     before = int(status["VmRSS"].split()[0])
-    started = time.perf_counter()
-    methods.compared(count)[name].erase(studio.pipe, concepts, 0, ())
-    seconds = time.perf_counter() - started
+    started, used = time.perf_counter(), time.process_time()
+    methods.costed(count)[name].erase(studio.pipe, concepts, 0, ())
+    seconds, used = time.perf_counter() - started, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": round(seconds, 3), "peak_mb": round((peak - before) / 1024, 1)}
+    return {
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(used, 3),
+        "peak_mb": round((peak - before) / 1024, 1),
+    }
 
 
 def costs(arguments: argparse.Namespace) -> None:
-    """Every method on 1 and 10 things, one after the other in the same run."""
+    """Every method on 1 and 10 things, one after the other in the same run; rows are appended."""
     about = provenance() | {"dtype": arguments.dtype, "table": "costs"}
     out = arguments.out or RESULTS / "costs.jsonl"
     context = multiprocessing.get_context("spawn")
-    rows = []
+
+    def measured(name: str, count: int) -> dict[str, float]:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(cost, name, count, arguments.dtype, torch.get_num_threads()).result()
+
+    # Fills what the library keeps on the disk for this text encoder.
+    measured(FAST, 1)
     for count in (1, 10):
-        for name in methods.compared(count):
-            # The first repetition fills caches on disk.
-            for seed in range(-1, 2):
-                with ProcessPoolExecutor(1, mp_context=context) as pool:
-                    found = pool.submit(
-                        cost, name, count, arguments.dtype, torch.get_num_threads()
-                    ).result()
-                row = {"method": name, "concepts": count, "seed": seed, **found, **about}
-                if seed >= 0:
-                    rows.append(row)
+        for name in methods.costed(count):
+            if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
+                continue
+            for repeat in range(REPEATS):
+                found = measured(name, count)
+                row = {"method": name, "concepts": count, "seed": repeat, **found, **about}
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
             print(count, name, found, flush=True)
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

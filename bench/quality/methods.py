@@ -206,6 +206,11 @@ def attacked() -> dict[str, Method]:
     return compared() | own
 
 
+def costed(count: int) -> dict[str, Method]:
+    """Whose seconds and memory are measured: who is compared; of one, who is attacked too."""
+    return compared(count) if count > 1 else attacked()
+
+
 def in_turn() -> dict[str, Method]:
     """The closed form of all concepts in one erasure, of each on top of those before it, and of the
     first alone."""
