@@ -8,6 +8,8 @@ from typing import Any
 
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.config import EraseConfig
+from realera_fast.erasure import Erasure
+from realera_fast.extending import checked_extends, extended
 from realera_fast.inputs import Arguments, checked
 from realera_fast.mining import Anchor, Line
 from realera_fast.models import Family, Target
@@ -48,6 +50,7 @@ def preview(
     config: EraseConfig | None = None,
     progress: bool | None = None,
     target: Target = "weights",
+    extends: Erasure | Iterable[Erasure] | None = None,
 ) -> Preview:
     """Which words `erase` would move, before anything is edited: in seconds.
 
@@ -58,29 +61,29 @@ def preview(
     Args:
         model, text_encoders, concepts, tokenizer, preserve, reading, config, progress: as those of
             `erase`.
-        target: as that of `erase`.
+        target, extends: as those of `erase`.
 
     Raises:
         ValueError, TypeError: as `erase`.
     """
-    job = checked(
-        Arguments(
-            model=model,
-            text_encoders=text_encoders,
-            concepts=concepts,
-            tokenizer=tokenizer,
-            preserve=preserve,
-            scheduler=None,
-            reading=reading,
-            config=_without_denoiser(config),
-            latents=None,
-            accelerator=None,
-            checkpoint_dir=None,
-            resume=False,
-            progress=progress,
-            target=target,
-        )
+    given = Arguments(
+        model=model,
+        text_encoders=text_encoders,
+        concepts=concepts,
+        tokenizer=tokenizer,
+        preserve=preserve,
+        scheduler=None,
+        reading=reading,
+        config=config,
+        latents=None,
+        accelerator=None,
+        checkpoint_dir=None,
+        resume=False,
+        progress=progress,
+        target=target,
     )
+    whole = extended(given, checked_extends(extends))
+    job = checked(replace(whole, config=_without_denoiser(whole.config)))
     known = job.known_words()
     nothing = encode_vocabulary(job.text, job.config.vocabulary, words=())
     selection = select(job, known, nothing, drawn=False)

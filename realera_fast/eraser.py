@@ -21,6 +21,7 @@ from realera_fast.alignment import (
 from realera_fast.config import EraseConfig
 from realera_fast.equations import Equations, Solved, gather, solve, unsolved
 from realera_fast.erasure import EditedWeights, Erasure, report
+from realera_fast.extending import checked_extends, extending
 from realera_fast.inputs import Arguments, Job, checked, takes_members
 from realera_fast.mining import NOISE, KnownWords
 from realera_fast.models import (
@@ -75,6 +76,7 @@ def erase(
     resume: bool = False,
     progress: bool | None = None,
     target: Target = "weights",
+    extends: Erasure | Iterable[Erasure] | None = None,
 ) -> Erasure:
     """Removes concepts from a diffusion model, in place (RealEra, arXiv 2410.09140).
 
@@ -118,6 +120,10 @@ def erase(
         target: "weights" edits them in place; "adapter" attaches the same edit with peft and leaves
             every weight as it is, so that the model may be quantized (torchao, optimum-quanto,
             bitsandbytes, GGUF) or offloaded by accelerate. Such a model gets the closed form alone.
+        extends: erasures whose concepts go on, applied to the model or not: they are undone, all
+            concepts are erased in one call, and the result stands for all. Erasures on top of each
+            other add up their side effects; this one has none but its own. Their preserved words
+            stay, and so do their settings where `config` is None.
 
     Returns:
         A frozen `Erasure`: undo it with `restore_`, keep it with `save` or `save_lora`, read
@@ -127,24 +133,28 @@ def erase(
         ValueError, TypeError: unusable input; the message names the argument and what to do.
         CheckpointError: the checkpoint is broken or of another run (a ValueError).
     """
-    job = checked(
-        Arguments(
-            model=model,
-            text_encoders=text_encoders,
-            concepts=concepts,
-            tokenizer=tokenizer,
-            preserve=preserve,
-            scheduler=scheduler,
-            reading=reading,
-            config=config,
-            latents=latents,
-            accelerator=accelerator,
-            checkpoint_dir=checkpoint_dir,
-            resume=resume,
-            progress=progress,
-            target=target,
-        )
+    given = Arguments(
+        model=model,
+        text_encoders=text_encoders,
+        concepts=concepts,
+        tokenizer=tokenizer,
+        preserve=preserve,
+        scheduler=scheduler,
+        reading=reading,
+        config=config,
+        latents=latents,
+        accelerator=accelerator,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        progress=progress,
+        target=target,
     )
+    with extending(given, checked_extends(extends)) as whole:
+        return _erased(checked(whole))
+
+
+def _erased(job: Job) -> Erasure:
+    """What `erase` does, once it knows what is asked for."""
     if not job.concepts:
         erasure = _nothing_erased(job)
         erasure.apply_(job.model, target=job.target)

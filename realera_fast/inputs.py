@@ -221,7 +221,7 @@ def checked(given: Arguments) -> Job:
     Raises:
         ValueError, TypeError: unusable input; the message names the argument and what to do.
     """
-    given = _with_parts(given)
+    given = with_parts(given)
     config, preserve = _checked_settings(given)
     concepts = parse_concepts(given.concepts, preserve=preserve)
     layers = _checked_layers(given.model, given.reading, given.target)
@@ -279,7 +279,7 @@ def checked(given: Arguments) -> Job:
         family=family,
         denoising=denoising,
         latents=latents,
-        provenance=provenance_of(given.model, config, family, given.target),
+        provenance=provenance_of(given.model, config, family, given.target, preserve),
         accelerator=given.accelerator,
         folder=None if given.checkpoint_dir is None else Path(given.checkpoint_dir),
         resume=given.resume,
@@ -297,7 +297,7 @@ def has_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[
     return speak and len(sections) == 1 and sections[0].reads_unpadded
 
 
-def _with_parts(given: Arguments) -> Arguments:
+def with_parts(given: Arguments) -> Arguments:
     """The arguments with the parts of a pipeline in place of the pipeline."""
     model, concepts = given.model, given.concepts
     if not is_pipeline(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from realera_fast.runtime import unwrapped
 
 
 def provenance_of(
-    model: Any, config: EraseConfig, family: Family, target: Target
+    model: Any, config: EraseConfig, family: Family, target: Target, preserve: Sequence[str]
 ) -> dict[str, Any]:
     """`Erasure.provenance`: versions, seed, and the base model with the hashes of its weights.
 
     Args:
+        preserve: words that were named to stay.
         target: what the erasure is written to; "dtype" is that of the weights without what
             quantizers pack them in.
     """
@@ -45,6 +47,7 @@ def provenance_of(
         "reading": family.to_dict(),
         "history": history_of(model),
         "seed": config.seed,
+        "preserve": list(preserve),
     }
 
 

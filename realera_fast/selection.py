@@ -336,7 +336,7 @@ def warn_of_stack(
         text = (
             f"erasures on top of each other add up: since the first of {len(earlier) + 1} "
             f"{len(far)} of {len(staying)} words that should stay moved, in distances between "
-            f"words: {', '.join(far[:6])}; undo them and erase all concepts in one call"
+            f"words: {', '.join(far[:6])}; pass those before as extends=, so that all go in one"
         )
         logger.warning(text)
         yield text

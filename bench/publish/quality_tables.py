@@ -134,14 +134,17 @@ def sequential_lines() -> list[str]:
     found = Found("sequential")
     if not found.rows:
         return []
-    task = found.rows[0]
-    first = next(iter(task["words"]["erased"]))
-    shown = {"erased": [first], "synonym": words().held_out(words().thing(first))}
+    table_of_words = words()
 
     def drawn(method: str, group: str) -> str:
         """Pictures of the first of them."""
-        counts = [row["words"][group][word] for row in found.of(method) for word in shown[group]]
-        right, every = (sum(part) for part in zip(*counts, strict=True))
+        right = every = 0
+        for row in found.of(method):
+            first = next(iter(row["words"]["erased"]))
+            synonyms = table_of_words.held_out(table_of_words.thing(first))
+            for word in [first] if group == "erased" else synonyms:
+                seen, of = row["words"][group][word]
+                right, every = right + seen, every + of
         return f"{right} of {every}"
 
     body = []
@@ -151,16 +154,17 @@ def sequential_lines() -> list[str]:
         of_all = method != FIRST
         cells += [percent(found.by_seed(method, v)) if of_all else "–" for v in values]
         body.append(cells)
-    names = ", ".join(task["words"]["erased"])
+    count = found.rows[0]["concepts"]
     return [
-        f"{task['concepts']} judged things that all become one other ({task['task']}), in one "
-        f"erasure, and each on top of those before it: {names}. What went stays away; side effects "
-        f"add up ([Stacking](../stacking.md)). {found.note()}",
+        f"{count} judged things, others for every seed, that all become one other: in one erasure, "
+        "each on top of those before it, and each with `extends=`, which takes them off and erases "
+        "all in one. On top of each other what went stays away and side effects add up "
+        f"([Stacking](../stacking.md)). {found.note()}",
         "",
         *table(
             (
                 "method",
-                f"{first} drawn ↓",
+                "the first of them drawn ↓",
                 "its other words ↓",
                 "Acc_e ↓",
                 "Acc_g ↓",

@@ -26,7 +26,7 @@ from baselines import (
     uce,
 )
 from baselines.phrases import ANCHORS, label
-from harness.tables import DEFAULT, FAST, FIRST, GATED, IN_TURN, STRICT, TEXT, UNGATED
+from harness.tables import DEFAULT, EXTENDED, FAST, FIRST, GATED, IN_TURN, STRICT, TEXT, UNGATED
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
@@ -212,9 +212,18 @@ def costed(count: int) -> dict[str, Method]:
 
 
 def in_turn() -> dict[str, Method]:
-    """The closed form of all concepts in one erasure, of each on top of those before it, and of the
-    first alone."""
+    """The closed form of all concepts in one erasure, of each on top of those before it, of each
+    with what those before it took, and of the first alone."""
     fast = library(EraseConfig.fast())
+
+    def extended(
+        pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]
+    ) -> Erasure | None:
+        config = dataclasses.replace(EraseConfig.fast(), seed=seed)
+        last: Erasure | None = None
+        for concept in concepts:
+            last = realera_fast.erase(pipe, [concept], config=config, progress=False, extends=last)
+        return last
 
     def stacked(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
         for concept in concepts:
@@ -228,6 +237,7 @@ def in_turn() -> dict[str, Method]:
     return {
         FAST: fast,
         IN_TURN: Method(stacked, fast.seeded, fast.settings),
+        EXTENDED: Method(extended, fast.seeded, fast.settings),
         FIRST: Method(first, fast.seeded, fast.settings),
     }
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from realera_fast.cli.inputs import (
     check_concept_tokens,
+    check_files,
     check_places,
     concepts_of,
     read_config,
@@ -38,6 +40,9 @@ from realera_fast.cli.options import (
 from realera_fast.cli.output import check_output, check_space, output_folder, write_report
 from realera_fast.cli.program import app, start_logging
 from realera_fast.cli.tables import echo_plan, summary, words_text
+
+if TYPE_CHECKING:
+    from realera_fast import Erasure
 
 
 @app.command()
@@ -98,6 +103,15 @@ def erase(
             metavar="WORD", help="No neighbor, whatever it looks like; may be given several times."
         ),
     ] = None,
+    extends: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DELTA",
+            help="A file that 'erase' wrote for MODEL: its concepts go as well, all in one; may be "
+            "given several times.",
+            show_default=False,
+        ),
+    ] = None,
     target: Target = "weights",
     preset: Preset = None,
     mining: Mining = None,
@@ -147,6 +161,8 @@ def erase(
           --config settings.json --no-align --seed 7 -o out/no-cat
       realera-fast erase ./xl.safetensors --base ./sdxl --concepts brands.csv \\
           --save delta,single-file --checkpoint out/run -o out/no-brands
+      realera-fast erase ./sd14 -c dog -o out/neither \\
+          --extends out/no-cat/erasure.safetensors
     """
     edits = target_of(target)
     wanted = save_list(save, edits)
@@ -158,6 +174,7 @@ def erase(
     )
     values = read_config(config)
     check_places(model, base, out, force)
+    check_files(*(extends or ()))
     settings = settings_of(
         values,
         config,
@@ -167,60 +184,60 @@ def erase(
         preset=preset,
         spare=spare or (),
     )
+    import realera_fast
     from realera_fast.cli.loading import load_pipeline
     from realera_fast.dry_run import preview
     from realera_fast.eraser import erase as erase_concepts
-    from realera_fast.models import component_name, components_of
 
     start_logging(quiet)
+    before = [realera_fast.Erasure.load(file) for file in extends or ()]
+    chosen = any((config, preset, mining, no_align, seed is not None, spare))
+    if before and not chosen:
+        settings = realera_fast.EraseConfig.from_dict(before[-1].config)
+    asked: dict[str, Any] = dict(
+        preserve=preserved,
+        config=settings,
+        progress=False if quiet else None,
+        target=edits,
+        extends=before,
+    )
     if dry_run:
         check_output(out, force)
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
         echo_plan(pipe, concepts, preserved, settings, out, wanted, target=edits)
-        typer.echo(
-            words_text(
-                preview(
-                    pipe,
-                    concepts,
-                    preserve=preserved,
-                    config=settings,
-                    progress=False if quiet else None,
-                    target=edits,
-                )
-            )
-        )
+        typer.echo(words_text(preview(pipe, concepts, **asked)))
         return
     with output_folder(out, force) as folder:
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
         if "pipeline" in wanted:
             check_space(pipe, folder)
-        edited = components_of(pipe).model
         erasure = erase_concepts(
-            pipe,
-            concepts,
-            preserve=preserved,
-            config=settings,
-            checkpoint_dir=checkpoint,
-            resume=checkpoint is not None,
-            progress=False if quiet else None,
-            target=edits,
+            pipe, concepts, checkpoint_dir=checkpoint, resume=checkpoint is not None, **asked
         )
-        if "delta" in wanted:
-            erasure.save(folder / "erasure.safetensors")
-        if "lora" in wanted:
-            erasure.save_lora(folder / "lora", edited)
-        if "kohya" in wanted:
-            erasure.save_lora(folder / "kohya.safetensors", edited, layout="kohya")
-        if "weights" in wanted:
-            erasure.save_weights(folder / "weights.safetensors", edited)
-        if "single-file" in wanted:
-            erasure.save_single_file(folder / "model.safetensors", Path(model).expanduser(), edited)
-        if "pipeline" in wanted:
-            pipe.save_pretrained(folder / "pipeline", safe_serialization=True)
-            erasure.annotate(folder / "pipeline" / component_name(pipe))
+        _write(erasure, wanted, folder, pipe, model)
         write_report(erasure, folder, model)
         written = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
     typer.echo(summary(erasure))
     typer.echo(f"\nwrote {', '.join(written)} to {out}")
+
+
+def _write(erasure: Erasure, wanted: Sequence[str], folder: Path, pipe: Any, model: str) -> None:
+    """Writes an erasure as ``--save`` asks."""
+    from realera_fast.models import component_name, components_of
+
+    edited = components_of(pipe).model
+    if "delta" in wanted:
+        erasure.save(folder / "erasure.safetensors")
+    if "lora" in wanted:
+        erasure.save_lora(folder / "lora", edited)
+    if "kohya" in wanted:
+        erasure.save_lora(folder / "kohya.safetensors", edited, layout="kohya")
+    if "weights" in wanted:
+        erasure.save_weights(folder / "weights.safetensors", edited)
+    if "single-file" in wanted:
+        erasure.save_single_file(folder / "model.safetensors", Path(model).expanduser(), edited)
+    if "pipeline" in wanted:
+        pipe.save_pretrained(folder / "pipeline", safe_serialization=True)
+        erasure.annotate(folder / "pipeline" / component_name(pipe))

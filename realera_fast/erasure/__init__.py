@@ -8,7 +8,7 @@ from realera_fast.erasure.describe import read_description
 from realera_fast.erasure.edit import EditedWeights
 from realera_fast.erasure.erasure import Erasure
 from realera_fast.erasure.file import ErasureFileError
-from realera_fast.erasure.history import applied, check_stack, history_of, originals_of
+from realera_fast.erasure.history import applied, check_stack, history_of, originals_of, taken_off
 from realera_fast.erasure.hub import HubError
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "originals_of",
     "read_description",
     "report",
+    "taken_off",
 ]

@@ -5,10 +5,11 @@ What edits a model here is called by the verbs of `Erasure`, alone on that model
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -331,6 +332,45 @@ def withdraw_(erasure: Erasure, model: nn.Module) -> tuple[Erasure, ...]:
         history[:] = kept
         raise
     return tuple(remaining)
+
+
+@contextlib.contextmanager
+def taken_off(model: nn.Module, erasures: Sequence[Erasure]) -> Iterator[None]:
+    """Runs with erasures undone, those of them that are applied; they are back if it fails.
+
+    Raises:
+        BaseModelMismatchError: one that is not applied was made for other weights.
+        ValueError: one is attached as an adapter, or others were applied after one of them.
+    """
+    attached, history = attached_to(model), applications_of(model)
+    if attached is not None:
+        raise ValueError(
+            f"model: {attached!r} is attached to it as an adapter; take it out with restore_ first "
+            "(extends= takes erasures that are not applied too)"
+        )
+    kept = list(history)
+    place = place_of(history, WeightStates(model)) if history else None
+    above: list[Application] = []
+    for entry in history[: 0 if place is None else place + 1]:
+        known = any(is_same(entry.erasure, each) for each in erasures)
+        if above and not known:
+            raise ValueError(
+                f"model: {entry.erasure!r} was applied after {above[-1].erasure!r}; name it in "
+                "extends= as well, or take it out with withdraw_"
+            )
+        above += [entry] if known else []
+    layers: dict[str, nn.Linear] = {}
+    for entry in above:
+        layers |= layers_of(model, edit_of(entry.erasure))
+    try:
+        with transaction(model, layers):
+            for entry in reversed(above):
+                restore_(entry.erasure, model)
+            check_stack(model, erasures)
+            yield
+    except BaseException:
+        history[:] = kept
+        raise
 
 
 def then(erasure: Erasure, later: Erasure) -> Erasure:

@@ -653,3 +653,26 @@ def test_the_summary_says_what_is_left_and_what_trains_against_attacks():
     Outcome.report["attacks"] = {"cat": [{"first": 1.0, "last": 0.5}]}
     assert "--preset strict" not in tables.summary(Outcome)
     assert "attack" not in tables.summary(type("Closed", (), {"report": {"alignment": {}}}))
+
+
+def test_more_is_erased_together_with_what_was(model, erased, run, tmp_path):
+    delta = erased / "erasure.safetensors"
+    code, _, _ = run(
+        *("erase", model, "-c", "van=art", "--extends", delta, "--save", "delta"),
+        *("-o", tmp_path / "both", "--quiet"),
+    )
+    both = Erasure.load(tmp_path / "both" / "erasure.safetensors")
+    assert code == 0 and [c.target for c in both.concepts] == ["cat", "van"]
+    assert both.config == Erasure.load(delta).config and both.provenance["preserve"] == ["dog"]
+    code, out, _ = run(
+        *("erase", model, "-c", "van=art", "--extends", delta, "--dry-run"),
+        *("-o", tmp_path / "plan", "--quiet"),
+    )
+    assert code == 0 and "cat" in out and "van" in out
+    code, _, err = run(
+        *("erase", model, "-c", "cat", "--extends", delta, "-o", tmp_path / "twice", "--quiet")
+    )
+    assert code and "cat" in err and not (tmp_path / "twice").exists()
+    missing = tmp_path / "none.safetensors"
+    code, _, err = run("erase", model, "-c", "van", "--extends", missing, "-o", tmp_path / "no")
+    assert code and str(missing) in err

@@ -69,7 +69,7 @@ def test_what_erasures_moved_together_is_warned_of(monkeypatch):
 
     assert not stacked(first)
     (warning,) = stacked(second)
-    assert "since the first of 2 " in warning and "all concepts in one call" in warning
+    assert "since the first of 2 " in warning and "pass those before as extends=" in warning
     assert "'cat'" not in warning, "what went before was to go"
     monkeypatch.setattr(report, "DRIFTED", 1e9)
     assert not stacked(*erased(pipe, "van=art"))

@@ -1,0 +1,72 @@
+"""Erasing more from a model that was erased from before: all of it in one solve."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from realera_fast.config import EraseConfig
+from realera_fast.erasure import Erasure, taken_off
+from realera_fast.inputs import Arguments, with_parts
+from realera_fast.runtime import clean_names, folded
+from realera_fast.text import Concept, parse_concepts
+
+
+def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasure, ...]:
+    """The erasures that go on, in order.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if extends is None:
+        return ()
+    erasures = (extends,) if isinstance(extends, Erasure) else extends
+    found = tuple(erasures) if isinstance(erasures, Iterable) else (erasures,)
+    for each in found:
+        if not isinstance(each, Erasure):
+            raise TypeError(
+                "extends: expected an Erasure or several of them in order (Erasure.load reads a "
+                f"file), got {type(each).__name__}"
+            )
+    return found
+
+
+def extended(given: Arguments, erasures: tuple[Erasure, ...]) -> Arguments:
+    """Arguments that ask for what the erasures took as well.
+
+    Words that were preserved stay preserved unless they are to go now. Where no settings are given,
+    those of the last erasure hold.
+    """
+    if not erasures:
+        return given
+    given = with_parts(given)
+    preserve = clean_names(given.preserve, "preserve")
+    new = parse_concepts(given.concepts, preserve=preserve)
+    concepts: list[Concept] = [concept for each in erasures for concept in each.concepts]
+    gone = {folded(word) for concept in (*concepts, *new) for word in concept.words}
+    known = {folded(word) for word in preserve}
+    inherited = [
+        word
+        for each in erasures
+        for word in each.provenance.get("preserve", ())
+        if folded(word) not in gone | known
+    ]
+    return dataclasses.replace(
+        given,
+        concepts=[*concepts, *new],
+        preserve=(*inherited, *preserve),
+        config=given.config or EraseConfig.from_dict(erasures[-1].config),
+    )
+
+
+@contextlib.contextmanager
+def extending(given: Arguments, erasures: tuple[Erasure, ...]) -> Iterator[Arguments]:
+    """The arguments for all of it, while the model is as before these erasures; they are applied
+    again if anything fails."""
+    if not erasures:
+        yield given
+        return
+    given = extended(given, erasures)
+    with taken_off(given.model, erasures):
+        yield given
