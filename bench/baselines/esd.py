@@ -4,8 +4,9 @@
 
 with eta as the published code counts it, one more than the paper's. x_t is denoised by the model as
 it is trained, up to a random step, as in the paper (the published code takes the original model);
-nothing is preserved. Trained are the cross-attention projections ("esd-x"); of joint attention
-those of the text (`add_q_proj`, `add_k_proj`, `add_v_proj`), in velocities. Several x_t are
+nothing is preserved. Trained are the cross-attention projections ("esd-x"), or of a U-Net all else
+("esd-u", the authors' for objects); of joint attention those of the text (`add_q_proj`,
+`add_k_proj`, `add_v_proj`), in velocities. Several x_t are
 denoised together, for as many iterations: the published code denoises one anew for each, which is
 most of its time.
 """
@@ -35,6 +36,8 @@ class Settings:
     """eta."""
     guidance_scale: float = 3.0
     sampling_steps: int = 50
+    unconditional: bool = False
+    """"esd-u" in place of "esd-x"."""
     together: int = 10
     """x_t denoised at a time, and iterations that use them (ours; 1 is the published code)."""
 
@@ -45,15 +48,23 @@ SWEEP = (
     Settings(negative_guidance=3.0, sampling_steps=20),
     Settings(negative_guidance=3.0, sampling_steps=20, learning_rate=2e-4),
     Settings(sampling_steps=20, learning_rate=2e-4),
+    Settings(sampling_steps=20, unconditional=True),
+    Settings(negative_guidance=3.0, sampling_steps=20, unconditional=True),
+    Settings(sampling_steps=20, learning_rate=1e-5, unconditional=True),
 )
 """What is tried on words that are not judged; the authors' settings come first."""
 
 
 def erase(pipe: Any, concepts: Sequence[Concept], settings: Settings, seed: int = 0) -> None:
-    """Trains every projection of cross-attention; of several words one at random an iteration."""
+    """Trains every projection of cross-attention, or all else; of several words one at random an
+    iteration."""
     words = [word for concept in concepts for word in concept.words]
     parts = (".attn2.", ".add_")
-    weights = [p for n, p in denoiser(pipe).named_parameters() if any(each in n for each in parts)]
+    weights = [
+        parameter
+        for name, parameter in denoiser(pipe).named_parameters()
+        if any(part in name for part in parts) != settings.unconditional
+    ]
     generator = torch.Generator().manual_seed(seed)
     fine_tune(pipe, encode(pipe, ["", *words]), weights, settings, generator)
 

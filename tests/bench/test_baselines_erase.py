@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
@@ -161,6 +162,14 @@ def test_esd_follows_its_seed(pipe, weights):
         pipe.unet.load_state_dict(weights)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_esd_trains_what_takes_no_text(pipe, weights):
+    settings = dataclasses.replace(SMALL["esd"], unconditional=True)
+    esd.erase(pipe, [Concept("rabbit")], settings, 0)
+    state = pipe.unet.state_dict()
+    changed = {name for name, value in weights.items() if not torch.equal(value, state[name])}
+    assert changed == {name for name in weights if ".attn2." not in name}
 
 
 def test_every_kind_has_an_anchor_and_phrases():
