@@ -20,6 +20,7 @@ from realera_fast.models import (
     check_trainable,
     is_joint,
     latent_shape,
+    self_attention,
     why_not_aligned,
 )
 from realera_fast.runtime import clean
@@ -94,6 +95,14 @@ def checked_shape(model: Any, config: EraseConfig) -> tuple[int, ...]:
             "layers read, which are known of U-Nets alone, and this is a "
             f'{type(model).__name__}; set "trained"'
         )
+    if own := config.alignment.self_attention:
+        if is_joint(model):
+            raise ValueError(
+                f"config.alignment.target_modules: {own[0]!r} is of the self-attention of U-Nets, "
+                f"and a {type(model).__name__} has none apart from its text; name some of to_k, "
+                "to_v, to_q and to_out.0, which are those of the text's stream there"
+            )
+        self_attention(model)
     return latent_shape(model, config.alignment.latent_size)
 
 

@@ -313,13 +313,16 @@ def _aligned(
 def _erasure(job: Job, solved: Mapping[Stream, Solved], aligned: Alignment) -> Erasure:
     """The result without its report."""
     sequence, pooled = solved["sequence"], solved.get("pooled")
+    provenance = provenance_after(job.provenance)
+    if aligned.lora and job.config.alignment.self_attention and aligned.kept:
+        provenance |= {"self_attention": True}
     return Erasure(
         # The result is small and outlives the model: it rests on the CPU.
         sequence.solution.map.to("cpu"),
         aligned.lora,
         job.concepts,
         job.config.to_dict(),
-        provenance_after(job.provenance),
+        provenance,
         {},
         pooled_map=None if pooled is None else pooled.solution.map.to("cpu"),
         system=sequence.system,

@@ -44,6 +44,7 @@ from realera_fast.models import (
     projections,
     queries_and_outputs,
     refuse_adapters,
+    self_attention,
     stream_of,
     streams,
     text_projections,
@@ -158,9 +159,13 @@ class Job:
             leaves = tuple(f".{TEXT_STREAM[leaf]}" for leaf in targets)
             found = text_projections(self.model)
             return {**self.layers, **{n: x for n, x in found.items() if n.endswith(leaves)}}
-        if set(targets) <= {"to_k", "to_v"}:
-            return self.layers
-        return {**self.layers, **queries_and_outputs(self.model)}
+        layers = dict(self.layers)
+        if {"to_q", "to_out.0"} & set(targets):
+            layers |= queries_and_outputs(self.model)
+        if own := self.config.alignment.self_attention:
+            found = self_attention(self.model)
+            layers |= {name: x for name, x in found.items() if name.endswith(own)}
+        return layers
 
     @property
     def device(self) -> torch.device:

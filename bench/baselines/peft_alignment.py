@@ -38,7 +38,8 @@ class PlainLoop:
         Args:
             model: the original; it becomes the teacher and is frozen.
             maps: the closed form of each text stream.
-            target_modules: of a U-Net's cross-attention or of the text's stream.
+            target_modules: of a U-Net's cross-attention (of its self-attention: "attn1.to_q") or
+                of the text's stream.
             compiled: run both models through `torch.compile`.
         """
         student = copy.deepcopy(model)
@@ -54,7 +55,8 @@ class PlainLoop:
                 r=r,
                 lora_alpha=lora_alpha,  # type: ignore[arg-type]
                 target_modules=[
-                    name if is_joint(model) else f"attn2.{name}" for name in target_modules
+                    name if is_joint(model) or "attn1" in name else f"attn2.{name}"
+                    for name in target_modules
                 ],
             )
         )

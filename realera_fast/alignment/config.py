@@ -8,7 +8,7 @@ from typing import Literal
 
 from realera_fast.alignment.losses import LOSSES, Loss
 from realera_fast.runtime import check_types, valid_texts
-from realera_fast.unet import TARGET_MODULES
+from realera_fast.unet import SELF_ATTENTION, TARGET_MODULES
 
 _POSITIVE_COUNTS = (
     "steps",
@@ -29,6 +29,8 @@ ADVERSARIES = ("none", "random", "worst")
 """What moves the prompts that are trained on; see `AlignmentConfig.adversary`."""
 DOWN_PROJECTIONS = ("trained", "null_space")
 """How the factors' down-projections come about; see `AlignmentConfig.down_projection`."""
+TIMESTEPS = ("all", "discriminative")
+"""At which denoising steps targets are trained; see `AlignmentConfig.timesteps`."""
 _NOT_NEGATIVE = (
     "beyond_scale",
     "preserve_scale",
@@ -70,7 +72,8 @@ class AlignmentConfig:
     target_modules: tuple[str, ...] = ("to_k", "to_v")
     """Projections of each cross-attention layer with factors; "to_q" and "to_out.0" are possible
     too (default: those that text enters through). In joint attention those of the text's stream:
-    "add_k_proj", "add_v_proj", "add_q_proj" and "to_add_out"."""
+    "add_k_proj", "add_v_proj", "add_q_proj" and "to_add_out". "attn1.to_q", "attn1.to_k",
+    "attn1.to_v" and "attn1.to_out.0" are of the self-attention of U-Nets."""
 
     learning_rate: float = 1e-3
     """AdamW step size, falling linearly to 0 over the steps (ours; MACE uses 1e-5 to 1e-4)."""
@@ -143,6 +146,12 @@ class AlignmentConfig:
     min_timestep: float = 0.0
     """Latest part of the schedule that is left out, as a fraction of it (0 to 1; ours)."""
 
+    timesteps: Literal["all", "discriminative"] = "all"
+    """Denoising steps that targets are trained at. "discriminative": those at which the original
+    tells its pictures of the named words from their anchors at least as well as it does on average
+    (a diffusion classifier, arXiv 2303.16203; after SDErasure, ICLR 2026, whose threshold is 0.8 of
+    a softmax). What stays is held at all of them."""
+
     latent_size: int | None = None
     """Height and width of the latents in latent pixels; `None` is the model's `sample_size`. FLUX.1
     has none: the stage runs where this is named."""
@@ -205,12 +214,17 @@ class AlignmentConfig:
                 "AlignmentConfig.preserve_batch_size must be >= 1 or None, got "
                 f"{self.preserve_batch_size}"
             )
-        if self.adversary not in ADVERSARIES:
-            raise ValueError(
-                f"AlignmentConfig.adversary must be one of {ADVERSARIES}, got {self.adversary!r}"
-            )
-        if self.loss not in LOSSES:
-            raise ValueError(f"AlignmentConfig.loss must be one of {LOSSES}, got {self.loss!r}")
+        for name, known in (
+            ("adversary", ADVERSARIES),
+            ("loss", LOSSES),
+            ("down_projection", DOWN_PROJECTIONS),
+            ("timesteps", TIMESTEPS),
+            ("mixed_precision", ("no", "bf16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"AlignmentConfig.{name} must be one of {known}, got {getattr(self, name)!r}"
+                )
         if not 0.0 < self.triplet_eta <= 1.0:
             raise ValueError(
                 f"AlignmentConfig.triplet_eta must be in (0, 1], got {self.triplet_eta}"
@@ -226,11 +240,6 @@ class AlignmentConfig:
             raise ValueError(
                 'AlignmentConfig.loss: "adversarial_target" moves what negative_guidance leads '
                 "away from, and that is 0; raise it, or take another loss"
-            )
-        if self.down_projection not in DOWN_PROJECTIONS:
-            raise ValueError(
-                f"AlignmentConfig.down_projection must be one of {DOWN_PROJECTIONS}, got "
-                f"{self.down_projection!r}"
             )
         if not 0.0 < self.adversary_distance < math.inf:
             raise ValueError(
@@ -248,11 +257,11 @@ class AlignmentConfig:
                 'AlignmentConfig.target_modules: down_projection="null_space" knows the input of '
                 f'"to_k" and "to_v" alone, got {names}; name these, or train the down-projections'
             )
-        if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                'AlignmentConfig.mixed_precision must be "no" or "bf16", '
-                f"got {self.mixed_precision!r}"
-            )
+
+    @property
+    def self_attention(self) -> tuple[str, ...]:
+        """Those of `target_modules` that are of self-attention."""
+        return tuple(name for name in self.target_modules if name in SELF_ATTENTION)
 
     @property
     def beyond_size(self) -> int:

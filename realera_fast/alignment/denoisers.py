@@ -17,6 +17,7 @@ from realera_fast.models import (
     is_joint,
     projections,
     queries_and_outputs,
+    self_attention,
     text_projections,
 )
 from realera_fast.solver import ConceptMap
@@ -61,12 +62,17 @@ def new_factors(
         leaves = tuple(f".{TEXT_STREAM[leaf]}" for leaf in config.target_modules)
         text, hidden = {}, text_projections(model)
     else:
-        leaves = tuple(f".{leaf}" for leaf in config.target_modules)
+        own = config.self_attention
+        leaves = tuple(f".{leaf}" for leaf in config.target_modules if leaf not in own)
         text = {name: layer for name, layer in layers.items() if name.endswith(leaves)}
         hidden = queries_and_outputs(model)
+    hidden = {name: layer for name, layer in hidden.items() if name.endswith(leaves)}
+    if config.self_attention:
+        of_pictures = self_attention(model)
+        hidden |= {n: x for n, x in of_pictures.items() if n.endswith(config.self_attention)}
     lora = LoraParameters(
         text,
-        {name: layer for name, layer in hidden.items() if name.endswith(leaves)},
+        hidden,
         r=config.r,
         lora_alpha=config.lora_alpha,
         use_rslora=config.use_rslora,

@@ -58,6 +58,8 @@ class Alignment:
     stopped: str
     """Why training ended."""
     seconds: float
+    timesteps: tuple[float, ...] = ()
+    """Time steps that targets were trained at."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for the report."""
@@ -70,6 +72,7 @@ class Alignment:
             "held_back": list(self.held_back),
             "steps": len(self.losses),
             "stopped": self.stopped,
+            "timesteps": list(self.timesteps),
             "seconds": self.seconds,
         }
 
@@ -177,6 +180,7 @@ def align_noise(
         tuple(trainer.held_back),
         stopped,
         time.perf_counter() - started,
+        tuple(filler.sampler.timesteps[filler.trained].tolist()) if trainer.losses else (),
     )
 
 
@@ -235,6 +239,11 @@ def _train(
         ) as bar:
             return filler.fill(number, variant, bar, held_back=held_back)
 
+    if config.timesteps == "discriminative":
+        own = filler.trajectories // filler.processes.count
+        total = filler.sampler.passes * filler.sampler.batches(own)
+        with progress_bar(total=total, desc="time steps", progress=progress) as bar:
+            filler.choose(bar)
     held_back = fill(0, "edited", held_back=True) if looks else None
     window, number = None, -1
     if saved is not None:

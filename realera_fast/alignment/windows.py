@@ -20,6 +20,7 @@ from torch import Tensor
 
 from realera_fast import mining
 from realera_fast.alignment.config import AlignmentConfig
+from realera_fast.alignment.timesteps import discriminative_steps
 from realera_fast.ops import philox
 from realera_fast.runtime import Processes
 from realera_fast.text import AlignedPrompts
@@ -199,6 +200,30 @@ class WindowFiller:
                 f"{len(self.used)} denoising steps, of which the first is at time step {first}; "
                 "lower it or raise sampling_steps"
             )
+        self.trained = self.used
+        """`[s]` the steps that targets are trained at, of those that are used."""
+        self.min_timestep = config.min_timestep
+
+    def choose(self, bar: Any) -> None:
+        """Leaves targets the steps at which the original tells named words from their anchors.
+
+        Those that stay are at all steps: the factors are there at all of them when it draws.
+
+        Raises:
+            ValueError: `AlignmentConfig.min_timestep` leaves out all of these.
+        """
+        places = range(self.trajectories)[self.processes.share(self.trajectories)]
+        words = [self.prompts[place % (self.named or len(self.prompts))] for place in places]
+        chosen = discriminative_steps(
+            self.sampler, words, places, bar, seed=self.seed, processes=self.processes
+        )
+        self.trained = self.used & chosen
+        if not bool(self.trained.any()):
+            raise ValueError(
+                f"AlignmentConfig.min_timestep: {self.min_timestep} leaves none of the time steps "
+                f"{self.sampler.timesteps[chosen].tolist()}, at which the words are told from "
+                'their anchors; lower it, or set timesteps="all"'
+            )
 
     def _counts(self, held_back: bool) -> tuple[int, int]:
         """Trajectories of targets and of preserve prompts; of a look they need to be few."""
@@ -286,7 +311,7 @@ class WindowFiller:
         starts = [philox.fold_seed(seed, _TARGET_STARTS + place) for place in places]
         by_original = [self._by_original(place) for place in places]
         latents = self._followed(torch.stack(plain), starts, by_original, variant, bar)
-        timesteps = self.sampler.timesteps[self.used].repeat(len(numbers), 1)
+        timesteps = self.sampler.timesteps[self.trained].repeat(len(numbers), 1)
         for i, (word_name, start) in enumerate(zip(words, starts, strict=True)):
             if word_name in self.latents:
                 latents[i] = self._noised(self.latents[word_name], timesteps[i], start)
@@ -337,7 +362,7 @@ class WindowFiller:
             own = [i for i, of_it in enumerate(by_original) if of_it is original]
             if own:
                 way = self.sampler.run(states[own], [starts[i] for i in own], model, bar)
-                ways = way.latents[:-1][self.used].transpose(0, 1)
+                ways = way.latents[:-1][self.trained].transpose(0, 1)
                 found |= dict(zip(own, ways, strict=True))
         return torch.stack([found[i] for i in range(len(starts))])
 

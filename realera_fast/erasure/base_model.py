@@ -15,6 +15,7 @@ from realera_fast.models import (
     is_joint,
     projections,
     queries_and_outputs,
+    self_attention,
     stream_of,
     streams,
     text_projections,
@@ -55,6 +56,8 @@ def layers_of(model: nn.Module, edit: Edit, target: Target = "weights") -> dict[
         joint = is_joint(model)
         further = text_projections(model, as_run=False, target=target) if joint else None
         layers |= further or queries_and_outputs(model, target=target)
+    if edit.self_attention:
+        layers |= self_attention(model, target=target)
     for name, factors in edit.lora.items():
         if name not in layers:
             raise BaseModelMismatchError(f"model: it has no projection {name!r}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from realera_fast.erasure.adapters import adapter_factors
 from realera_fast.erasure.base_model import BaseModelMismatchError
 from realera_fast.erasure.edit import edit_of
-from realera_fast.models import stream_of, weights_hash
+from realera_fast.models import is_self_attention, stream_of, weights_hash
 from realera_fast.solver import PromptMap
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def comfyui_model(
     edit = edit_of(erasure)
     weights, keys = {}, {}
     for key, name, weight in _layers(model):
-        if stream_of(name) is not None or name in edit.lora:
+        if _reads_text(name) or name in edit.lora:
             weights[name], keys[name] = weight, key
     _check(erasure, weights)
     missing = sorted(edit.lora.keys() - weights.keys())
@@ -123,8 +123,7 @@ def _layers(model: Any) -> Iterator[tuple[str, str, Tensor]]:
     per_block = min(downs, default=max(inputs, default=0))
     for key, entry in entries.items():
         name = diffusers_name(key, per_block)
-        # Self-attention has projections of the same names, and reads no text.
-        if name is not None and ".attn1." not in name:
+        if name is not None:
             # Newer releases put a function that converts it beside the weight.
             first = entry[0]
             weight = first[0] if isinstance(first, tuple) else first
@@ -154,6 +153,11 @@ def diffusers_name(key: str, per_block: int) -> str | None:
     return f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{place}.{rest}"
 
 
+def _reads_text(name: str) -> bool:
+    # Self-attention has projections of the same names.
+    return stream_of(name) is not None and not is_self_attention(name)
+
+
 def _number(key: str) -> int:
     return int(key.removeprefix(f"{PREFIX}input_blocks.").split(".")[0])
 
@@ -164,7 +168,7 @@ def _check(erasure: Erasure, weights: Mapping[str, Tensor]) -> None:
     Raises:
         BaseModelMismatchError: with what to do.
     """
-    read = {name: weight for name, weight in weights.items() if stream_of(name) is not None}
+    read = {name: weight for name, weight in weights.items() if _reads_text(name)}
     if not read:
         raise BaseModelMismatchError(
             "model: no layer of it is known to read text; expected Stable Diffusion 1, 2, XL or "

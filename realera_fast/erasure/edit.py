@@ -4,8 +4,8 @@
 
 L and R are the closed form's map, shared by all projections of the token sequence (those of a
 pooled vector have one of their own); up and down the alignment's LoRA factors of each, and of
-queries and outputs where these were trained. The sum is made in float32 (float64 for float64
-weights) and rounded once.
+queries, outputs and self-attention where these were trained. The sum is made in float32 (float64
+for float64 weights) and rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from realera_fast import ops
-from realera_fast.models import LoraFactors, Maps, Stream, stream_of
+from realera_fast.models import LoraFactors, Maps, Stream, is_self_attention, stream_of
 from realera_fast.solver import ConceptMap
 
 if TYPE_CHECKING:
@@ -38,9 +38,13 @@ class Edit:
     """Alignment factors by layer name."""
     takes: Maps | None
     """Which text each layer takes, where the caller said it; None is what is known of the class."""
+    self_attention: bool = False
+    """Whether layers of self-attention have factors: by their names text could enter them."""
 
     def map_of(self, name: str) -> ConceptMap | None:
         """The map of what a layer takes; None for one that takes no text."""
+        if self.self_attention and is_self_attention(name):
+            return None
         stream = stream_of(name) if self.takes is None else self.takes.get(name)
         return None if stream is None else self.maps.get(stream)
 
@@ -112,7 +116,9 @@ def edit_of(erasure: Erasure) -> Edit:
     maps: dict[Stream, ConceptMap] = {"sequence": erasure.map}
     if erasure.pooled_map is not None:
         maps["pooled"] = erasure.pooled_map
-    return Edit(maps, erasure.lora, (erasure.provenance.get("reading") or {}).get("maps"))
+    made = erasure.provenance
+    takes = (made.get("reading") or {}).get("maps")
+    return Edit(maps, erasure.lora, takes, bool(made.get("self_attention")))
 
 
 def is_same(erasure: Erasure, other: Erasure) -> bool:

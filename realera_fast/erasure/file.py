@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from realera_fast.erasure.edit import MAP_KEYS, Edit
-from realera_fast.models import Family, LoraFactors, Stream, stream_of
+from realera_fast.models import Family, LoraFactors, Stream, is_self_attention, stream_of
 from realera_fast.runtime import MAX_HEADER_BYTES, encode_json, read_json, write
 from realera_fast.solver import ConceptMap, IncrementalSystem
 from realera_fast.text import Concept
@@ -230,7 +230,8 @@ def _check_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         widths[stream] = width
     for name in names:
         down, up = shapes[f"lora.{name}.down"][1], shapes[f"lora.{name}.up"][1]
-        features = widths.get(stream_of(name), down[1])
+        takes = None if is_self_attention(name) else stream_of(name)
+        features = widths.get(takes, down[1])
         fits = down[1] == features and up[1] == down[0] and min(features, up[0]) >= 1
         if not fits or not 1 <= down[0] <= max(features, up[0]):
             raise ErasureFileError(

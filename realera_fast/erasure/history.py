@@ -380,7 +380,9 @@ def then(erasure: Erasure, later: Erasure) -> Erasure:
         "base_hashes"
     ) != erasure.provenance.get("base_hashes"):
         raise ValueError("later: it was made on another model than this erasure, or than left")
-    edit, lora = edit_of(later), dict(later.lora)
+    own = edit_of(erasure)
+    either = own.self_attention or edit_of(later).self_attention
+    edit, lora = dataclasses.replace(edit_of(later), self_attention=either), dict(later.lora)
     for name, factors in erasure.lora.items():
         taken = edit.map_of(name)
         # (W T + up down) T' = W T T' + up (down T')
@@ -392,7 +394,7 @@ def then(erasure: Erasure, later: Erasure) -> Erasure:
     maps = {
         # Weights are edited from the right: W T T' is the later map first.
         stream: edit.maps[stream].compose(concept_map).compressed()
-        for stream, concept_map in edit_of(erasure).maps.items()
+        for stream, concept_map in own.maps.items()
         if stream in edit.maps
     }
     return type(erasure)(
@@ -402,6 +404,7 @@ def then(erasure: Erasure, later: Erasure) -> Erasure:
         later.config,
         {
             **erasure.provenance,
+            **({"self_attention": True} if either else {}),
             "history": [
                 *erasure.provenance.get("history", []),
                 history_entry(erasure),

@@ -374,6 +374,46 @@ def queries_and_outputs(model: nn.Module, *, target: Target = "weights") -> dict
     return found
 
 
+def self_attention(model: nn.Module, *, target: Target = "weights") -> dict[str, nn.Linear]:
+    """``to_q``, ``to_k``, ``to_v`` and ``to_out.0`` of each self-attention layer of a U-Net.
+
+    They see pictures alone. Factors of alignment may be on them. Checked like `projections`, which
+    `model` must pass.
+
+    Raises:
+        ValueError: there is none, or a layer that an edit would not (or not correctly) reach.
+    """
+    found: dict[str, nn.Linear] = {}
+    check = check_layer if target == "weights" else check_readable
+    for name, module in unwrapped(model).named_modules():
+        if name.rpartition(".")[2] != _SELF_ATTENTION:
+            continue
+        if getattr(module, "is_cross_attention", False):
+            raise ValueError(
+                f"model: text enters its {name} (only_cross_attention), so that it is no "
+                "self-attention; name projections of cross-attention: to_k, to_v, to_q, to_out.0"
+            )
+        check_attention(name, module, None)
+        for leaf in ("to_q", "to_k", "to_v", "to_out.0"):
+            found[f"{name}.{leaf}"] = check(f"{name}.{leaf}", module.get_submodule(leaf))
+    if not found:
+        raise ValueError(f"model: this {type(unwrapped(model)).__name__} has no self-attention")
+    if target == "adapter":
+        return found
+    check_alike(projections(model, as_run=False) | found)
+    check_apart(unwrapped(model), found)
+    return found
+
+
+def is_self_attention(name: str) -> bool:
+    """Whether a layer of that module name is one of `self_attention`, in a model that has them."""
+    return f".{_SELF_ATTENTION}." in name
+
+
+_SELF_ATTENTION = "attn1"
+"""What the transformer blocks of U-Nets call it, unless text enters there."""
+
+
 def check_width(model: nn.Module, stream: Stream, width: int, maps: Maps | None = None) -> None:
     """Raises ValueError unless the maps of a stream take text of that many features."""
     layers = projections(model, maps, as_run=False, target="adapter")

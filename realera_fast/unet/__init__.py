@@ -7,7 +7,7 @@ and DDIM are the U-Net's.
 from realera_fast.unet import attention
 from realera_fast.unet.denoiser import FP16_SCALE, SharedDenoiser, Variant, is_own_call
 from realera_fast.unet.kv_cache import fuse, unfuse
-from realera_fast.unet.lora import TARGET_MODULES, LoraParameters
+from realera_fast.unet.lora import SELF_ATTENTION, TARGET_MODULES, LoraParameters
 from realera_fast.unet.sampler import (
     DDIMSampler,
     Moved,
@@ -24,6 +24,7 @@ __all__ = [
     "FP16_SCALE",
     "LoraParameters",
     "Moved",
+    "SELF_ATTENTION",
     "Sampler",
     "SamplingOptions",
     "SharedDenoiser",

@@ -16,8 +16,12 @@ from torch.nn import functional
 
 from realera_fast.models import LoraFactors
 
-TARGET_MODULES = ("to_k", "to_v", "to_q", "to_out.0")
-"""Parts of a cross-attention layer that can have factors; text enters through the first two."""
+SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+"""Parts of a self-attention layer that can have factors, in U-Nets."""
+
+TARGET_MODULES = ("to_k", "to_v", "to_q", "to_out.0", *SELF_ATTENTION)
+"""Parts of attention that can have factors: plain names are of cross-attention, where text enters
+through the first two."""
 
 
 class LoraParameters:
@@ -42,7 +46,7 @@ class LoraParameters:
         """
         Args:
             text: layers whose input is text, all of one width d; their factors are stacked.
-            hidden: layers whose input is the layer's own hidden states (queries, outputs).
+            hidden: layers whose input is hidden states (queries, outputs, self-attention).
             r: rank.
             lora_alpha: the factors count `lora_alpha / r` times, with `use_rslora` / sqrt(r).
             dtype: of the masters; float64 is for tests.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class Conditioning:
     projected: Mapping[str, Tensor]
     """`[b, t, o]` by projection name."""
     adapted: bool
-    """Whether the factors of queries and outputs count too."""
+    """Whether the factors of queries, outputs and self-attention count too."""
 
     def expand(self, rows: int) -> Conditioning:
         """One prompt as a batch of `rows` equal ones, without a copy."""
@@ -126,13 +126,28 @@ class SharedUNet:
     def installed(self) -> Iterator[None]:
         """For the length of the block the attention layers take what they are handed."""
         former = {name: attn.processor for name, attn in attention.layers(self.unet).items()}
+        handles = []
         try:
             attention.install(self.unet, self)
+            for name in self.lora.hidden:
+                if name.removesuffix(".to_q").removesuffix(".to_out.0") not in former:
+                    layer = self.unet.get_submodule(name)
+                    handles.append(layer.register_forward_hook(self._hook_of(name)))
             with uncompiled(self.unet):
                 yield
         finally:
             self._handed = None
+            for handle in handles:
+                handle.remove()
             attention.reinstate(self.unet, former)
+
+    def _hook_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """Adds the factors of a layer of self-attention, whose processor stays."""
+
+        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self._adapted(name, inputs[0], output)
+
+        return add
 
     def condition(self, states: Tensor, variant: Variant) -> Conditioning:
         """Keys and values of all layers for `[b, t, d]` prompts: one product, LoRA included."""

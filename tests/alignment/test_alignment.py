@@ -95,6 +95,15 @@ def test_queries_and_outputs_can_have_factors(parts):
     assert all(f.up.abs().max() > 0 for f in factors.values())
 
 
+def test_self_attention_can_have_factors(parts):
+    targets = ("to_v", "attn1.to_k", "attn1.to_out.0")
+    config = dataclasses.replace(UNCHECKED, target_modules=targets)
+    factors = run(parts, config).lora
+    layers = {name.split("transformer_blocks.0.")[1] for name in factors}
+    assert layers == {"attn2.to_v", "attn1.to_k", "attn1.to_out.0"}
+    assert all(f.up.abs().max() > 0 for f in factors.values())
+
+
 @pytest.mark.parametrize(
     ("aligned", "better"),
     [
@@ -336,12 +345,14 @@ KILLED = """
         config = AlignmentConfig(
             steps=9, refresh_steps=4, batch_size=4, trajectories=4, sampling_steps=4,
             check_seeds=0, evaluation_steps=2, learning_rate=2e-2, patience=9,
-            adversary="worst",
+            adversary="worst", timesteps="discriminative",
+            target_modules=("to_k", "to_v", "attn1.to_q", "attn1.to_v"),
         )
         result = run(
-            (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, mode="gaussian",
-            execution=kept_in(Path(folder), resume=True),
+            (pipe, TextModel(pipe.text_encoder, pipe.tokenizer)), config, seed=3,
+            mode="gaussian", execution=kept_in(Path(folder), resume=True),
         )
+        assert 0 < len(result.timesteps) < 4
         factors = {{f"{{n}}.down": f.down for n, f in result.lora.items()}}
         factors |= {{f"{{n}}.up": f.up for n, f in result.lora.items()}}
         factors["losses"] = torch.tensor(result.losses, dtype=torch.float64)

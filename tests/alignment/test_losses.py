@@ -208,6 +208,8 @@ def test_a_whole_erasure_keeps_frozen_rows_as_they_are(tmp_path):
 def test_rows_are_frozen_where_their_input_is_known():
     with pytest.raises(ValueError, match="null_space.*to_k"):
         AlignmentConfig(down_projection="null_space", target_modules=("to_k", "to_q"))
+    with pytest.raises(ValueError, match="null_space.*attn1.to_k"):
+        AlignmentConfig(down_projection="null_space", target_modules=("to_k", "attn1.to_k"))
     pipe = sd3()
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     config = EraseConfig(alignment=AlignmentConfig(down_projection="null_space"))

@@ -17,10 +17,10 @@ from realera_fast.alignment import AlignmentConfig, DivergedError, Points, Train
 from realera_fast.alignment.adversary import adversary_of
 from realera_fast.alignment.trainer import Batch
 from realera_fast.mining import MiningConfig
-from realera_fast.models import LoraFactors, projections, queries_and_outputs
+from realera_fast.models import LoraFactors, projections, queries_and_outputs, self_attention
 from realera_fast.runtime import Processes
 from realera_fast.solver import ConceptMap
-from realera_fast.unet import LoraParameters, SharedUNet
+from realera_fast.unet import SELF_ATTENTION, LoraParameters, SharedUNet
 
 WIDTH, RANK, ALPHA = 32, 3, 6.0
 SIZES, SCALES = (3, 2, 2), (1.0, 0.5, 0.7)
@@ -46,11 +46,13 @@ def inputs() -> tuple[Tensor, ...]:
 
 def shared_unet(unet, *, dtype=torch.float32, targets=("to_k", "to_v"), **options) -> SharedUNet:
     def chosen(layers):
-        return {n: x for n, x in layers.items() if n.endswith(tuple("." + t for t in targets))}
+        # Plain names are of cross-attention.
+        ends = tuple(f".{t}" if t.startswith("attn1.") else f".attn2.{t}" for t in targets)
+        return {n: x for n, x in layers.items() if n.endswith(ends)}
 
     lora = LoraParameters(
         chosen(projections(unet)),
-        chosen(queries_and_outputs(unet)),
+        chosen(queries_and_outputs(unet)) | chosen(self_attention(unet)),
         r=RANK,
         lora_alpha=ALPHA,
         seed=1,
@@ -143,7 +145,15 @@ def check_all(mine: dict, truth: dict, theirs: dict) -> None:
         check(kind, got, true, same)
 
 
-@pytest.mark.parametrize("targets", [("to_k", "to_v"), ("to_v", "to_q", "to_out.0"), ("to_q",)])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ("to_k", "to_v"),
+        ("to_v", "to_q", "to_out.0"),
+        ("to_q",),
+        ("to_k", "attn1.to_q", "attn1.to_v"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradients_are_those_of_the_plain_loop(dtype, targets):
     mine, theirs, truth = ours(dtype, targets), plain(dtype, targets), exact(targets)
@@ -151,8 +161,9 @@ def test_loss_and_gradients_are_those_of_the_plain_loop(dtype, targets):
     check_all(mine, truth, theirs)
 
 
-def test_float64_is_the_plain_loop_to_the_last_digits():
-    mine, truth = ours(torch.float64), exact()
+@pytest.mark.parametrize("targets", [("to_k", "to_v"), ("to_k", *SELF_ATTENTION)])
+def test_float64_is_the_plain_loop_to_the_last_digits(targets):
+    mine, truth = ours(torch.float64, targets), exact(targets)
     for name, value in truth.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12)
 
@@ -332,6 +343,8 @@ def test_a_held_back_loss_that_explodes_is_divergence():
         *((f, -1) for f in ("beyond_scale", "evaluation_steps", "check_seeds")),
         ("min_timestep", 1.0),
         ("target_modules", ("to_x",)),
+        ("target_modules", ("attn2.to_q",)),
+        ("timesteps", "some"),
         ("target_modules", ()),
         ("mixed_precision", "fp8"),
         ("adversary", "best"),

@@ -550,6 +550,34 @@ def test_alignment_reaches_queries_and_outputs_if_asked(pipe, tmp_path, monkeypa
     assert same(pipe.unet, before)
 
 
+def test_alignment_reaches_self_attention_if_asked(pipe, monkeypatch):
+    from realera_fast.alignment import check
+
+    monkeypatch.setattr(check.HeldOutCheck, "score", improving)
+    before = weights(pipe.unet)
+    targets = ("to_k", "to_v", "attn1.to_k", "attn1.to_out.0")
+    fast = dataclasses.replace(
+        FAST, steps=4, target_modules=targets, evaluation_steps=0, check_seeds=1
+    )
+    result = run(pipe, ["cat=dog"], dataclasses.replace(CONFIG, alignment=fast))
+    changed = {n for n, v in pipe.unet.state_dict().items() if not torch.equal(before[n], v)}
+    ends = ("attn2.to_k", "attn2.to_v", "attn1.to_k", "attn1.to_out.0")
+    assert changed == {n for n in before if n.removesuffix(".weight").endswith(ends)}
+    assert len(result.report["layers"]) == len(changed)
+    assert result.report["alignment"]["timesteps"] == [501, 1]
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_self_attention_that_text_enters_is_refused(pipe):
+    fast = dataclasses.replace(FAST, target_modules=("to_k", "attn1.to_q"))
+    pipe.unet = type(pipe.unet).from_config(pipe.unet.config, only_cross_attention=True)
+    before = weights(pipe.unet)
+    with pytest.raises(ValueError, match=r"text enters its .*attn1 .*; name projections of cross"):
+        run(pipe, ["cat=dog"], dataclasses.replace(CONFIG, alignment=fast))
+    assert same(pipe.unet, before)
+
+
 def test_memory_does_not_grow_with_the_number_of_concepts(pipe, monkeypatch):
     import weakref
 

@@ -86,6 +86,20 @@ def test_factors_are_kept_undone_saved_and_loaded_as_an_adapter(make, tmp_path):
     assert (denoise(pipe) - erased).norm() > 1e-2 * apart
 
 
+@pytest.mark.parametrize("make", [sd3, flux])
+def test_self_attention_of_unets_is_refused(make):
+    with pytest.raises(ValueError, match="'attn1.to_q' is of the self-attention of U-Nets.*to_out"):
+        edited(make(), config=config(target_modules=("to_k", "attn1.to_q")))
+
+
+def test_velocities_choose_the_time_steps_of_targets():
+    options = {"sampling_steps": 6, "timesteps": "discriminative"}
+    found = edited(sd3(), config=config(**options)).report["alignment"]
+    every = edited(sd3(), config=config(sampling_steps=6)).report["alignment"]
+    assert len(every["timesteps"]) == 6 and set(found["timesteps"]) < set(every["timesteps"])
+    assert found["steps"] == 3
+
+
 def test_it_is_checked_and_attacked_as_a_unet_is():
     options = {"adversary": "worst", "check_seeds": 1, "check_sampling_steps": 2}
     settings = config(**options, evaluation_steps=2)
