@@ -182,8 +182,9 @@ def test_gradients_are_those_of_finite_differences():
         assert torch.autograd.gradcheck(loss, factors, fast_mode=True)
 
 
-def test_recomputed_activations_give_the_same_gradients(monkeypatch):
-    once = ours(torch.float32)
+@pytest.mark.parametrize("targets", [("to_k", "to_v"), ("to_k", *SELF_ATTENTION)])
+def test_recomputed_activations_give_the_same_gradients(monkeypatch, targets):
+    once = ours(torch.float32, targets)
     enabled = tiny_unet
 
     def checkpointed(*arguments, **options):
@@ -192,13 +193,15 @@ def test_recomputed_activations_give_the_same_gradients(monkeypatch):
         return unet
 
     monkeypatch.setitem(globals(), "tiny_unet", checkpointed)
-    again = ours(torch.float32)
+    again = ours(torch.float32, targets)
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-def test_compiled_student_gives_the_same_gradients(monkeypatch):
+@pytest.mark.parametrize("targets", [("to_k", "to_v"), ("to_k", "attn1.to_q", "attn1.to_v")])
+def test_compiled_student_gives_the_same_gradients(monkeypatch, targets):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    mine, theirs, truth = ours(torch.float32, compiled=True), ours(torch.float32), exact()
+    mine, theirs = (ours(torch.float32, targets, compiled=way) for way in (True, False))
+    truth = exact(targets)
     check_all(mine, truth, theirs)
 
 
