@@ -1,7 +1,7 @@
 """Everything that is compared as an eraser: the library, its variants, and the baselines.
 
-All take a pipeline, edit its denoiser in place (AdvUnlearn: its text encoder), and are told names
-alone.
+All take a pipeline, edit its denoiser in place (AdvUnlearn: its text encoder; at run time: nothing,
+but prompts on their way), and are told names alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from baselines import (
     oce,
     race,
     rece,
+    semantic_surgery,
     speed,
     stereo,
     uce,
 )
 from baselines.phrases import ANCHORS, label
+from baselines.semantic_surgery import Surgery
 from harness.tables import DEFAULT, EXTENDED, FAST, FIRST, GATED, IN_TURN, STRICT, TEXT, UNGATED
 
 import realera_fast
@@ -43,12 +45,15 @@ TRAINED: Mapping[str, ModuleType] = {
 ROBUST = tuple(name for name in TRAINED if name != "ESD")
 """These take minutes each: they stand in the tables of objects and of attacks alone."""
 
+SURGERY = "Semantic Surgery (run time)"
+
 BASELINES: Mapping[str, ModuleType] = {
     "UCE": uce,
     "MACE, closed form": mace,
     "RECE": rece,
     "SPEED": speed,
     "OCE": oce,
+    SURGERY: semantic_surgery,
     **TRAINED,
 }
 """By name in tables. Each module has `Settings`, `SWEEP` (the authors' settings first) and
@@ -60,6 +65,7 @@ TUNED: Mapping[str, Any] = {
     "RECE": rece.Settings(rounds=2, vocabulary=True, anchors=ANCHORS | {"object": "object"}),
     "SPEED": speed.Settings(threshold=30.0, expand=True),
     "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
+    SURGERY: semantic_surgery.Settings(beta=-0.28),
     # Its sweep takes hours: the authors'.
     "ESD": esd.Settings(),
     # On two words, cow and sailboat; EraseFlow on cow.
@@ -79,6 +85,7 @@ TOGETHER: Mapping[str, Any] = {
     "RECE": rece.Settings(regularization=1e-3, vocabulary=True),
     "SPEED": speed.Settings(threshold=10.0, expand=True),
     "OCE": oce.Settings(erase_scale=3000.0, preserve_concept_scale=0.3),
+    SURGERY: semantic_surgery.Settings(beta=-0.28),
 }
 """The same for several at once (table "sweep_several")."""
 
@@ -87,15 +94,15 @@ TOGETHER: Mapping[str, Any] = {
 class Method:
     """One way to erase."""
 
-    erase: Callable[[Any, Sequence[Concept], int, Sequence[str]], Erasure | None]
+    erase: Callable[[Any, Sequence[Concept], int, Sequence[str]], Erasure | Surgery | None]
     """Of pipeline, concepts, seed, and words that the tokenizer is not to list; an erasure knows
-    how to undo itself."""
+    how to undo itself, and a surgery has nothing to undo."""
     seeded: bool
     """Whether the seed changes what comes out; if not, one edit serves all seeds."""
     settings: Mapping[str, Any]
-    drawn: Callable[[Any, Erasure], Any] | None = None
-    """What draws of pipeline and erasure, for methods of run time: the weights stay as they were.
-    None draws from the edited weights."""
+    drawn: Callable[[Any, Any], Any] | None = None
+    """What draws of pipeline and what `erase` gave, for methods of run time: the weights stay as
+    they were. None draws from the edited weights."""
 
 
 def library(config: EraseConfig) -> Method:
@@ -115,11 +122,19 @@ def library(config: EraseConfig) -> Method:
 def baseline(module: ModuleType, settings: Any) -> Method:
     """A baseline with these settings."""
 
-    def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> None:
+    def erase(
+        pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]
+    ) -> Surgery | None:
         # Baselines keep no word that the library erases as a neighbor.
-        module.erase(pipe, concepts, settings, seed)
+        found: Surgery | None = module.erase(pipe, concepts, settings, seed)
+        return found
 
-    return Method(erase, module in TRAINED.values(), dataclasses.asdict(settings))
+    drawn = _operated if module is semantic_surgery else None
+    return Method(erase, module in TRAINED.values(), dataclasses.asdict(settings), drawn)
+
+
+def _operated(pipe: Any, surgery: Surgery) -> Any:
+    return surgery.pipeline(pipe)
 
 
 def changed(

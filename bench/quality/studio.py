@@ -13,7 +13,7 @@ from PIL import Image
 
 from quality.methods import Method
 from quality.tasks import Task
-from realera_fast import embedded
+from realera_fast import Erasure, embedded
 from realera_fast.embedded.flow import FLOW, flow_words, load_flow
 from realera_fast.evaluation import Sampling, Shot, generate, judged
 
@@ -78,8 +78,10 @@ class Studio:
         started = time.perf_counter()
         result = method.erase(self.pipe, task.concepts, seed, task.exclude)
         own = self.pipe
+        erasure = result if isinstance(result, Erasure) else None
         if method.drawn and result is not None:
-            result.restore_(self.denoiser)
+            if erasure is not None:
+                erasure.restore_(self.denoiser)
             self.pipe = method.drawn(own, result)
         seconds = time.perf_counter() - started
         try:
@@ -87,8 +89,8 @@ class Studio:
         finally:
             self.pipe = own
         about: dict[str, Any] = {}
-        if result is not None:
-            report = result.report
+        if erasure is not None:
+            report = erasure.report
             about = {
                 "neighbors": sum(len(words) for words in report["neighbors"].values()),
                 "rank": report["solve"]["rank"],
@@ -96,7 +98,7 @@ class Studio:
                 "stopped": report["alignment"]["stopped"],
             }
             if not method.drawn:
-                result.restore_(self.denoiser)
+                erasure.restore_(self.denoiser)
         for model, weights in zip(self._edited, self._weights, strict=True):
             model.load_state_dict(weights)
         return found, seconds, about

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 
 import pytest
 import torch
-from baselines import esd, mace, oce, rece, speed, uce
+from baselines import esd, mace, oce, rece, semantic_surgery, speed, uce
 from baselines.phrases import ANCHORS, EXPANSIONS, UNIT, Phrases, label, matrices
 
 from realera_fast import Concept, embedded
+from realera_fast.evaluation import Shot
 from realera_fast.text import KINDS
 
 MODULES = {"uce": uce, "mace": mace, "rece": rece, "speed": speed, "oce": oce, "esd": esd}
@@ -54,10 +56,12 @@ def test_edits_cross_attention_alone(name, dtype, pipe, weights):
         pipe.unet.float()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_the_authors_settings_come_first_and_are_all_different(name):
-    sweep = MODULES[name].SWEEP
-    assert sweep[0] == MODULES[name].Settings()
+@pytest.mark.parametrize(
+    "module", [*MODULES.values(), semantic_surgery], ids=[*MODULES, "semantic_surgery"]
+)
+def test_the_authors_settings_come_first_and_are_all_different(module):
+    sweep = module.SWEEP
+    assert sweep[0] == module.Settings()
     assert len({label(settings) for settings in sweep}) == len(sweep)
 
 
@@ -152,6 +156,61 @@ def test_oce_turns_values_and_keeps_their_lengths(pipe, weights):
     after = layer.weight.double()
     assert (after - before).norm() > 0.01 * before.norm()
     torch.testing.assert_close(after.T @ after, before.T @ before, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def embeds_of(pipe, prompts):
+    return pipe.encode_prompt(prompts, pipe.device, 1, True)
+
+
+def test_surgery_takes_away_what_the_prompt_holds_and_leaves_other_prompts(pipe):
+    concepts, settings = [Concept("rabbit"), Concept("snake")], semantic_surgery.Settings(beta=-0.3)
+    surgery = semantic_surgery.erase(pipe, concepts, settings)
+    prompts = ["rabbit", "a photo of a house", "rabbit, snake"]
+    plain, negative = embeds_of(pipe, prompts)
+    moved, of_guidance = embeds_of(surgery.pipeline(pipe), prompts)
+    assert torch.equal(of_guidance, negative) and torch.equal(moved[1], plain[1])
+    # The mean over positions of the cosines with the whole embeddings, and one phrase for both.
+    empty = embeds_of(pipe, [""])[0][0]
+    one, both = plain[0] - empty, plain[2] - empty
+    share = float(torch.cosine_similarity(one, plain[0], dim=-1).mean())
+    gate = 1 / (1 + math.exp(-(share - 0.3) / 0.02))
+    assert gate > 0.5
+    torch.testing.assert_close(moved[0], plain[0] - gate * one)
+    gates = surgery.gates(plain)[2]
+    assert bool((gates > 0.5).all())
+    torch.testing.assert_close(moved[2], plain[2] - gates.max() * both)
+
+
+def test_surgery_edits_nothing_and_draws_without_the_concept(pipe):
+    methods, studio = (importlib.import_module(f"quality.{n}") for n in ("methods", "studio"))
+    tasks = importlib.import_module("quality.tasks")
+    found, task = studio.Studio(torch.float32), tasks.Task("house", (Concept("house"),), {})
+    shots = [
+        Shot(
+            erased="house",
+            group="erased",
+            word=word,
+            expected=word,
+            kind="thing",
+            prompt=f"a photo of a {word}",
+            seed=seed,
+        )
+        for word in ("house", "rabbit")
+        for seed in (1, 2)
+    ]
+    own, before = found.pipe, [v.clone() for v in found.denoiser.state_dict().values()]
+    weights_while = []
+
+    def work():
+        weights_while.extend(v.clone() for v in found.denoiser.state_dict().values())
+        return found.seen(task, shots)
+
+    method = methods.baseline(semantic_surgery, semantic_surgery.Settings(beta=-0.28))
+    seen, _, about = found.erased(method, task, 0, work)
+    assert "house" not in seen[:2] and seen[2:] == ["rabbit", "rabbit"]
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_while, strict=True))
+    assert found.pipe is own and about == {}
 
 
 def test_esd_follows_its_seed(pipe, weights):
