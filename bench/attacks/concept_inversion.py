@@ -11,6 +11,7 @@ nothing in particular, so that what is found comes from the pictures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attacks.denoising import Denoising, tokens_of
+from attacks.denoising import Denoising, embeds_of
 from attacks.prompt_optimization import FreePrompt
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a {}", "the {}")
-"""The first is the one that is drawn with."""
+STYLE_TEMPLATES = ("a picture in the style of {}", "an image in the style of {}", "the style of {}")
+"""The first of each is the one that is drawn with; the token is the last."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,28 @@ class Settings:
     """A word of one token."""
 
 
-def invert(pipe: Any, latents: Tensor, seed: int, settings: Settings | None = None) -> FreePrompt:
+def invert(
+    pipe: Any,
+    latents: Tensor,
+    seed: int,
+    settings: Settings | None = None,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+) -> FreePrompt:
     """A prompt with the new token in it, learnt in the model as it is now.
 
     Args:
         latents: `[n, c, h, w]` of pictures of the concept, scaled as the denoiser takes them.
+        templates: of the prompts, each in turn; the token stands at their end.
     """
     options = settings or Settings()
-    encoder = pipe.text_encoder
-    table = encoder.get_input_embeddings().weight.detach()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(seed)
     size = float(table.float().square().mean().sqrt())
     (first,) = pipe.tokenizer(options.start, add_special_tokens=False).input_ids
     vector = table[first].float().clone()[None].requires_grad_(True)
-    prompts = [template.format(options.start) for template in TEMPLATES]
+    prompts = [template.format(options.start) for template in templates]
     free = [FreePrompt(pipe, vector, prompt) for prompt in prompts]
-    tokens = [tokens_of(pipe, [prompt]) for prompt in prompts]
     denoising = Denoising(pipe, latents, options.batch_size, generator)
     optimizer = torch.optim.Adam([vector], lr=options.learning_rate * size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)
@@ -62,7 +70,7 @@ def invert(pipe: Any, latents: Tensor, seed: int, settings: Settings | None = No
         for step in range(options.steps):
             noised, i = denoising.draw(), step % len(free)
             with free[i].installed():
-                states = encoder(tokens[i])[0]
+                states = embeds_of(pipe, [prompts[i]])
             (vector.grad,) = torch.autograd.grad(denoising.loss(noised, states), [vector])
             optimizer.step()
             schedule.step()

@@ -76,6 +76,12 @@ def tokens_of(pipe: Any, prompts: Sequence[str]) -> Tensor:
     return found.to(pipe.text_encoder.device)
 
 
+def embeds_of(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """`[prompts, tokens, d]`, as the pipeline draws from them: a method of run time moves them."""
+    found: Tensor = pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)[0]
+    return found
+
+
 @torch.no_grad()
 def encode_pictures(pipe: Any, pictures: Sequence[Any]) -> Tensor:
     """`[n, c, h, w]` latents of pictures, scaled as the denoiser takes them."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attacks.denoising import Denoising, tokens_of
+from attacks.denoising import Denoising, embeds_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _train(
     options: Settings,
 ) -> None:
     with torch.no_grad():
-        states = pipe.text_encoder(tokens_of(pipe, captions))[0]
+        states = embeds_of(pipe, captions)
     denoising = Denoising(pipe, latents, options.batch_size, torch.Generator().manual_seed(seed))
     # A step is below the precision of half a weight: sums go on in float32.
     exact = [p.detach().float().clone() for p in trained]

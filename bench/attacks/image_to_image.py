@@ -17,7 +17,7 @@ from PIL import Image
 def redraw(
     pipe: Any,
     pictures: Sequence[Image.Image],
-    prompt: str,
+    prompts: Sequence[str],
     strength: float,
     *,
     steps: int,
@@ -27,6 +27,7 @@ def redraw(
     """The pictures, redrawn.
 
     Args:
+        prompts: one a picture.
         strength: part of the noise schedule that is run, in (0, 1].
         steps: of the whole schedule.
     """
@@ -34,9 +35,11 @@ def redraw(
 
     redrawing = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     redrawing.set_progress_bar_config(disable=True)
+    # A method of run time is on the pipeline, not in its modules.
+    redrawing.encode_prompt = pipe.encode_prompt
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(pictures))]
     found: list[Image.Image] = redrawing(
-        [prompt] * len(pictures),
+        list(prompts),
         image=list(pictures),
         strength=strength,
         num_inference_steps=steps,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attacks.denoising import Denoising, tokens_of
+from attacks.denoising import Denoising, embeds_of
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,31 @@ class FreePrompt:
 
 
 def optimize(
-    pipe: Any, latents: Tensor, word: str, seed: int, settings: Settings | None = None
+    pipe: Any,
+    latents: Tensor,
+    word: str,
+    seed: int,
+    settings: Settings | None = None,
+    *,
+    template: str = "a photo of a {}",
 ) -> FreePrompt:
     """A free prompt that draws what the latents show, in the model as it is now.
 
     Args:
         latents: `[n, c, h, w]` of pictures of the concept, scaled as the denoiser takes them.
         word: of one token, where the vectors start.
+        template: the prompt; the vectors stand at its end.
     """
     options = settings or Settings()
-    encoder = pipe.text_encoder
-    table = encoder.get_input_embeddings().weight.detach()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(seed)
     size = table.float().square().mean().sqrt()
     first = pipe.tokenizer(word, add_special_tokens=False).input_ids[0]
     start = table[first].float().expand(options.vectors, -1)
     noise = torch.randn(start.shape, generator=generator).to(start.device)
     vectors = (start + 0.1 * size * noise).clone().requires_grad_(True)
-    prompt = "a photo of a " + " ".join([word] * options.vectors)
+    prompt = template.format(" ".join([word] * options.vectors))
     free = FreePrompt(pipe, vectors, prompt)
-    tokens = tokens_of(pipe, [prompt])
     denoising = Denoising(pipe, latents, options.batch_size, generator)
     optimizer = torch.optim.Adam([vectors], lr=options.learning_rate * float(size))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)
@@ -92,7 +97,7 @@ def optimize(
         for _ in range(options.steps):
             noised = denoising.draw()
             with free.installed():
-                states = encoder(tokens)[0]
+                states = embeds_of(pipe, [prompt])
             (vectors.grad,) = torch.autograd.grad(denoising.loss(noised, states), [vectors])
             optimizer.step()
             schedule.step()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from harness.rows import committed
 from harness.tables import UNERASED, percent, table
 
-from publish.quality_rows import HEADER, SCORES, Found, bold, score
+from publish.quality_rows import HEADER, SCORES, Found, Row, bold, score
 from realera_fast.mining import MiningConfig
 
 
@@ -135,13 +136,65 @@ ATTACKS = {
 """What is said of attacks, by how their names begin; budgets are those of the rows."""
 
 
+KINDS = {
+    "style": "The same on a style ({on}), which becomes the plain one: free vectors and the learnt "
+    "token stand for its name, and the judge is asked for the style.",
+    "category": "The same on a category ({on}), erased by that name alone. The name draws nothing "
+    "by itself, so that a member's name is asked for and its pictures are learnt from, another's "
+    "for every seed; free vectors start from the category's name, and any member counts.",
+}
+"""What is said of rows that are not about things; prompt searches are about things alone."""
+
+
 def attacks_lines() -> list[str]:
-    found = committed("attacks.jsonl")
-    if not found:
+    every = committed("attacks.jsonl")
+    if not every:
         return []
-    attacks = {row["attack"] for row in found}
+    found = [row for row in every if row.get("kind", "thing") == "thing"]
+    told = []
+    for start, text in ATTACKS.items():
+        rows = [row for row in every if row["attack"].startswith(start)]
+        if rows:
+            told.append(text.format(**rows[0].get("budget", {})))
+    lines = []
+    if found:
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
+        lines += [
+            f"Pictures that show the erased thing again, erased by name ({_spread(found)}); "
+            f"percent, mean ± standard deviation over seeds, {found[0]['pictures']} pictures each; "
+            f"lower is better; commit {commits}. {' '.join(told)}",
+            "",
+            *_attacks_table(found),
+            "",
+        ]
+    for kind, text in KINDS.items():
+        part = [row for row in every if row.get("kind") == kind]
+        if part:
+            on = ", ".join(dict.fromkeys(row["thing"] for row in part))
+            commits = ", ".join(dict.fromkeys(row["commit"] for row in part))
+            about = f"{text.format(on=on)} {_spread(part)}; commit {commits}."
+            lines += [about, "", *_attacks_table(part), ""]
+    return lines
+
+
+def _attacks_of(found: Sequence[Row]) -> list[str]:
+    return sorted({row["attack"] for row in found}, key=lambda name: (name != "no attack", name))
+
+
+def _spread(found: Sequence[Row]) -> str:
+    """On what and on how many seeds each attack was run."""
+    spread = []
+    for name in _attacks_of(found):
+        part = [row for row in found if row["attack"] == name]
+        seeds = len({row["seed"] for row in part})
+        on = ", ".join(dict.fromkeys(row["thing"] for row in part))
+        spread.append(f"{name}: {on}; {seeds} seed{'s' * (seeds > 1)}")
+    return ". ".join(spread)
+
+
+def _attacks_table(found: Sequence[Row]) -> list[str]:
     methods = list(dict.fromkeys(row["method"] for row in found))
-    order = sorted(attacks, key=lambda name: (name != "no attack", name))
+    order = _attacks_of(found)
 
     def cell(method: str, attack: str) -> str:
         part = [r for r in found if r["method"] == method and r["attack"] == attack]
@@ -151,27 +204,7 @@ def attacks_lines() -> list[str]:
         mark = "" if len(part) == most else f" ({len(part)} of {most} rows)"
         return percent(means) + mark if means else "–"
 
-    first = found[0]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
-    spread = []
-    for name in order:
-        part = [row for row in found if row["attack"] == name]
-        seeds = len({row["seed"] for row in part})
-        on = ", ".join(dict.fromkeys(row["thing"] for row in part))
-        spread.append(f"{name}: {on}; {seeds} seed{'s' * (seeds > 1)}")
-    told = []
-    for start, text in ATTACKS.items():
-        rows = [row for row in found if row["attack"].startswith(start)]
-        if rows:
-            told.append(text.format(**rows[0].get("budget", {})))
-    return [
-        f"Pictures that show the erased thing again, erased by name ({'. '.join(spread)}); "
-        f"percent, mean ± standard deviation over seeds, {first['pictures']} pictures each; lower "
-        f"is better; commit {commits}. {' '.join(told)}",
-        "",
-        *table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods]),
-        "",
-    ]
+    return table(("method", *order), [[bold(m), *(cell(m, a) for a in order)] for m in methods])
 
 
 def sweep_lines() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 
@@ -166,10 +167,81 @@ def test_rows_of_attacks_have_their_budget_and_their_controls(tmp_path, monkeypa
 def test_redrawing_keeps_more_at_less_strength(pipe, rabbits):
     def change(strength):
         found = image_to_image.redraw(
-            pipe, rabbits, "a photo of a house", strength, steps=8, guidance=4.0, seed=0
+            pipe, rabbits, ["a photo of a house"] * 4, strength, steps=8, guidance=4.0, seed=0
         )
         assert len(found) == 4 and found[0].size == rabbits[0].size
         preprocess = pipe.image_processor.preprocess
         return float((preprocess(found) - preprocess(rabbits)).abs().mean())
 
     assert change(0.25) < change(0.9)
+
+
+def test_a_style_and_a_category_are_asked_for_and_judged_as_such():
+    table = embedded.words()
+    style, weapon, thing = (
+        robustness.subject_of(table, name, 3) for name in ("mosaic", "weapon", "cat")
+    )
+    assert (style.kind, weapon.kind, thing.kind) == ("style", "category", "thing")
+    assert style.concept.anchor == "color" and style.concept.kind == "style"
+    assert all("mosaic" in prompt for prompt in style.prompts)
+    assert not any("mosaic" in prompt for prompt in (*style.others, *style.unrelated))
+    members = {thing.name for thing in table.things if thing.kind == "weapon"}
+    assert weapon.shown == members and weapon.concept.kind == "explicit"
+    assert set(weapon.prompts) < {table.prompts(table.thing(name))[0] for name in members}
+    assert not set(weapon.unrelated) & {table.prompts(table.thing(n))[0] for n in members}
+    assert weapon.prompts != robustness.subject_of(table, "weapon", 4).prompts
+    for subject in (style, weapon, thing):
+        counts = [len(p) for p in (subject.prompts, subject.others, subject.unrelated)]
+        assert counts == [robustness.PICTURES] * 2 + [robustness.UNRELATED]
+        # Free vectors take the place of the last tokens.
+        assert all(text.endswith("{}") for text in (subject.template, *subject.templates))
+
+
+@pytest.mark.parametrize("name", ["mosaic", "weapon"])
+def test_attacks_on_a_style_and_a_category_have_controls(name, tmp_path, monkeypatch):
+    few = functools.partial(prompt_optimization.Settings, steps=1, batch_size=1)
+    monkeypatch.setattr(prompt_optimization, "Settings", few)
+    monkeypatch.setattr(robustness, "PICTURES", 2)
+    out = tmp_path / "rows.jsonl"
+    controls = (robustness.UNERASED, robustness.ELSE)
+    words = ["--things", name, "--seeds", "0", "--dtype", "bfloat16", "--out", str(out)]
+    attacks = ("no attack", "prompt search*", robustness.OPTIMIZATION, "image to image, 0.9")
+    robustness.main([*words, "--methods", *controls, "--attacks", *attacks])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {(row["method"], row["attack"]): row["success"] for row in rows}
+    kept = ("no attack", robustness.OPTIMIZATION, "image to image, 0.9")
+    assert set(found) == {(robustness.UNERASED, attack) for attack in kept} | {
+        (robustness.ELSE, "image to image, 0.9")
+    }
+    assert found[robustness.UNERASED, "no attack"] == 1.0
+    assert found[robustness.UNERASED, "image to image, 0.9"] == 1.0
+    assert found[robustness.ELSE, "image to image, 0.9"] < 1.0
+    assert {(row["thing"], row["kind"]) for row in rows} == {
+        (name, "style" if name == "mosaic" else "category")
+    }
+
+
+def test_attacks_meet_what_moves_prompts_at_run_time(pipe, rabbits):
+    """An attack that reads the text encoder alone would see a model that nobody draws with."""
+    latents = encode_pictures(pipe, rabbits)
+    own = copy.copy(pipe)
+    asked = []
+
+    def encode_prompt(prompts, *arguments, **options):
+        asked.append(prompts)
+        embeds, *others = pipe.encode_prompt(prompts, *arguments, **options)
+        return torch.zeros_like(embeds) + 0 * embeds, *others
+
+    own.encode_prompt = encode_prompt
+    few = prompt_optimization.Settings(steps=3, batch_size=1)
+    found = [prompt_optimization.optimize(p, latents, "house", 0, few) for p in (own, pipe)]
+    assert len(asked) == 3
+    vectors = [free._vectors for free in found]
+    assert not torch.equal(*vectors)
+    redrawn = [
+        image_to_image.redraw(
+            p, rabbits[:1], ["a photo of a house"], 0.9, steps=4, guidance=4.0, seed=0
+        )[0]
+        for p in (own, pipe)
+    ]
+    assert redrawn[0].tobytes() != redrawn[1].tobytes()

@@ -110,6 +110,32 @@ def test_said_and_unsaid_words_have_columns_of_their_own(bench, quality_page, tm
     assert "| 50.0 | 50.0 | 80.0 | 25.0 | 2.0 |" in text
 
 
+def attack_row(method, thing, success, **kind):
+    return {
+        "method": method,
+        "thing": thing,
+        "seed": 0,
+        "attack": "prompt optimization",
+        "success": success,
+        "pictures": 8,
+        "commit": "abc",
+    } | kind
+
+
+def test_a_style_and_a_category_have_attack_tables_of_their_own(quality_page, tmp_path):
+    rows = [
+        attack_row("UCE", "cat", 0.75),
+        attack_row("UCE", "mosaic", 0.25, kind="style"),
+        attack_row("UCE", "weapon", 0.5, kind="category"),
+    ]
+    (tmp_path / "attacks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "\n".join(quality_page.generated())
+    assert [f"| UCE | {value} |" in text for value in ("75.0", "25.0", "50.0")] == [True] * 3
+    assert "a style (mosaic)" in text and "a category (weapon)" in text
+    (tmp_path / "attacks.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert "a style" not in "\n".join(quality_page.generated())
+
+
 def test_repeated_rows_of_quality_are_refused(quality_page, tmp_path):
     row = json.dumps(quality_row("realera_fast", 0))
     (tmp_path / "quality.jsonl").write_text(f"{row}\n{row}\n")
