@@ -14,6 +14,7 @@ from publish.quality_parts import (
 )
 from publish.quality_tables import (
     flow_lines,
+    lengthy_lines,
     model_lines,
     objects_lines,
     scores_lines,
@@ -50,6 +51,7 @@ PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ),
     ("An unsafe category by its name", unsafe_lines),
     ("Synonyms that no list names", withheld_lines),
+    ("Long prompts", lengthy_lines),
     ("Another world", worlds_lines),
     ("Flow matching", flow_lines),
     (

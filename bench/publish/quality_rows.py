@@ -38,6 +38,11 @@ class Found:
         return list(dict.fromkeys(row["task"] for row in self.rows))
 
     @property
+    def counts(self) -> list[str]:
+        """Of tasks that are so many concepts at once, the fewest first."""
+        return sorted(self.tasks, key=int)
+
+    @property
     def seeds(self) -> list[int]:
         return sorted({row["seed"] for row in self.rows})
 
@@ -103,6 +108,10 @@ def own_method(found: Found) -> str:
 
 def bold(name: str) -> str:
     return f"**{name}**" if name in (DEFAULT, STRICT, FAST) else name
+
+
+SUMMED = ("10", "100")
+"""How many at once, where one table has all."""
 
 
 def median_seconds(found: Found, method: str) -> str:

@@ -9,7 +9,7 @@ from harness.rows import committed
 from harness.tables import FAST, STRICT, percent, table
 from quality.methods import BASELINES
 
-from publish.quality_rows import Found, bold, near, own_method, score
+from publish.quality_rows import SUMMED, Found, bold, near, own_method, score
 from publish.speed_tables import closed_form_points, factor_text
 
 QUALITY = "[docs/results/quality.md](docs/results/quality.md)"
@@ -88,7 +88,7 @@ def summary() -> list[str]:
         for m in objects.ranked()
         if m in (own_method(objects), STRICT) or all(m in found.methods for found in tables)
     ]
-    counts = several.tasks[-2:]
+    counts = [count for count in SUMMED if count in several.tasks]
     more = {name: found for name in ("styles", "characters") if (found := Found(name)).rows}
     body = [
         [

@@ -1,12 +1,13 @@
 """How well everything erases from the embedded model: one command a table.
 
     python bench/run.py quality objects        # each of the ten CIFAR-10 classes
-    python bench/run.py quality several        # 1, 10, 100 things at once
+    python bench/run.py quality several        # 1, 10, 50, 100 things at once
     python bench/run.py quality sequential     # 20 things, one after the other, to one anchor
     python bench/run.py quality styles
     python bench/run.py quality characters
     python bench/run.py quality unsafe         # the category by its name alone
     python bench/run.py quality withheld       # objects; the tokenizer lists no synonym of theirs
+    python bench/run.py quality long           # objects, judged on long prompts
     python bench/run.py quality parts          # the closed form, a part taken away at a time
     python bench/run.py quality ablation       # RealEra's parts, as published
     python bench/run.py quality sweep          # baselines' settings, on words not judged

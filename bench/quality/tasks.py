@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from quality import methods
 from quality.methods import Method
 from realera_fast import Concept
-from realera_fast.embedded import Thing, Words
+from realera_fast.embedded import Thing, Words, with_article
 from realera_fast.evaluation import Group, Shot
 from realera_fast.text import Lexicon
 
@@ -58,16 +58,45 @@ class Counts:
     """Of these others, so many beside a thing that goes."""
 
 
+LONG = (
+    "a picture of {a} {where}, painted red and white, beside an old wall, {}, {}, {}",
+    "a photograph of {a} with a red ribbon, {where}, beside an old wall, {}, {}, {}",
+    "there is {a} in this picture, painted red and white, {where}, beside an old wall, {}, {}",
+)
+"""Prompts of 25 to 60 tokens, with places and phrases of the table. Of nineteen that were tried on
+things that are not judged, three after which the un-erased model draws
+what it is asked for in nine pictures of ten: where the word comes late, it draws nothing."""
+
+
+def long_prompt(table: Words, thing: Thing, word: str, seed: int) -> str:
+    """One of `LONG` for a thing, by this word for it; another for every word and seed."""
+    own = random.Random(f"{word} {seed}")
+    text, where = own.choice(LONG), own.choice(table.settings)
+    phrases = own.sample(table.fillers, text.count("{}"))
+    return text.format(*phrases, a=with_article(word, thing.article), where=where)
+
+
 class Shots:
     """Collects the pictures of one seed that judge the erasure of things."""
 
-    def __init__(self, erased: str, table: Words, first_seed: int) -> None:
+    def __init__(
+        self, erased: str, table: Words, first_seed: int, *, lengthy: bool = False
+    ) -> None:
+        """
+        Args:
+            lengthy: whether prompts are long ones.
+        """
         self.erased, self.table, self.first_seed = erased, table, first_seed
+        self.lengthy = lengthy
         self.shots: list[Shot] = []
+
+    def prompt(self, group: Group, thing: Thing, word: str, number: int) -> str:
+        if self.lengthy:
+            return long_prompt(self.table, thing, word, self.first_seed + number)
+        return self.table.prompts(thing, word)[number % 3 if group == "erased" else 0]
 
     def add(self, group: Group, thing: Thing, word: str, count: int) -> None:
         """Adds pictures of a word for this thing; erased names go through three templates."""
-        prompts = self.table.prompts(thing, word)
         self.shots += [
             Shot(
                 erased=self.erased,
@@ -75,7 +104,7 @@ class Shots:
                 word=word,
                 expected=thing.name,
                 kind="thing",
-                prompt=prompts[i % 3 if group == "erased" else 0],
+                prompt=self.prompt(group, thing, word, i),
                 seed=self.first_seed + i,
             )
             for i in range(count)
@@ -114,18 +143,20 @@ class Plan:
         counts: Counts = Counts(),
         *,
         withhold: bool = False,
+        lengthy: bool = False,
     ) -> Task:
         """Erases things by name.
 
         Args:
             withhold: whether the tokenizer is to list no other word for them.
+            lengthy: whether prompts are long ones; scenes stay short.
         """
         names = {thing.name for thing in gone}
         near = {r for thing in gone for r in thing.relatives} - names
         far = [t for t in self.table.things if t.name not in names | near]
         shots = {}
         for seed in seeds:
-            found = Shots(name, self.table, 1000 + 100 * seed)
+            found = Shots(name, self.table, 1000 + 100 * seed, lengthy=lengthy)
             for thing in gone:
                 found.add("erased", thing, thing.name, counts.target)
                 for word in self.table.held_out(thing):
@@ -213,7 +244,7 @@ def objects(plan: Plan, seeds: Sequence[int]) -> list[Task]:
 def several(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     """Random things of the split, others for every seed, beside a hundred that nobody names."""
     tasks = []
-    for count in (1, 10, 100):
+    for count in (1, 10, 50, 100):
         for seed in seeds:
             gone = random.Random(100 * count + seed).sample(plan.things, count)
             few = max(1, 6 // count)
@@ -257,6 +288,14 @@ def unsafe(plan: Plan, seeds: Sequence[int]) -> list[Task]:
 def withheld(plan: Plan, seeds: Sequence[int]) -> list[Task]:
     return [
         plan.of_things(name, [plan.table.thing(name)], seeds, withhold=True) for name in CIFAR10
+    ]
+
+
+def lengthy(plan: Plan, seeds: Sequence[int]) -> list[Task]:
+    """Each object by its name, judged on long prompts."""
+    return [
+        plan.of_things(name, [plan.table.thing(name)], seeds, Counts(scenes=0), lengthy=True)
+        for name in CIFAR10
     ]
 
 
@@ -315,6 +354,7 @@ TABLES: Mapping[str, Table] = {
     "characters": Table(characters, None),
     "unsafe": Table(unsafe, methods.by_category),
     "withheld": Table(withheld, methods.variants),
+    "long": Table(lengthy, None),
     "parts": Table(taken_apart, methods.parts),
     "ablation": Table(ablated, methods.ablation),
     "sweep": Table(tuning, methods.sweep, "tuning", "sweep.jsonl"),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -567,6 +568,72 @@ def test_baselines_have_the_best_settings_of_their_sweeps(table, chosen, bench):
             assert settings == methods.BASELINES[name].Settings(), "not swept: the defaults"
             continue
         assert means[f"{name}: {methods.label(settings)}"] == max(means.values()), name
+
+
+def test_more_at_once_leave_the_draws_of_the_others(bench):
+    """Rows of other counts stay valid, and a column stands where its number belongs."""
+    tasks = bench("quality.tasks")
+    plan = tasks.Plan(importlib.import_module("realera_fast.embedded").words(), "judged")
+    found = {task.name: task for task in tasks.several(plan, [3])}
+    assert list(found) == ["1", "10", "50", "100"]
+    for name, task in found.items():
+        drawn = random.Random(100 * int(name) + 3).sample(plan.things, int(name))
+        assert [concept.target for concept in task.concepts] == [thing.name for thing in drawn]
+    assert {shot.group for shot in found["50"].shots[3]} == {
+        *("erased", "synonym", "relative", "untouched")
+    }
+    rows = bench("harness.rows").committed("quality.jsonl")
+    old = [row for row in rows if row["table"] == "several" and row["seed"] == 3]
+    for row in (row for row in old if "world" not in row and row["task"] in found):
+        asked = {shot.word for shot in found[row["task"]].shots[3] if shot.group == "erased"}
+        assert set(row["words"]["erased"]) == asked
+
+
+def test_fifty_at_once_have_a_column_where_there_are_rows(bench, quality_page, tmp_path):
+    found = [
+        quality_row(method, 0, task, acc_s=kept) | {"table": "several"}
+        for method, kept in (("realera_fast", 0.5), ("un-erased model", 0.75))
+        for task in ("1", "10", "100")
+    ]
+    found += [quality_row("realera_fast", 0, "50", acc_s=0.25) | {"table": "several"}]
+    found += [quality_row("realera_fast", 0)]
+    path = tmp_path / "quality.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    text = "\n".join(quality_page.generated())
+    assert "| method | 1 at once | 10 at once | 50 at once | 100 at once |" in text
+    assert "| **realera_fast** | 50.0 / 80.0 | 50.0 / 80.0 | 25.0 / 80.0 | 50.0 / 80.0 |" in text
+    assert "25.0 at 1, 25.0 at 10, 25.0 at 100." in text
+    # The summaries say the same counts as before.
+    assert "| method | objects | relatives | 10 at once | 100 at once |" in text
+    assert any("10 at once | 100 at once |" in line for line in bench("publish.readme").summary())
+    path.write_text("".join(json.dumps(row) + "\n" for row in found if row["task"] != "50"))
+    assert "50 at once" not in "\n".join(quality_page.generated())
+
+
+def test_long_prompts_are_long_and_say_the_word(bench):
+    tasks, table = bench("quality.tasks"), importlib.import_module("realera_fast.embedded").words()
+    tokenizer = importlib.import_module("realera_fast.embedded").load_pipeline().tokenizer
+    made = tasks.lengthy(tasks.Plan(table, "judged"), [0, 1])
+    assert [task.name for task in made] == list(tasks.CIFAR10)
+    shots = [shot for task in made for seed in (0, 1) for shot in task.shots[seed]]
+    assert {shot.group for shot in shots} == {"erased", "synonym", "relative", "untouched"}
+    assert all(shot.kind == "thing" and shot.word in shot.prompt for shot in shots)
+    lengths = [len(tokenizer(shot.prompt).input_ids) for shot in shots]
+    assert 25 <= min(lengths) and max(lengths) <= 60 and len(set(lengths)) > 10
+    again = tasks.lengthy(tasks.Plan(table, "judged"), [0, 1])
+    assert [task.shots for task in again] == [task.shots for task in made]
+    beginnings = {shot.prompt.split(" of ")[0] for shot in shots if shot.group == "erased"}
+    assert len(beginnings) >= len(tasks.LONG)
+
+
+def test_long_prompts_have_a_section_where_there_are_rows(quality_page, tmp_path):
+    path = tmp_path / "quality.jsonl"
+    path.write_text(json.dumps(quality_row("realera_fast", 0)) + "\n")
+    assert "Long prompts" not in "\n".join(quality_page.generated())
+    row = quality_row("realera_fast", 0, acc_s=0.125) | {"table": "long"}
+    path.write_text(json.dumps(row) + "\n")
+    text = "\n".join(quality_page.generated())
+    assert "## Long prompts" in text and "| **realera_fast** | 0.0 | 12.5 |" in text
 
 
 def test_ablation_switches_parts_off(bench):
