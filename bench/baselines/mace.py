@@ -7,7 +7,7 @@ and then summed; one explicit inverse for each layer, in float32. Here the token
 of a prompt at once is several hundred megabytes a layer and no faster.
 
 This is the first of MACE's stages. It rewrites the words that stand around a concept, not its own;
-the concept itself is left to the second stage, which needs segmented pictures and is not here.
+the concept itself is left to the second stage (`mace_lora`), which trains on segmented pictures.
 """
 
 from __future__ import annotations

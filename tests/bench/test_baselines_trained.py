@@ -1,4 +1,4 @@
-"""The baselines made against attacks: each follows its paper's loss, on a tiny pipeline."""
+"""The baselines that train: each follows its paper's loss, on a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from attacks import concept_inversion
 from attacks.denoising import tokens_of
-from baselines import adv_unlearn, erase_flow, esd, gem, race, stereo, training
-from baselines.phrases import Phrases, label
+from baselines import adv_unlearn, erase_flow, esd, gem, mace_lora, race, stereo, training
+from baselines.phrases import Phrases, label, matrices
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from tiny_models import tiny_pipeline
 from torch.nn import functional
 
@@ -39,6 +40,7 @@ SMALL = {
     ),
     erase_flow: erase_flow.Settings(iterations=2, batch_size=1, sampling_steps=3),
     gem: gem.Settings(iterations=2, states=2, sampling_steps=2),
+    mace_lora: mace_lora.Settings(steps=2, learning_rate=1e-2, pictures=2, sampling_steps=2),
 }
 METHODS = pytest.mark.parametrize("module", SMALL, ids=lambda m: m.__name__.split(".")[-1])
 CONCEPTS = [Concept("cat"), Concept("ship")]
@@ -67,6 +69,8 @@ def may_train(module, name):
         return any(f".{part}.to_" in name for part in ("attn1", "attn2"))
     if module is gem:
         return name.endswith(("attn2.to_q.weight", "attn2.to_k.weight"))
+    if module is mace_lora:
+        return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
     return module is race and ".attn2." in name
 
 
@@ -74,7 +78,8 @@ def may_train(module, name):
 def test_the_defaults_come_first_in_a_sweep_and_no_label_is_twice(module):
     assert module.SWEEP[0] == module.Settings()
     labels = [label(settings) for settings in module.SWEEP]
-    assert labels[0] == module.Settings.defaults and len(set(labels)) == len(labels)
+    assert labels[0] == getattr(module.Settings, "defaults", "authors'")
+    assert len(set(labels)) == len(labels)
 
 
 @METHODS
@@ -102,9 +107,12 @@ def test_trains_what_its_paper_trains_and_follows_its_seed(module, pipe):
     assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize("module", [adv_unlearn, gem], ids=["copies", "adapter"])
+@pytest.mark.parametrize(
+    "module", [adv_unlearn, gem, mace_lora], ids=["copies", "adapter", "fused"]
+)
 def test_half_precision_stays(module, pipe):
-    pipe.unet.to(torch.bfloat16), pipe.text_encoder.to(torch.bfloat16)
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        model.to(torch.bfloat16)
     module.erase(pipe, CONCEPTS[:1], SMALL[module], 0)
     for model in (pipe.unet, pipe.text_encoder):
         assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
@@ -274,6 +282,97 @@ def test_the_triplet_asks_nothing_past_its_line_and_starts_with_a_gradient():
     out = shown.clone().requires_grad_(True)
     gem.triplet(out, wanted, shown, 0.0).sum().backward()
     assert torch.equal(out.grad.flatten(), torch.tensor([1.0, 0.0]))
+
+
+def test_the_attention_that_is_read_is_the_models_own(pipe, monkeypatch):
+    own, scores = [], Attention.get_attention_scores
+
+    def recorded(self, query, key, mask=None):
+        found = scores(self, query, key, mask)
+        own.append(found)
+        return found
+
+    monkeypatch.setattr(Attention, "get_attention_scores", recorded)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    states = training.encode(pipe, ["a cat"])
+    with torch.no_grad(), mace_lora.attended(pipe.unet) as maps:
+        training.predict(pipe.unet, torch.randn(1, 4, 8, 8), torch.tensor([300]), states)
+    cross = [found for found in own if found.shape[-1] == states.shape[1]]
+    assert maps and len(maps) == len(cross)
+    for found, wanted in zip(maps, cross, strict=True):
+        torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-6)
+    assert not any(m._forward_hooks for m in pipe.unet.modules())
+
+
+def test_what_counts_is_the_attention_inside_of_the_segment():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :] = 1.0
+    found = torch.zeros(1, 2, 16, 1)
+    found[:, :, 8:] = 0.5
+    assert float(mace_lora.inside([found], mask)) == 0.0
+    found[0, 1, :2] = 0.5
+    assert float(mace_lora.inside([found, found], mask)) == pytest.approx(2 * 2 * 0.25)
+
+
+def test_times_between_the_two_bounds_are_drawn():
+    settings = mace_lora.Settings()
+    share = mace_lora.focal(1000, settings)
+    assert float(share.sum()) == pytest.approx(1.0, rel=1e-5)
+    assert float(share[200:401].sum()) > 0.85 and int(share.argmax()) == 300
+    # At a bound one of the two sigmoids is a half.
+    assert float(share[200] / share[300]) == pytest.approx(0.5, rel=0.03)
+
+
+def test_the_segment_is_what_the_background_is_not():
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, 64)] * 2, indexing="ij")
+    background = torch.stack([0.5 + 0.4 * x, 0.9 - 0.3 * y, 0.6 + 0.2 * x * y], dim=-1)
+    thing = torch.zeros(64, 64, dtype=torch.bool)
+    thing[20:50, 15:40] = True
+    picture = torch.where(thing[..., None], torch.tensor([0.1, 0.1, 0.6]), background)
+    # A spot of the background's color in its middle.
+    picture[30:33, 25:28] = background[30:33, 25:28]
+    found = mace_lora.segments(torch.stack([picture, background]), 0.15)
+    assert torch.equal(found[0], thing) and not found[1].any()
+
+
+def test_a_lora_takes_attention_away_and_leaves_the_model_as_it_was(pipe):
+    settings = mace_lora.Settings(steps=20, learning_rate=1e-2, pictures=2, sampling_steps=2)
+    lesson = mace_lora.lesson(pipe, "cat", "object", settings, torch.Generator().manual_seed(0))
+    assert lesson.tokens == slice(5, 6) and lesson.masks.any()
+    before = values(pipe.unet)
+
+    def attention():
+        x = pipe.scheduler.add_noise(lesson.latents, torch.ones(2, 4, 8, 8), torch.tensor([300]))
+        with torch.no_grad(), mace_lora.attended(pipe.unet) as maps:
+            training.predict(pipe.unet, x, torch.tensor([300]), lesson.states.expand(2, -1, -1))
+        return mace_lora.inside([found[..., lesson.tokens] for found in maps], lesson.masks)
+
+    start = attention()
+    changes = mace_lora.train(pipe, lesson, settings, torch.Generator().manual_seed(0), 0)
+    assert not changed(pipe.unet, before)
+    # The loss does not see the values of the layer that is called last.
+    ranks = sorted(int(torch.linalg.matrix_rank(change)) for change in changes)
+    assert ranks == [0, *[1] * (len(changes) - 1)]
+    with torch.no_grad():
+        for layer, change in zip(matrices(pipe.unet), changes, strict=True):
+            layer.weight += change
+    assert attention() < 0.5 * start
+
+
+def test_fused_weights_solve_the_least_squares_of_all_prompts():
+    torch.manual_seed(0)
+    original, refined = torch.randn(2, 3, 5, dtype=torch.float64)
+    changes = torch.randn(2, 3, 5, dtype=torch.float64)
+    rows = torch.randn(2, 7, 5, dtype=torch.float64)
+    kept = torch.randn(4, 5, dtype=torch.float64)
+    grams, gram = rows.mT @ rows, kept.T @ kept
+    back = gram @ (original - refined).T
+    found = mace_lora.fused(refined, changes, grams, back, 0.3, gram).requires_grad_(True)
+    loss = 0.3 * (found - refined).square().sum() + (kept @ (found - original).T).square().sum()
+    for e, change in zip(rows, changes, strict=True):
+        loss = loss + (e @ (found - refined - change).T).square().sum()
+    (gradient,) = torch.autograd.grad(loss, [found])
+    assert gradient.abs().max() < 1e-10
 
 
 def test_small_steps_are_not_lost_in_half_precision():
