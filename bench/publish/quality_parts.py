@@ -239,9 +239,9 @@ def sweep_lines() -> list[str]:
         return []
     return [
         "Every setting that was tried for the baselines. Tables use the best of each, of the "
-        "second list where several things are erased at once; of what trains, cow and sailboat "
-        "alone decide. Ridges, thresholds and scales are in the units of Stable Diffusion 1.4's "
-        "embeddings.",
+        "second list where several things are erased at once; of what trains, but for MACE, "
+        "cow and sailboat alone decide. Ridges, thresholds and scales are in the units of Stable "
+        "Diffusion 1.4's embeddings.",
         "",
         *lines,
     ]

@@ -40,7 +40,9 @@ SMALL = {
     ),
     erase_flow: erase_flow.Settings(iterations=2, batch_size=1, sampling_steps=3),
     gem: gem.Settings(iterations=2, states=2, sampling_steps=2),
-    mace_lora: mace_lora.Settings(steps=2, learning_rate=1e-2, pictures=2, sampling_steps=2),
+    mace_lora: mace_lora.Settings(
+        preserve_scale=0.01, steps=2, learning_rate=1e-2, pictures=2, sampling_steps=2
+    ),
 }
 METHODS = pytest.mark.parametrize("module", SMALL, ids=lambda m: m.__name__.split(".")[-1])
 CONCEPTS = [Concept("cat"), Concept("ship")]
