@@ -8,7 +8,7 @@ from typing import Any
 
 from realera_fast.alignment import AlignmentConfig
 from realera_fast.config import EraseConfig
-from realera_fast.erasure import Erasure
+from realera_fast.erasure import Erasure, check_extended
 from realera_fast.extending import checked_extends, extended
 from realera_fast.inputs import Arguments, checked
 from realera_fast.mining import Anchor, Line
@@ -82,7 +82,10 @@ def preview(
         progress=progress,
         target=target,
     )
-    whole = extended(given, checked_extends(extends))
+    erasures = checked_extends(extends)
+    whole = extended(given, erasures)
+    if erasures:
+        check_extended(whole.model, erasures)
     job = checked(replace(whole, config=_without_denoiser(whole.config)))
     known = job.known_words()
     nothing = encode_vocabulary(job.text, job.config.vocabulary, words=())

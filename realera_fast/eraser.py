@@ -122,8 +122,10 @@ def erase(
             bitsandbytes, GGUF) or offloaded by accelerate. Such a model gets the closed form alone.
         extends: erasures whose concepts go on, applied to the model or not: they are undone, all
             concepts are erased in one call, and the result stands for all. Erasures on top of each
-            other add up their side effects; this one has none but its own. Their preserved words
-            stay, and so do their settings where `config` is None.
+            other add up their side effects; this one has none but its own. Words that they
+            preserved stay unless they go now, the last one's settings hold where `config` is None,
+            and a concept that is named again replaces theirs. One that is attached as an adapter
+            has to be taken out first, with `restore_`.
 
     Returns:
         A frozen `Erasure`: undo it with `restore_`, keep it with `save` or `save_lora`, read
@@ -185,15 +187,16 @@ def _erased(job: Job) -> Erasure:
         aligned = _aligned(job, selection, equations, hard, run, clock)
         if moved:
             aligned = replace(aligned, lora=joined(moved.factors, aligned.lora))
-        before = Weights(layers)
+        before = Weights(layers if aligned.kept else job.layers)
         erasure = _erasure(job, hard.solved, aligned)
         with clock.stage("report"):
             measured = _report(job, selection, scales, hard, aligned, erasure, before, slow)
         measured = replace(measured, seconds=clock.seconds)
         erasure = replace(erasure, report=measured.to_dict())
         erasure.apply_(job.model, target=job.target)
-    for stage in (*job.texts, checkpoint.MEMBERS, checkpoint.ATTACK):
-        job.checkpoint(run).remove(stage)
+        # Within: whatever interrupts this leaves the model as it was.
+        for stage in (*job.texts, checkpoint.MEMBERS, checkpoint.ATTACK):
+            job.checkpoint(run).remove(stage)
     return erasure
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, taken_off
 from realera_fast.inputs import Arguments, with_parts
 from realera_fast.runtime import clean_names, folded
 from realera_fast.text import Concept, parse_concepts
+
+logger = logging.getLogger(__name__)
 
 
 def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasure, ...]:
@@ -32,36 +35,44 @@ def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasur
     return found
 
 
-def extended(given: Arguments, erasures: tuple[Erasure, ...]) -> Arguments:
+def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
     """Arguments that ask for what the erasures took as well.
 
-    Words that were preserved stay preserved unless they are to go now. Where no settings are given,
-    those of the last erasure hold.
+    A concept that is named again replaces the one of before. Where no settings are given, those of
+    the last erasure hold.
     """
     if not erasures:
         return given
     given = with_parts(given)
     preserve = clean_names(given.preserve, "preserve")
     new = parse_concepts(given.concepts, preserve=preserve)
-    concepts: list[Concept] = [concept for each in erasures for concept in each.concepts]
-    gone = {folded(word) for concept in (*concepts, *new) for word in concept.words}
-    known = {folded(word) for word in preserve}
-    inherited = [
-        word
+    again = {folded(concept.target) for concept in new}
+    concepts: list[Concept] = [
+        concept
         for each in erasures
-        for word in each.provenance.get("preserve", ())
-        if folded(word) not in gone | known
+        for concept in each.concepts
+        if folded(concept.target) not in again
     ]
+    for each in erasures:
+        if "preserve" not in each.provenance:
+            logger.warning(
+                "extends: %r is of a version that kept no preserved words; name in preserve= what "
+                "must stay",
+                each,
+            )
+    if given.config is None and any(each.config != erasures[-1].config for each in erasures):
+        logger.warning("extends: the erasures have different settings; those of the last one hold")
     return dataclasses.replace(
         given,
         concepts=[*concepts, *new],
-        preserve=(*inherited, *preserve),
+        preserve=preserve,
+        inherited=tuple(w for each in erasures for w in each.provenance.get("preserve", ())),
         config=given.config or EraseConfig.from_dict(erasures[-1].config),
     )
 
 
 @contextlib.contextmanager
-def extending(given: Arguments, erasures: tuple[Erasure, ...]) -> Iterator[Arguments]:
+def extending(given: Arguments, erasures: Sequence[Erasure]) -> Iterator[Arguments]:
     """The arguments for all of it, while the model is as before these erasures; they are applied
     again if anything fails."""
     if not erasures:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ class Arguments:
     resume: bool
     progress: bool | None
     target: Target
+    inherited: tuple[str, ...] = ()
+    """Words that erasures which go on preserved; they stay unless they are to go now."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def checked(given: Arguments) -> Job:
     for stream, sections in texts.items():
         for section in sections:
             check_width(given.model, stream, section.width, family.maps)
+    preserve = (*_inherited(given, texts, concepts, preserve), *preserve)
     check_tokens(texts, concepts, preserve, config)
     if config.closed_form.enabled and config.closed_form.space == "values":
         if not has_values(layers, texts):
@@ -291,6 +294,22 @@ def checked(given: Arguments) -> Job:
         progress=given.progress,
         target=given.target,
     )
+
+
+def _inherited(
+    given: Arguments,
+    texts: Mapping[Stream, Sequence[Text]],
+    concepts: Sequence[Concept],
+    preserve: Sequence[str],
+) -> Iterator[str]:
+    """Preserved words of before, each once, that are neither to go now nor preserved anyway."""
+    key = name_key(texts)
+    known = {key(word) for concept in concepts for word in concept.words}
+    known |= {key(word) for word in preserve}
+    for word in given.inherited:
+        if key(word) not in known:
+            known.add(key(word))
+            yield word
 
 
 def has_values(layers: Mapping[str, nn.Linear], texts: Mapping[Stream, Sequence[Text]]) -> bool:

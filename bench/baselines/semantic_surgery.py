@@ -55,6 +55,9 @@ class Surgery:
         self._empty = self._embeds([""])
         self._moves: dict[tuple[str, ...], Tensor] = {}
         self._directions = self._embeds(self._names) - self._empty
+        for name in self._names:
+            # Now: an attack's vectors stand in the text encoder while it looks for some.
+            self._move((name,))
 
     def pipeline(self, pipe: Any) -> Any:
         """A pipeline on the same modules whose prompts are moved; those of guidance stay."""

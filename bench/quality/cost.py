@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from harness import RESULTS
 from harness.provenance import provenance
+from harness.rows import read
 from harness.tables import FAST
 
 from quality import methods
@@ -43,7 +44,7 @@ def cost(name: str, count: int, dtype: str, threads: int) -> dict[str, float]:
 
 
 def costs(arguments: argparse.Namespace) -> None:
-    """Every method on 1 and 10 things, one after the other in the same run; rows are appended."""
+    """Every method on 1 and 10 things, one after the other; rows that are there stay."""
     about = provenance() | {"dtype": arguments.dtype, "table": "costs"}
     out = arguments.out or RESULTS / "costs.jsonl"
     context = multiprocessing.get_context("spawn")
@@ -52,11 +53,14 @@ def costs(arguments: argparse.Namespace) -> None:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(cost, name, count, arguments.dtype, torch.get_num_threads()).result()
 
+    made = {(r["method"], r["concepts"]) for r in read(out)} if out.exists() else set()
     # Fills what the library keeps on the disk for this text encoder.
     measured(FAST, 1)
     for count in (1, 10):
         for name in methods.costed(count):
             if arguments.methods and not any(fnmatch.fnmatch(name, p) for p in arguments.methods):
+                continue
+            if (name, count) in made:
                 continue
             for repeat in range(REPEATS):
                 found = measured(name, count)

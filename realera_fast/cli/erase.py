@@ -42,7 +42,7 @@ from realera_fast.cli.program import app, start_logging
 from realera_fast.cli.tables import echo_plan, summary, words_text
 
 if TYPE_CHECKING:
-    from realera_fast import Erasure
+    from realera_fast import EraseConfig, Erasure
 
 
 @app.command()
@@ -175,25 +175,22 @@ def erase(
     values = read_config(config)
     check_places(model, base, out, force)
     check_files(*(extends or ()))
+    before, defaults = _extended(extends or ())
     settings = settings_of(
         values,
         config,
+        defaults=defaults,
         mining=mining,
         no_align=no_align,
         seed=seed,
         preset=preset,
         spare=spare or (),
     )
-    import realera_fast
     from realera_fast.cli.loading import load_pipeline
     from realera_fast.dry_run import preview
     from realera_fast.eraser import erase as erase_concepts
 
     start_logging(quiet)
-    before = [realera_fast.Erasure.load(file) for file in extends or ()]
-    chosen = any((config, preset, mining, no_align, seed is not None, spare))
-    if before and not chosen:
-        settings = realera_fast.EraseConfig.from_dict(before[-1].config)
     asked: dict[str, Any] = dict(
         preserve=preserved,
         config=settings,
@@ -205,7 +202,9 @@ def erase(
         check_output(out, force)
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
-        echo_plan(pipe, concepts, preserved, settings, out, wanted, target=edits)
+        again = {concept.target for concept in concepts}
+        earlier = [c for each in before for c in each.concepts if c.target not in again]
+        echo_plan(pipe, [*earlier, *concepts], preserved, settings, out, wanted, target=edits)
         typer.echo(words_text(preview(pipe, concepts, **asked)))
         return
     with output_folder(out, force) as folder:
@@ -221,6 +220,16 @@ def erase(
         written = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
     typer.echo(summary(erasure))
     typer.echo(f"\nwrote {', '.join(written)} to {out}")
+
+
+def _extended(files: Sequence[Path]) -> tuple[list[Erasure], EraseConfig | None]:
+    """What these files hold, and the settings of the last of them."""
+    if not files:
+        return [], None
+    import realera_fast
+
+    found = [realera_fast.Erasure.load(file) for file in files]
+    return found, realera_fast.EraseConfig.from_dict(found[-1].config)
 
 
 def _write(erasure: Erasure, wanted: Sequence[str], folder: Path, pipe: Any, model: str) -> None:

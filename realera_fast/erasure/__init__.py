@@ -8,7 +8,14 @@ from realera_fast.erasure.describe import read_description
 from realera_fast.erasure.edit import EditedWeights
 from realera_fast.erasure.erasure import Erasure
 from realera_fast.erasure.file import ErasureFileError
-from realera_fast.erasure.history import applied, check_stack, history_of, originals_of, taken_off
+from realera_fast.erasure.history import (
+    applied,
+    check_extended,
+    check_stack,
+    history_of,
+    originals_of,
+    taken_off,
+)
 from realera_fast.erasure.hub import HubError
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "attached_to",
     "check_alone",
     "check_attachable",
+    "check_extended",
     "check_stack",
     "comfyui_conditioning",
     "comfyui_model",

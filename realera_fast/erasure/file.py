@@ -305,6 +305,9 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
             raise ErasureFileError(f"its provenance holds a reading that {error}") from error
         for name in reading.maps or {}:
             check_name(name)
+    preserve = provenance.get("preserve", [])
+    if not (isinstance(preserve, list) and all(isinstance(word, str) for word in preserve)):
+        raise ErasureFileError("its provenance holds preserved words that are none")
     history = provenance.get("history", [])
     known = isinstance(history, list) and all(
         isinstance(entry, dict)

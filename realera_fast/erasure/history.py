@@ -29,7 +29,7 @@ from realera_fast.models import (
     weights_hash,
     write_,
 )
-from realera_fast.runtime import exclusive, unwrapped
+from realera_fast.runtime import exclusive, folded, unwrapped
 
 if TYPE_CHECKING:
     from realera_fast.erasure.erasure import Erasure
@@ -334,13 +334,13 @@ def withdraw_(erasure: Erasure, model: nn.Module) -> tuple[Erasure, ...]:
     return tuple(remaining)
 
 
-@contextlib.contextmanager
-def taken_off(model: nn.Module, erasures: Sequence[Erasure]) -> Iterator[None]:
-    """Runs with erasures undone, those of them that are applied; they are back if it fails.
+def check_extended(model: nn.Module, erasures: Sequence[Erasure]) -> list[Application]:
+    """Those of the erasures that are applied to a model, as `taken_off` undoes them.
 
     Raises:
         BaseModelMismatchError: one that is not applied was made for other weights.
-        ValueError: one is attached as an adapter, or others were applied after one of them.
+        ValueError: one is attached as an adapter, others were applied after one of them or took the
+            same, or the weights changed since.
     """
     attached, history = attached_to(model), applications_of(model)
     if attached is not None:
@@ -348,25 +348,51 @@ def taken_off(model: nn.Module, erasures: Sequence[Erasure]) -> Iterator[None]:
             f"model: {attached!r} is attached to it as an adapter; take it out with restore_ first "
             "(extends= takes erasures that are not applied too)"
         )
-    kept = list(history)
-    place = place_of(history, WeightStates(model)) if history else None
-    above: list[Application] = []
-    for entry in history[: 0 if place is None else place + 1]:
-        known = any(is_same(entry.erasure, each) for each in erasures)
-        if above and not known:
+    place = place_of(history, WeightStates(model)) if history else -1
+    if place is None:
+        raise ValueError(
+            "model: its weights (or their dtype) changed since erasures were applied to it, so "
+            "these can't be undone; load the base model and pass them as extends= to it"
+        )
+    own: list[Application] = []
+    words = {folded(w) for each in erasures for c in each.concepts for w in c.words}
+    for entry in history[: place + 1]:
+        if any(is_same(entry.erasure, each) for each in erasures):
+            own.append(entry)
+            continue
+        if own:
             raise ValueError(
-                f"model: {entry.erasure!r} was applied after {above[-1].erasure!r}; name it in "
+                f"model: {entry.erasure!r} was applied after {own[-1].erasure!r}; name it in "
                 "extends= as well, or take it out with withdraw_"
             )
-        above += [entry] if known else []
+        if both := words & {folded(w) for c in entry.erasure.concepts for w in c.words}:
+            raise ValueError(
+                f"model: {entry.erasure!r} is applied to it and took {min(both)!r} too; undo it "
+                "with restore_ first, or name it itself in extends="
+            )
+    # In the order in which they were made, whatever order they were named in.
+    applied_ones = [entry.erasure for entry in own]
+    rest = [e for e in erasures if not any(is_same(e, each) for each in applied_ones)]
+    check_stack(model, [*applied_ones, *rest])
+    return own
+
+
+@contextlib.contextmanager
+def taken_off(model: nn.Module, erasures: Sequence[Erasure]) -> Iterator[None]:
+    """Runs with erasures undone, those of them that are applied; they are back if it fails.
+
+    Raises:
+        ValueError: see `check_extended`.
+    """
+    history = applications_of(model)
+    kept, own = list(history), check_extended(model, erasures)
     layers: dict[str, nn.Linear] = {}
-    for entry in above:
+    for entry in own:
         layers |= layers_of(model, edit_of(entry.erasure))
     try:
         with transaction(model, layers):
-            for entry in reversed(above):
+            for entry in reversed(own):
                 restore_(entry.erasure, model)
-            check_stack(model, erasures)
             yield
     except BaseException:
         history[:] = kept
@@ -405,6 +431,10 @@ def then(erasure: Erasure, later: Erasure) -> Erasure:
         {
             **erasure.provenance,
             **({"self_attention": True} if either else {}),
+            "preserve": [
+                *erasure.provenance.get("preserve", []),
+                *later.provenance.get("preserve", []),
+            ],
             "history": [
                 *erasure.provenance.get("history", []),
                 history_entry(erasure),

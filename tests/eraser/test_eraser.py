@@ -10,11 +10,13 @@ from model_state import same, weights
 from planted_kernels import broken, planted, unchecked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_alignment import UNCHECKED
 from tiny_erase import CLOSED, CONFIG, FAST, run
 from tiny_models import tiny_pipeline, tiny_text_encoder, tiny_unet
 
 import realera_fast
 from realera_fast import Concept, EraseConfig, Erasure
+from realera_fast.alignment import stage
 from realera_fast.erasure import ErasureFileError
 from realera_fast.mining import MiningConfig, known_words
 from realera_fast.solver import ClosedFormConfig
@@ -565,6 +567,19 @@ def test_alignment_reaches_self_attention_if_asked(pipe, monkeypatch):
     assert changed == {n for n in before if n.removesuffix(".weight").endswith(ends)}
     assert len(result.report["layers"]) == len(changed)
     assert result.report["alignment"]["timesteps"] == [501, 1]
+    result.restore_(pipe.unet)
+    assert same(pipe.unet, before)
+
+
+def test_factors_of_self_attention_that_go_leave_nothing_there(pipe, monkeypatch):
+    monkeypatch.setattr(stage, "is_better", lambda *_, **__: False)
+    before = weights(pipe.unet)
+    aligned = dataclasses.replace(
+        UNCHECKED, target_modules=("attn1.to_k", "attn1.to_v"), check_seeds=1, adversary="worst"
+    )
+    result = run(pipe, ["cat=dog"], dataclasses.replace(CLOSED, alignment=aligned))
+    assert not result.lora and not any("attn1" in name for name in result.report["layers"])
+    assert "self_attention" not in result.provenance
     result.restore_(pipe.unet)
     assert same(pipe.unet, before)
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from edits import CLOSED
 from model_state import equal, weights
+from tiny_alignment import UNCHECKED
 from tiny_families import denoise, flux, sd1, sdxl
 
 from realera_fast import EraseConfig, Erasure, dry_run, erase
 from realera_fast.config import VocabularyConfig
-from realera_fast.erasure import BaseModelMismatchError, applied
+from realera_fast.erasure import BaseModelMismatchError, ErasureFileError, applied
+from realera_fast.runtime import Checkpoint
 
 
 def erased(pipe, concepts, **more):
@@ -91,8 +93,8 @@ def test_a_failure_leaves_everything_as_it_was(monkeypatch):
         erased(pipe, "van=art", extends=[first, second])
     monkeypatch.undo()
     assert equal(weights(pipe.unet), before) and applied(pipe.unet) == (first, second)
-    with pytest.raises(ValueError, match="concepts.*cat"):
-        erased(pipe, "cat", extends=[first, second])
+    with pytest.raises(ValueError, match="'dog' of 'cat' is itself erased"):
+        erased(pipe, "dog=tree", extends=[first, second])
     assert equal(weights(pipe.unet), before) and applied(pipe.unet) == (first, second)
     second.restore_(pipe.unet)
     first.restore_(pipe.unet)
@@ -126,6 +128,69 @@ def test_what_can_not_be_extended_is_refused():
     assert applied(attached.unet) == (both,)
 
 
+def test_a_failure_at_the_very_end_leaves_everything_as_it_was(monkeypatch):
+    pipe = sd1()
+    first = erased(pipe, "cat=dog")
+    before = weights(pipe.unet)
+    wider = dataclasses.replace(
+        CLOSED, alignment=dataclasses.replace(UNCHECKED, target_modules=("to_k", "to_q"))
+    )
+
+    def broken(self, stage):
+        raise PermissionError(stage)
+
+    monkeypatch.setattr(Checkpoint, "remove", broken)
+    for extends in ((), first):
+        with pytest.raises(PermissionError):
+            erased(pipe, "ship=tree", extends=extends, config=wider)
+        assert equal(weights(pipe.unet), before) and applied(pipe.unet) == (first,)
+    first.restore_(pipe.unet)
+
+
+def test_erasures_that_took_the_same_are_refused():
+    pipe = sd1()
+    first, second = erased(pipe, "cat=dog"), erased(pipe, "ship=tree")
+    with pytest.raises(ValueError, match="is applied to it and took 'cat' too; undo it"):
+        erased(pipe, "van=art", extends=first.then(second))
+    assert applied(pipe.unet) == (first, second)
+    three = erased(pipe, "van=art", extends=[second, first])
+    assert [c.target for c in three.concepts] == ["ship", "cat", "van"], "in the order given"
+    pipe.unet.half()
+    with pytest.raises(ValueError, match="or their dtype.* changed since erasures were applied"):
+        erased(pipe, "tree=art", extends=three)
+
+
+def test_a_concept_named_again_replaces_the_one_of_before():
+    pipe, once = sd1(), sd1()
+    first = erased(pipe, ["cat=dog", "ship=tree"])
+    again = erased(pipe, "Cat=van", extends=first)
+    assert [(c.target, c.anchor) for c in again.concepts] == [("ship", "tree"), ("Cat", "van")]
+    erased(once, ["ship=tree", "Cat=van"])
+    assert equal(weights(pipe.unet), weights(once.unet))
+
+
+def test_preserved_words_are_told_apart_as_the_model_does(tmp_path, caplog):
+    for build, kept in ((flux, ["Cat", "lion"]), (sd1, ["lion"])):
+        pipe = build()
+        first = erased(pipe, "ship=tree", preserve=["Cat", "lion"])
+        both = erased(pipe, "cat=dog", extends=first)
+        assert both.provenance["preserve"] == kept, build.__name__
+    pipe = sd1()
+    first, second = (erased(pipe, c, preserve=[p]) for c, p in (("cat", "lion"), ("ship", "art")))
+    assert first.then(second).provenance["preserve"] == ["lion", "art"]
+    older = dataclasses.replace(
+        first, provenance={k: v for k, v in first.provenance.items() if k != "preserve"}
+    )
+    erased(sd1(), "van=art", extends=older)
+    assert "kept no preserved words" in caplog.text
+    for broken in (5, [3], "lion"):
+        file = tmp_path / "broken.safetensors"
+        bad = dataclasses.replace(first, provenance={**first.provenance, "preserve": broken})
+        bad.save(file)
+        with pytest.raises(ErasureFileError, match="preserved words that are none"):
+            Erasure.load(file)
+
+
 def test_nothing_changes_with_nothing_to_extend():
     pipe, plain = sd1(), sd1()
     erased(pipe, "cat=dog", extends=[])
@@ -139,3 +204,6 @@ def test_a_preview_names_the_words_of_all():
     shown = dry_run.preview(pipe, "ship=tree", extends=first, config=CLOSED, progress=False)
     assert {*shown.neighbors} == {"cat", "ship"}
     assert applied(pipe.unet) == (first,)
+    erased(pipe, "van=art")
+    with pytest.raises(ValueError, match="was applied after"):
+        dry_run.preview(pipe, "ship=tree", extends=first, config=CLOSED, progress=False)
