@@ -15,7 +15,7 @@ Without the second pass, for which a detector looks at the pictures of the first
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,28 +30,45 @@ from realera_fast.text import Concept
 class Settings:
     """Defaults: the authors', for objects."""
 
-    beta: float = -0.12
-    """Theirs is -0.28 for a hundred people and -0.06 for an unsafe category."""
+    beta: float | Mapping[str, float] = -0.12
+    """One, or one by kind of concept, as theirs: see `AUTHORS`."""
     gamma: float = 0.02
+
+    def beta_of(self, concept: Concept) -> float:
+        if isinstance(self.beta, Mapping):
+            return self.beta[concept.kind]
+        return self.beta
+
+
+AUTHORS: Mapping[str, float] = {"person": -0.28, "explicit": -0.06}
+"""For a hundred people and for an unsafe category."""
 
 
 SWEEP = (
     Settings(),
     *(Settings(beta=beta) for beta in (-0.28, -0.06, -0.2, -0.22, -0.24, -0.26, -0.3, -0.34)),
     *(Settings(beta=beta, gamma=0.05) for beta in (-0.24, -0.28)),
+    *(
+        Settings(beta=AUTHORS | {"object": -0.22, "style": style}, gamma=gamma)
+        for style, gamma in ((-0.12, 0.02), (-0.09, 0.02), (-0.06, 0.02), (-0.09, 0.05))
+    ),
 )
 """What is tried on words that are not judged; the authors' settings come first. Where the line lies
-depends on the text encoder: most other words are above the authors' here."""
+depends on the text encoder: many other words are above the authors' here, and prompts hold less of
+a style than of a thing."""
 
 
 class Surgery:
     """What is known of the concepts; made by `erase`."""
 
     def __init__(self, pipe: Any, concepts: Sequence[Concept], settings: Settings) -> None:
-        self._settings = settings
+        self._gamma = settings.gamma
         self._encode: Callable[..., Any] = pipe.encode_prompt
         self._device = pipe.device
         self._names = [word for concept in concepts for word in concept.words]
+        self._betas = torch.tensor(
+            [settings.beta_of(concept) for concept in concepts for _ in concept.words]
+        ).to(self._device)
         self._empty = self._embeds([""])
         self._moves: dict[tuple[str, ...], Tensor] = {}
         self._directions = self._embeds(self._names) - self._empty
@@ -78,7 +95,7 @@ class Surgery:
                 for prompt in prompts
             ]
         )
-        return ((shares + self._settings.beta) / self._settings.gamma).sigmoid()
+        return ((shares + self._betas) / self._gamma).sigmoid()
 
     def moved(self, prompts: Tensor) -> Tensor:
         """`[p, t, d]` prompts without what they hold of the concepts."""

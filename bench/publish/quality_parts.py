@@ -217,20 +217,23 @@ def sweep_lines() -> list[str]:
         if not found.rows:
             continue
         body = []
-        every = max(len(found.of(method)) for method in found.methods)
+        every, usual = len(found.tasks), statistics.mode(map(found.seeds_of, found.methods))
         for method in (m for m in found.methods if m != UNERASED):
             part = found.of(method)
             title, _, settings = method.partition(": ")
             # What trains takes a minute each.
-            settings += f" (on {len(part)} of {every})" if len(part) < every else ""
+            tasks = len({row["task"] for row in part})
+            settings += f" (on {tasks} of {every})" if tasks < every else ""
+            seeds = found.seeds_of(method)
+            settings += f" (seeds {', '.join(map(str, seeds))})" if seeds != usual else ""
             cells = [100 * statistics.mean(r["scores"][k] for r in part) for k in SCORES]
             body.append([title, settings, *(f"{value:.1f}" for value in cells)])
         body.sort(key=lambda cells: (cells[0], -float(cells[-1])))
         commits = ", ".join(dict.fromkeys(row["commit"] for row in found.rows))
-        tasks = found.tasks if name == "sweep" else [f"{task} things" for task in found.tasks]
+        on = found.tasks if name == "sweep" else [f"{task} things" for task in found.tasks]
         lines += [
-            f"{', '.join(tasks)}, {text}; none is judged. Seeds "
-            f"{', '.join(map(str, found.seeds))}, commit {commits}.",
+            f"{', '.join(on)}, {text}; none is judged. Seeds {', '.join(map(str, usual))} where a "
+            f"row says nothing else, commit {commits}.",
             "",
             *table(("method", "settings", *HEADER), body),
             "",

@@ -46,6 +46,9 @@ class Found:
     def seeds(self) -> list[int]:
         return sorted({row["seed"] for row in self.rows})
 
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        return tuple(sorted({row["seed"] for row in self.of(method)}))
+
     def by_seed(
         self, method: str, value: Callable[[Row], float | None], tasks: Sequence[str] = ()
     ) -> list[float]:

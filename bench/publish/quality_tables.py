@@ -72,7 +72,7 @@ def kept_lines() -> list[str]:
     """What the second stage brought to the default."""
     done = [
         row
-        for name in ("objects", "several", "styles", "characters", "unsafe", "withheld")
+        for name in ("objects", "several", "styles", "characters", "unsafe", "withheld", "long")
         for row in Found(name).of(DEFAULT)
     ]
     if not done:

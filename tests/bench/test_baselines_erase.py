@@ -182,6 +182,21 @@ def test_surgery_takes_away_what_the_prompt_holds_and_leaves_other_prompts(pipe)
     torch.testing.assert_close(moved[2], plain[2] - gates.max() * both)
 
 
+def test_surgery_has_a_line_for_each_kind(pipe):
+    mixed = [Concept("rabbit"), Concept("sepia", kind="style")]
+    lines = semantic_surgery.AUTHORS | {"object": -0.9, "style": -0.1}
+    by_kind, strict, loose = (
+        semantic_surgery.erase(pipe, mixed, semantic_surgery.Settings(beta=beta))
+        for beta in (lines, -0.9, -0.1)
+    )
+    prompts = embeds_of(pipe, ["a sepia picture of a rabbit"])[0]
+    gates = by_kind.gates(prompts)
+    assert torch.equal(gates[:, 0], strict.gates(prompts)[:, 0])
+    assert torch.equal(gates[:, 1], loose.gates(prompts)[:, 1])
+    assert gates[0, 0] < 0.5 < gates[0, 1]
+    assert set(lines) == set(KINDS)
+
+
 def test_surgery_edits_nothing_and_draws_without_the_concept(pipe):
     methods, studio = (importlib.import_module(f"quality.{n}") for n in ("methods", "studio"))
     tasks = importlib.import_module("quality.tasks")

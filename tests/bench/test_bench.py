@@ -636,6 +636,25 @@ def test_long_prompts_have_a_section_where_there_are_rows(quality_page, tmp_path
     assert "## Long prompts" in text and "| **realera_fast** | 0.0 | 12.5 |" in text
 
 
+def test_sweeps_say_on_how_much_each_setting_was_tried(quality_page, tmp_path):
+    found = [
+        quality_row(f"{name}: a", seed, task) | {"table": "sweep"}
+        for name, seeds, tasks in (
+            ("UCE", (0,), ("cow", "snake")),
+            ("OCE", (0,), ("cow", "snake")),
+            ("GEM", (0,), ("cow",)),
+            ("Other", (0, 1), ("cow", "snake")),
+        )
+        for seed in seeds
+        for task in tasks
+    ]
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    text = "\n".join(quality_page.generated())
+    assert "Seeds 0 where a row says nothing else" in text
+    assert "| UCE | a | 0.0 |" in text and "| GEM | a (on 1 of 2) | 0.0 |" in text
+    assert "| Other | a (seeds 0, 1) | 0.0 |" in text
+
+
 def test_ablation_switches_parts_off(bench):
     parts = bench("quality.methods").ablation()
     alone = parts["alignment, beyond"].settings
