@@ -11,13 +11,13 @@ from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, taken_off
 from realera_fast.inputs import Arguments, with_parts
 from realera_fast.runtime import clean_names, folded
-from realera_fast.text import Concept, parse_concepts
+from realera_fast.text import parse_concepts
 
 logger = logging.getLogger(__name__)
 
 
 def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasure, ...]:
-    """The erasures that go on, in order.
+    """The erasures that go on.
 
     Raises:
         TypeError: it is something else.
@@ -29,8 +29,8 @@ def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasur
     for each in found:
         if not isinstance(each, Erasure):
             raise TypeError(
-                "extends: expected an Erasure or several of them in order (Erasure.load reads a "
-                f"file), got {type(each).__name__}"
+                "extends: expected an Erasure or several of them (Erasure.load reads a file), got "
+                f"{type(each).__name__}"
             )
     return found
 
@@ -38,21 +38,21 @@ def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasur
 def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
     """Arguments that ask for what the erasures took as well.
 
-    A concept that is named again replaces the one of before. Where no settings are given, those of
-    the last erasure hold.
+    A concept that is named again, or that a later erasure has too, replaces the one of before.
+    Where no settings are given, those of the last erasure hold.
     """
     if not erasures:
         return given
     given = with_parts(given)
     preserve = clean_names(given.preserve, "preserve")
     new = parse_concepts(given.concepts, preserve=preserve)
-    again = {folded(concept.target) for concept in new}
-    concepts: list[Concept] = [
-        concept
-        for each in erasures
-        for concept in each.concepts
-        if folded(concept.target) not in again
-    ]
+    # Of one that several took the last is what the user said last.
+    concepts = {folded(c.target): c for each in erasures for c in each.concepts}
+    for concept in new:
+        if concepts.pop(folded(concept.target), None) is not None:
+            logger.warning(
+                "extends: %r is in it already; as it is named now it goes", concept.target
+            )
     for each in erasures:
         if "preserve" not in each.provenance:
             logger.warning(
@@ -64,7 +64,7 @@ def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
         logger.warning("extends: the erasures have different settings; those of the last one hold")
     return dataclasses.replace(
         given,
-        concepts=[*concepts, *new],
+        concepts=[*concepts.values(), *new],
         preserve=preserve,
         inherited=tuple(w for each in erasures for w in each.provenance.get("preserve", ())),
         config=given.config or EraseConfig.from_dict(erasures[-1].config),

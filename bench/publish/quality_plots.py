@@ -48,7 +48,10 @@ def bars(path: Path) -> None:
     shared = [
         m
         for m in first.ranked()
-        if m in (DEFAULT, STRICT, FAST) or sum(m in found.methods for found in tables.values()) > 1
+        if first.complete(m)
+        and (
+            m in (DEFAULT, STRICT, FAST) or sum(m in found.methods for found in tables.values()) > 1
+        )
     ]
     figure, panels = plt.subplots(
         1,
@@ -135,8 +138,10 @@ def seconds(path: Path) -> None:
         return
     figure, panel = plt.subplots(figsize=(6.4, 4.2))
     for method in dict.fromkeys(row["method"] for row in costs):
-        if method not in found.methods:
+        # At run time nothing is erased before there is a prompt.
+        if method not in found.methods or "run time" in method:
             continue
+        above = method in (DEFAULT, FAST)
         x = statistics.median(
             r["cpu_seconds"] for r in costs if r["method"] == method and r["concepts"] == 1
         )
@@ -154,7 +159,7 @@ def seconds(path: Path) -> None:
             method,
             (x, statistics.mean(values)),
             textcoords="offset points",
-            xytext=(0, -13),
+            xytext=(0, 9 if above else -14),
             fontsize=8,
             ha="center",
         )

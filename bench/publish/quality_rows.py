@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness.rows import committed
-from harness.tables import DEFAULT, FAST, STRICT, UNERASED
+from harness.tables import DEFAULT, FAST, STRICT, UNERASED, percent
 
 Row = Mapping[str, Any]
 
@@ -64,6 +64,14 @@ class Found:
             if known:
                 found.append(statistics.mean(known))
         return found
+
+    def cell(
+        self, method: str, value: Callable[[Row], float | None], tasks: Sequence[str] = ()
+    ) -> str:
+        """Mean and spread in percent, and of how many seeds where others have more."""
+        found = self.by_seed(method, value, tasks)
+        few = f" ({len(found)} seed{'s' * (len(found) > 1)})"
+        return percent(found) + (few if 0 < len(found) < len(self.seeds) else "")
 
     def complete(self, method: str) -> bool:
         return len(self.of(method)) == max(len(self.of(m)) for m in self.methods)

@@ -148,7 +148,8 @@ def sequential_lines() -> list[str]:
 
     body = []
     for method in found.methods:
-        cells = [bold(method), drawn(method, "erased"), drawn(method, "synonym")]
+        mark = "" if found.complete(method) else f" ({len(found.of(method))} rows)"
+        cells = [bold(method) + mark, drawn(method, "erased"), drawn(method, "synonym")]
         values = (score("acc_e"), score("acc_g"), near("acc_s"), score("acc_s"))
         of_all = method != FIRST
         cells += [percent(found.by_seed(method, v)) if of_all else "–" for v in values]
@@ -339,8 +340,11 @@ def summary_lines() -> list[str]:
     shared = [
         m
         for m in objects.ranked()
-        if m in (own_method(objects), STRICT)
-        or all(m in found.methods for found in columns.values())
+        if objects.complete(m)
+        and (
+            m in (own_method(objects), STRICT)
+            or all(m in found.methods for found in columns.values())
+        )
     ]
     several = [count for count in SUMMED if count in Found("several").tasks]
     header = ["method", "objects", "relatives"]
@@ -350,14 +354,12 @@ def summary_lines() -> list[str]:
     for method in shared:
         cells = [
             bold(method),
-            percent(objects.by_seed(method, score("h_o"))),
-            percent(objects.by_seed(method, near("h_o"))),
+            objects.cell(method, score("h_o")),
+            objects.cell(method, near("h_o")),
         ]
+        cells += [columns["several"].cell(method, score("h_o"), [count]) for count in several]
         cells += [
-            percent(columns["several"].by_seed(method, score("h_o"), [count])) for count in several
-        ]
-        cells += [
-            percent(columns[name].by_seed(method, score("h_o")))
+            columns[name].cell(method, score("h_o"))
             for name in ("styles", "characters")
             if name in columns
         ]

@@ -6,7 +6,7 @@ import statistics
 
 from harness.provenance import where
 from harness.rows import committed
-from harness.tables import FAST, STRICT, percent, table
+from harness.tables import FAST, STRICT, table
 from quality.methods import BASELINES
 
 from publish.quality_rows import SUMMED, Found, bold, near, own_method, score
@@ -86,17 +86,18 @@ def summary() -> list[str]:
     shared = [
         m
         for m in objects.ranked()
-        if m in (own_method(objects), STRICT) or all(m in found.methods for found in tables)
+        if objects.complete(m)
+        and (m in (own_method(objects), STRICT) or all(m in found.methods for found in tables))
     ]
     counts = [count for count in SUMMED if count in several.tasks]
     more = {name: found for name in ("styles", "characters") if (found := Found(name)).rows}
     body = [
         [
             bold(method),
-            percent(objects.by_seed(method, score("h_o"))),
-            percent(objects.by_seed(method, near("h_o"))),
-            *(percent(several.by_seed(method, score("h_o"), [count])) for count in counts),
-            *(percent(found.by_seed(method, score("h_o"))) for found in more.values()),
+            objects.cell(method, score("h_o")),
+            objects.cell(method, near("h_o")),
+            *(several.cell(method, score("h_o"), [count]) for count in counts),
+            *(found.cell(method, score("h_o")) for found in more.values()),
         ]
         for method in shared
     ]

@@ -107,8 +107,8 @@ def erase(
         list[Path] | None,
         typer.Option(
             metavar="DELTA",
-            help="A file that 'erase' wrote for MODEL: its concepts go as well, all in one; may be "
-            "given several times.",
+            help="A file that 'erase' wrote for MODEL: its concepts go as well, all in one, and "
+            "the result takes its place; may be given several times.",
             show_default=False,
         ),
     ] = None,

@@ -47,7 +47,14 @@ def summary(erasure: Erasure) -> str:
             more = f" and {len(words) - 8} more" if len(words) > 8 else ""
             text.append(f"neighbors of {target}: {', '.join(words[:8])}{more}")
     solve = report.get("solve", {})
-    if solve:
+    values = (report.get("scales") or {}).get("values")
+    if values:
+        chosen = ", ".join(
+            f"{name.removeprefix('value_')} {values[name]:g}"
+            for name in ("value_ridge", "value_guidance", "value_neighbors")
+        )
+        text.append(f"solve: outputs of value projections, {chosen}")
+    elif solve:
         text.append(
             f"solve: {solve['method']}, rank {solve['rank']}, condition {solve['condition']:.1e}, "
             f"residual ratio {solve['residual_ratio']:.2g}"

@@ -235,8 +235,9 @@ def restore_(erasure: Erasure, model: nn.Module, *, force: bool = False) -> nn.M
     place = place_of(history, WeightStates(model))
     if not known:
         raise ValueError(
-            "model: this erasure was not applied to this model in this process, so its "
-            "original weights are not known; reload the base model"
+            "model: this erasure was not applied to this model in this process, or was undone "
+            "since (also by one that extends it), so there is nothing to go back to; restore what "
+            "erasure.applied(model) names, or reload the base model"
         )
     if place == -1:
         raise ValueError(
