@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, taken_off
 from realera_fast.inputs import Arguments, with_parts
-from realera_fast.runtime import clean_names, folded
+from realera_fast.runtime import clean_names
 from realera_fast.text import parse_concepts
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
     preserve = clean_names(given.preserve, "preserve")
     new = parse_concepts(given.concepts, preserve=preserve)
     # Of one that several took the last is what the user said last.
-    concepts = {folded(c.target): c for each in erasures for c in each.concepts}
+    concepts = {c.target: c for each in erasures for c in each.concepts}
     for concept in new:
-        if concepts.pop(folded(concept.target), None) is not None:
+        if concepts.pop(concept.target, None) is not None:
             logger.warning(
                 "extends: %r is in it already; as it is named now it goes", concept.target
             )

@@ -163,14 +163,19 @@ def test_erasures_that_took_the_same_are_refused():
 def test_a_concept_named_again_replaces_the_one_of_before(caplog):
     pipe, once = sd1(), sd1()
     first = erased(pipe, ["cat=dog", "ship=tree"])
-    again = erased(pipe, "Cat=van", extends=first)
-    assert [(c.target, c.anchor) for c in again.concepts] == [("ship", "tree"), ("Cat", "van")]
-    assert "'Cat' is in it already" in caplog.text
-    erased(once, ["ship=tree", "Cat=van"])
+    again = erased(pipe, "cat=van", extends=first)
+    assert [(c.target, c.anchor) for c in again.concepts] == [("ship", "tree"), ("cat", "van")]
+    assert "'cat' is in it already" in caplog.text
+    erased(once, ["ship=tree", "cat=van"])
     assert equal(weights(pipe.unet), weights(once.unet))
     two = [erased(sd1(), c) for c in (["cat=dog", "ship=tree"], ["cat=van"])]
     both = erased(sd1(), "horse=art", extends=two[1:] + two[:1])
     assert [(c.target, c.anchor) for c in both.concepts][:2] == [("cat", "dog"), ("ship", "tree")]
+    # To T5 these are two names.
+    pipe = flux()
+    first = erased(pipe, ["cat=dog", "Cat=dog"])
+    both = erased(pipe, "ship=tree", extends=first)
+    assert [c.target for c in both.concepts] == ["cat", "Cat", "ship"]
 
 
 def test_preserved_words_are_told_apart_as_the_model_does(tmp_path, caplog):
