@@ -11,7 +11,7 @@ from realera_fast.config import EraseConfig
 from realera_fast.erasure import Erasure, taken_off
 from realera_fast.inputs import Arguments, with_parts
 from realera_fast.runtime import clean_names
-from realera_fast.text import parse_concepts
+from realera_fast.text import Concept, parse_concepts
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,16 @@ def checked_extends(extends: Erasure | Iterable[Erasure] | None) -> tuple[Erasur
     return found
 
 
+def joined_concepts(erasures: Sequence[Erasure], new: Sequence[Concept]) -> list[Concept]:
+    """What erasures took, then what is to go now, each name once: the last that names it says how.
+
+    Names are compared as they are written: some text encoders tell cases apart.
+    """
+    named = {concept.target for concept in new}
+    before = {c.target: c for each in erasures for c in each.concepts}
+    return [*(c for target, c in before.items() if target not in named), *new]
+
+
 def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
     """Arguments that ask for what the erasures took as well.
 
@@ -46,10 +56,9 @@ def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
     given = with_parts(given)
     preserve = clean_names(given.preserve, "preserve")
     new = parse_concepts(given.concepts, preserve=preserve)
-    # Of one that several took the last is what the user said last.
-    concepts = {c.target: c for each in erasures for c in each.concepts}
+    took = {concept.target for each in erasures for concept in each.concepts}
     for concept in new:
-        if concepts.pop(concept.target, None) is not None:
+        if concept.target in took:
             logger.warning(
                 "extends: %r is in it already; as it is named now it goes", concept.target
             )
@@ -64,7 +73,7 @@ def extended(given: Arguments, erasures: Sequence[Erasure]) -> Arguments:
         logger.warning("extends: the erasures have different settings; those of the last one hold")
     return dataclasses.replace(
         given,
-        concepts=[*concepts.values(), *new],
+        concepts=joined_concepts(erasures, new),
         preserve=preserve,
         inherited=tuple(w for each in erasures for w in each.provenance.get("preserve", ())),
         config=given.config or EraseConfig.from_dict(erasures[-1].config),

@@ -189,6 +189,7 @@ def erase(
     from realera_fast.cli.loading import load_pipeline
     from realera_fast.dry_run import preview
     from realera_fast.eraser import erase as erase_concepts
+    from realera_fast.extending import joined_concepts
 
     start_logging(quiet)
     asked: dict[str, Any] = dict(
@@ -202,9 +203,8 @@ def erase(
         check_output(out, force)
         pipe = load_pipeline(model, dtype=dtype, device=device, variant=variant, base=base)
         check_concept_tokens(pipe, concepts, preserved, settings)
-        again = {concept.target for concept in concepts}
-        earlier = [c for each in before for c in each.concepts if c.target not in again]
-        echo_plan(pipe, [*earlier, *concepts], preserved, settings, out, wanted, target=edits)
+        every = joined_concepts(before, concepts)
+        echo_plan(pipe, every, preserved, settings, out, wanted, target=edits)
         typer.echo(words_text(preview(pipe, concepts, **asked)))
         return
     with output_folder(out, force) as folder:
