@@ -12,6 +12,7 @@ from publish.quality_parts import (
     sweep_lines,
     unsafe_lines,
 )
+from publish.quality_standing import standing_lines
 from publish.quality_tables import (
     flow_lines,
     lengthy_lines,
@@ -30,6 +31,7 @@ FOLDER = ROOT / "docs" / "results" / "quality"
 
 PARTS: Sequence[tuple[str, Callable[[], list[str]]]] = (
     ("The model before anything is erased", model_lines),
+    ("Ahead, tied, behind", standing_lines),
     ("All methods, all tables", summary_lines),
     ("Objects, and their near relatives", objects_lines),
     (

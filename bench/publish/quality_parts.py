@@ -105,12 +105,13 @@ def costs_lines() -> list[str]:
 
     header = [h for n in counts for h in (f"CPU s, {n} concept{'s' * (n > 1)}", "peak MiB")]
     first = found[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
     return [
         f"One run, each erasure in a process of its own, median of "
         f"{len({r['seed'] for r in found})}, seconds of a CPU; the preserve prior of this text "
         "encoder lies on the disk already. Peak memory beyond the loaded pipeline. "
         f"{first['dtype']}, {first['device']}, {first['threads']} thread(s), torch "
-        f"{first['torch']}, commit {first['commit']}.",
+        f"{first['torch']}, commit {commits}.",
         "",
         *table(("method", *header), [[bold(m), *cells(m)] for m in methods]),
         "",

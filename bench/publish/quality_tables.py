@@ -327,51 +327,44 @@ SHEETS = {
 """Contact sheets of `bench/embedded/evaluate.py`."""
 
 
-def summary_lines() -> list[str]:
-    """Mean H_o of everything that all methods did."""
-    columns = {
-        name: found
-        for name in ("objects", "several", "styles", "characters")
-        if (found := Found(name)).rows
-    }
-    if "objects" not in columns:
+def summary_lines(further: str = "") -> list[str]:
+    """Mean H_o of the methods that are in every table, and of the strict preset.
+
+    Args:
+        further: what the text says after how the rows were made.
+    """
+    found = {name: part for name in SUMMARY if (part := Found(name)).rows}
+    if "objects" not in found:
         return []
-    objects = columns["objects"]
+    objects, several = found.pop("objects"), found.pop("several", None)
+    tables = [part for part in (several, *found.values()) if part is not None]
     shared = [
         m
         for m in objects.ranked()
         if objects.complete(m)
-        and (
-            m in (own_method(objects), STRICT)
-            or all(m in found.methods for found in columns.values())
-        )
+        and (m in (own_method(objects), STRICT) or all(m in part.methods for part in tables))
     ]
-    several = [count for count in SUMMED if count in Found("several").tasks]
-    header = ["method", "objects", "relatives"]
-    header += [f"{count} at once" for count in several]
-    header += [name for name in ("styles", "characters") if name in columns]
-    body = []
-    for method in shared:
-        cells = [
-            bold(method),
-            objects.cell(method, score("h_o")),
-            objects.cell(method, near("h_o")),
-        ]
-        cells += [columns["several"].cell(method, score("h_o"), [count]) for count in several]
-        cells += [
-            columns[name].cell(method, score("h_o"))
-            for name in ("styles", "characters")
-            if name in columns
-        ]
-        body.append(cells)
+    columns = {"objects": (objects, score("h_o"), ()), "relatives": (objects, near("h_o"), ())}
+    if several is not None:
+        counts = [count for count in SUMMED if count in several.tasks]
+        columns |= {f"{n} at once": (several, score("h_o"), (n,)) for n in counts}
+    columns |= {name: (part, score("h_o"), ()) for name, part in found.items()}
+    body = [
+        [bold(m), *(part.cell(m, value, tasks) for part, value, tasks in columns.values())]
+        for m in shared
+    ]
     first = objects.rows[0]
     return [
         f"Mean H_o, percent ± standard deviation over {len(objects.seeds)} seeds; higher is "
         "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
         "The paper's closed form runs with this library's preserve prior. Each baseline has one "
         "setting for things and styles, and one for several at once. "
-        f"{first['dtype']}, {first['device']}, torch {first['torch']}.",
+        f"{first['dtype']}, {first['device']}, torch {first['torch']}.{further}",
         "",
-        *table(header, body),
+        *table(("method", *columns), body),
         "",
     ]
+
+
+SUMMARY = ("objects", "several", "styles", "characters")
+"""Who is in all of these is in the summary."""

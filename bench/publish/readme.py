@@ -6,10 +6,11 @@ import statistics
 
 from harness.provenance import where
 from harness.rows import committed
-from harness.tables import FAST, STRICT, table
+from harness.tables import FAST
 from quality.methods import BASELINES
 
-from publish.quality_rows import SUMMED, Found, bold, near, own_method, score
+from publish.quality_rows import Found, near, own_method, score
+from publish.quality_tables import summary_lines
 from publish.speed_tables import closed_form_points, factor_text
 
 QUALITY = "[docs/results/quality.md](docs/results/quality.md)"
@@ -78,41 +79,5 @@ def size_headline() -> str:
 
 
 def summary() -> list[str]:
-    """Mean H_o of the methods that are in every table, and of the strict preset."""
-    objects, several = Found("objects"), Found("several")
-    if not objects.rows:
-        return []
-    tables = [found for name in TABLES if (found := Found(name)).rows]
-    shared = [
-        m
-        for m in objects.ranked()
-        if objects.complete(m)
-        and (m in (own_method(objects), STRICT) or all(m in found.methods for found in tables))
-    ]
-    counts = [count for count in SUMMED if count in several.tasks]
-    more = {name: found for name in ("styles", "characters") if (found := Found(name)).rows}
-    body = [
-        [
-            bold(method),
-            objects.cell(method, score("h_o")),
-            objects.cell(method, near("h_o")),
-            *(several.cell(method, score("h_o"), [count]) for count in counts),
-            *(found.cell(method, score("h_o")) for found in more.values()),
-        ]
-        for method in shared
-    ]
-    first = objects.rows[0]
-    return [
-        f"Mean H_o, percent ± standard deviation over {len(objects.seeds)} seeds; higher is "
-        "better. *Relatives*: the same objects, with nothing but near relatives for the rest. "
-        "The paper's closed form runs with this library's preserve prior. Each baseline has one "
-        "setting for things and styles, and one for several at once. "
-        f"{first['dtype']}, {first['device']}, torch {first['torch']}. All tables, plots "
-        f"and what each number means: {QUALITY}.",
-        "",
-        *table(("method", "objects", "relatives", *(f"{n} at once" for n in counts), *more), body),
-    ]
-
-
-TABLES = ("objects", "several", "styles", "characters")
-"""Who is in all of these is in README's table."""
+    """Mean H_o of the methods that are in every table."""
+    return summary_lines(f" All tables, plots and what each number means: {QUALITY}.")

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from harness import RESULTS
 from harness.provenance import add_dtype, provenance
 from harness.rows import read
@@ -181,8 +182,9 @@ def run(table: str, arguments: argparse.Namespace) -> None:
                 continue
             mark = about | {"settings": settings}
             found = [row | mark for row in rows_of(studio, name, method, task, left)]
-            note_settings(out.parent / "settings.json", settings, of_method)
-            put(out, found, stale=any(keys[seed] for seed in left))
+            with writing(out.parent):
+                note_settings(out.parent / "settings.json", settings, of_method)
+                put(out, found, stale=any(keys[seed] for seed in left))
             print(f"{task.name:12} {name:44} {_mean(found)}", flush=True)
 
 
@@ -203,6 +205,11 @@ def note_settings(path: Path, key: str, settings: Mapping[str, Any]) -> None:
 
 KEY = ("world", "table", "method", "task", "seed")
 """What no two rows of a file share."""
+
+
+def writing(folder: Path) -> FileLock:
+    """Held while rows are written: two runs of one table would undo each other's."""
+    return FileLock(folder / "rows.lock")
 
 
 def put(out: Path, found: Sequence[Mapping[str, Any]], *, stale: bool) -> None:

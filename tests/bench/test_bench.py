@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,33 @@ def test_a_changed_row_of_quality_would_show(bench, quality_page, tmp_path):
     assert any("| **realera_fast** | 85.0 ± 7.1 | 85.0 ± 7.1 |" in line for line in summary)
 
 
+def test_a_table_is_won_tied_or_lost_against_the_hardest_rival_on_the_same_seeds(
+    bench, quality_page, tmp_path
+):
+    # "ESD" has the easiest seed alone: its mean is ahead of ours, and on that seed it is behind.
+    ours = {"closed form alone": (0.7, 0.8, 0.9), "strict": (0.5, 0.6, 0.7)}
+    others = {"ESD": (None, None, 0.85), "OCE": (0.1, 0.2, 0.3)}
+
+    def told(**rival):
+        rows = [
+            quality_row(method, seed, h_o=h_o)
+            for method, values in (ours | others | rival).items()
+            for seed, h_o in enumerate(values)
+            if h_o is not None
+        ]
+        (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = bench("publish.quality_standing").standing_lines()
+        return next(line for line in found if line.startswith("| objects |"))
+
+    def line(cells):
+        return f"| objects | {cells} | **closed form alone** | {cells} |"
+
+    assert told() == line("ESD | 5.0 | one seed")
+    assert told(UCE=(0.66, 0.76, 0.86)) == line("UCE | 4.0 ± 0.0 (3 seeds) | ahead")
+    assert told(UCE=(0.78, 0.78, 0.78)) == line("UCE | 2.0 ± 10.0 (3 seeds) | tied")
+    assert told(UCE=(0.8, 0.9, 1.0)) == line("UCE | -10.0 ± 0.0 (3 seeds) | **behind**")
+
+
 def test_said_and_unsaid_words_have_columns_of_their_own(bench, quality_page, tmp_path):
     table = importlib.import_module("realera_fast.embedded").words()
     cat = table.thing("cat")
@@ -164,6 +192,20 @@ def test_rows_take_the_place_of_those_of_other_settings(bench, tmp_path):
     for key, settings in (("y", {"b": 1}), ("x", {}), ("y", {"b": 2})):
         evaluate.note_settings(noted, key, settings)
     assert json.loads(noted.read_text()) == {"x": {}, "y": {"b": 1}}
+
+
+def test_runs_at_a_time_leave_each_others_rows(bench, tmp_path):
+    evaluate, out = bench("quality.evaluate"), tmp_path / "rows.jsonl"
+    first = {"table": "objects", "method": "a", "task": "cat", "seed": -1}
+    evaluate.put(out, [first], stale=False)
+
+    def run(seed):
+        with evaluate.writing(tmp_path):
+            evaluate.put(out, [first | {"seed": seed}], stale=True)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(run, range(64)))
+    assert sorted(row["seed"] for row in bench("harness.rows").read(out)) == list(range(-1, 64))
 
 
 def test_settings_of_rows_are_written_down(bench):
