@@ -105,6 +105,8 @@ class Looked:
     """`[d]` float64 of the mean word."""
     stride: int
     """Of so many words that follow one is looked at."""
+    mined_least: Tensor
+    """`[m]` float64, least weight of each word that follows (`least_weight`)."""
 
 
 def scales_of(
@@ -136,6 +138,13 @@ def scales_of(
         options=config.closed_form,
     )
     return found if summed is None else dataclasses.replace(found, guidance=summed)
+
+
+def least_weight(concept: Concept) -> float:
+    """Least weight of a word that follows a concept, where value projections speak: a category is
+    its members, and its name is far from them (ours: of four categories of the embedded model
+    fewest words come through at 1)."""
+    return 1.0 if concept.kind == "explicit" else 0.0
 
 
 def looked_at(known: KnownWords, selection: Selection) -> Looked:
@@ -174,6 +183,7 @@ def looked_at(known: KnownWords, selection: Selection) -> Looked:
         known.rows_of(things),
         known.space.mean,
         stride,
+        torch.tensor([least_weight(c) for _, c in mined], dtype=torch.float64, device="cpu"),
     )
 
 

@@ -17,7 +17,15 @@ from realera_fast.inputs import VALUES, Job, has_values
 from realera_fast.mining import KnownWords
 from realera_fast.models import LoraFactors, dense_weight, output_maps
 from realera_fast.runtime import full_precision
-from realera_fast.scales import Looked, Scales, gone, looked_at, stays, worth
+from realera_fast.scales import (
+    Looked,
+    Scales,
+    gone,
+    least_weight,
+    looked_at,
+    stays,
+    worth,
+)
 from realera_fast.selection import Selection
 from realera_fast.solver import NAMED_WEIGHT, ValueSystem
 
@@ -29,6 +37,9 @@ NEIGHBORS = (1.0, 0.3, 0.1, 0.03, 0.0)
 """What is compared (ours)."""
 GUIDANCE = (0.0, 0.25)
 """What is compared (ours: with 0.5 as many words go, and less of a scene stays)."""
+_CATEGORY = 1.0
+"""Guidance of categories alone, where none was asked for (ours: of four categories of the embedded
+model fewer words come through than with less, and than after the closed form of the text)."""
 _SHARES = (1.0, 0.5, 0.25, 0.0)
 """Of the guidance that was asked for, what is tried (ours)."""
 _ENOUGH = 0.85
@@ -81,13 +92,13 @@ def joined(
 def may_move_values(job: Job) -> bool:
     """Whether the closed form may be solved for the outputs of value projections.
 
-    Members of a category lie apart, and no ridge reaches them from its name: the text takes it.
+    A category goes further past its anchor than a thing: with things beside it the text takes both.
     """
     options = job.config.closed_form
     if options.space != "auto" or job.config.asks_for_text:
         return options.enabled and options.space == "values"
-    listed = all(concept.kind != "explicit" for concept in job.concepts)
-    return options.enabled and listed and has_values(job.layers, job.texts)
+    alike = len({concept.kind == "explicit" for concept in job.concepts}) == 1
+    return options.enabled and alike and has_values(job.layers, job.texts)
 
 
 def moved_values(
@@ -121,6 +132,9 @@ def moved_values(
         return None
     trials = _Trials(job.model, layers, equations.staying.scaled(1.0).gram, looked)
     asked = options.value_guidance
+    categories = all(concept.kind == "explicit" for concept in job.concepts)
+    if isinstance(asked, str) and categories:
+        asked = _CATEGORY
     guidance = GUIDANCE if isinstance(asked, str) else tuple(asked * s for s in _SHARES)
     curve = trials.curve(
         RIDGES if isinstance(options.value_ridge, str) else (options.value_ridge,),
@@ -140,7 +154,8 @@ def moved_values(
     logger.info("values: %s", ", ".join(f"{name} {value:g}" for name, value in best.items()))
     if options.space == "auto":
         judged = bool(scales.curve) and len(looked.things)
-        if not judged or best["worth"] < scales.worth - _MARGIN or _staying(best) < _TOO_FEW:
+        behind = best["worth"] < scales.worth - _MARGIN and not categories
+        if not judged or behind or _staying(best) < _TOO_FEW:
             return None
     if _staying(best) < _TOO_FEW and len(looked.named) > 1:
         raise ValueError(
@@ -171,15 +186,15 @@ def _factors(
     named, mined = [], []
     for concept in selection.concepts:
         named += [(word, concept) for word in concept.words]
-        if neighbors:
+        if max(neighbors, least_weight(concept)):
             mined += [(word, concept) for word in selection.mined[concept.target]]
     aims = {c.target: selection.anchor_row(known, c) for c in selection.concepts}
     rows = known.rows_of([word for word, _ in (*named, *mined)])
     goals = torch.stack([aims[concept.target] for _, concept in (*named, *mined)])
     count = len(named)
     goals[:count] = (1.0 + guidance / 2) * goals[:count] - guidance * rows[:count]
-    weights = torch.full((len(rows),), neighbors, dtype=torch.float64, device=rows.device)
-    weights[:count] = NAMED_WEIGHT
+    given = [NAMED_WEIGHT] * count + [max(neighbors, least_weight(c)) for _, c in mined]
+    weights = torch.tensor(given, dtype=torch.float64, device=rows.device)
     found = {}
     for name, layer in trials.layers.items():
         weight = dense_weight(layer)[:, : rows.shape[1]].to(rows.device)
@@ -258,7 +273,7 @@ class _Trials:
                 if other != ridge:
                     continue
                 weights = torch.full((len(rows),), NAMED_WEIGHT, dtype=torch.float64)
-                weights[count:] = m * looked.stride
+                weights[count:] = looked.mined_least.clamp_min(m) * looked.stride
                 weights = weights.to(rows.device)
                 kept, gone_named = moves.moves(named, weights).split([len(staying), count], dim=1)
                 goes = torch.cat([gone_named, torch.zeros_like(mined)], dim=1)

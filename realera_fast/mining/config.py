@@ -56,8 +56,9 @@ class MiningConfig:
     Default (ours): enough to hold directions that no other row defends, too little to hold the
     target."""
     max_words: int = 64
-    """Most words that are erased with a concept, a count; more that are in its neighborhood are
-    neither erased nor preserved, and the report warns of them. Default (ours)."""
+    """Most words that are erased with a concept, a count, and twice as many with a category (kind
+    "explicit"); more that are in its neighborhood are neither erased nor preserved, and the report
+    warns of them. Default (ours)."""
     word_cosine: float | None = None
     """No unit: least cosine between a word and the target, as the denoiser sees them
     (`word_space.WordSpace`), for a word of which nothing is known to be in its neighborhood. `None`

@@ -17,6 +17,8 @@ from realera_fast.mining.relatives import BORDER, held_words, hypernyms_of, sibl
 from realera_fast.runtime import folded, progress_bar
 from realera_fast.text import Concept
 
+_CATEGORY = 2
+"""Times `max_words` that go with a category, which has more words than a thing (ours)."""
 _LEAST = 1e-9
 """Cosine by which a word is on one side of a line."""
 _CERTAIN = 4
@@ -275,9 +277,12 @@ def _neighborhood(
         target: tuple(word for word in words if word not in gone and key(word) not in taken)
         for target, words in relatives.items()
     }
+    most = {
+        c.target: config.max_words * (_CATEGORY if c.kind == "explicit" else 1) for c in concepts
+    }
     return Neighborhood(
-        near={target: words[: config.max_words] for target, words in around.items()},
-        surplus={target: words[config.max_words :] for target, words in around.items()},
+        near={target: words[: most[target]] for target, words in around.items()},
+        surplus={target: words[most[target] :] for target, words in around.items()},
         relatives={target: words[:_RELATIVES] for target, words in stay.items()},
         beyond={
             target: tuple(word for _, word in words if sources[word] == "token")[:_RELATIVES]

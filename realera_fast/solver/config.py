@@ -37,8 +37,9 @@ class ClosedFormConfig:
     """Where it is solved. "text": one map of the text for all layers, which prompts, withdrawal and
     other models can take. "values": the outputs of each value projection are moved themselves
     (`value_space`), which free token vectors undo less; on Stable Diffusion 1, 2 and XL. "auto"
-    (default): where more words go and stay, of the two; the text where a setting asks for what only
-    that has (`EraseConfig.asks_for_text`). `ridge`, `preserve_scale`, `negative_guidance`,
+    (default): where more words go and stay, of the two, and of categories alone (kind "explicit")
+    the values; the text where a setting asks for what only that has
+    (`EraseConfig.asks_for_text`). `ridge`, `preserve_scale`, `negative_guidance`,
     `neighbor_scale`, `erase_scale` and templates are of the text: of "values" they serve SDXL's
     pooled vector alone."""
     value_ridge: float | str = "auto"
@@ -49,11 +50,12 @@ class ClosedFormConfig:
     """Of "values": g of the goal a + g (a / 2 - c) for outputs c of a named word and a of its
     anchor. 0 draws the anchor; at 1 attacks with free token vectors found nothing
     (docs/alignment.md). A number is the greatest that is taken: less where things that should stay
-    would move. "auto" (default): what serves most words."""
+    would move. "auto" (default): what serves most words; 1 of categories alone."""
 
     value_neighbors: float | str = "auto"
-    """Of "values": weight of each mined word beside what stays; 0 leaves mined words out. "auto"
-    (default): what serves most words."""
+    """Of "values": weight of each mined word beside what stays; 0 leaves mined words out, but those
+    of a category (kind "explicit"), which weigh 1 at least. "auto" (default): what serves most
+    words."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -54,7 +54,8 @@ def looked(relatives=(), mined=(2, 3)):
     odd = torch.tensor([place % 2 == 1 for place in mined], dtype=torch.bool)
     things = rows(*range(4, WIDTH))
     seen = (rows(0), rows(1), rows(*mined), aims, odd, rows(*relatives), things)
-    return Looked(*seen, torch.zeros(WIDTH, dtype=F64), 1)
+    least = torch.zeros(len(mined), dtype=F64)
+    return Looked(*seen, torch.zeros(WIDTH, dtype=F64), 1, least)
 
 
 SPACE = WordSpace(torch.zeros(WIDTH, dtype=F64), torch.eye(WIDTH, dtype=F64))

@@ -159,6 +159,27 @@ def test_few_words_leave_their_names_to_the_values_and_many_to_the_text():
         result.restore_(pipe.unet)
 
 
+def test_a_category_goes_with_its_members_by_the_values():
+    """Past its anchor, and with words that the preset against attacks leaves out of a thing."""
+    pipe = embedded.load_pipeline()
+    category, thing = Concept("plant", kind="explicit"), Concept("plant")
+
+    def erased(config, *concepts):
+        result = realera_fast.erase(pipe, concepts, config=config, progress=False)
+        result.restore_(pipe.unet)
+        ranks = {factors.rank for factors in result.lora.values()}
+        return result.report["scales"]["values"], max(ranks, default=0)
+
+    fast = EraseConfig.fast()
+    chosen, rank = erased(fast, category)
+    assert chosen["value_guidance"] == 1.0 and rank > 32
+    assert erased(fast, thing)[0]["value_guidance"] < 1.0
+    for concept, most in ((category, rank), (thing, 1)):
+        strict, found = erased(EraseConfig.strict(), concept)
+        assert strict["value_neighbors"] == 0.0 and found == most
+    assert erased(fast, category, "cat") == (None, 0)
+
+
 KEYS = ("value_ridge", "value_guidance", "value_neighbors")
 
 

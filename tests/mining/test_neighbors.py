@@ -153,6 +153,8 @@ def test_words_that_are_too_many_are_neither_erased_nor_kept():
     assert found.near["qworth"] == ("word0", "word1", "word2", "word3")
     assert found.surplus["qworth"] == tuple(f"word{i}" for i in range(4, 10))
     assert found.beyond["qworth"] == ("far",)
+    category = around(tokens, [Concept("qworth", kind="explicit")], MiningConfig(max_words=4))
+    assert len(category.near["qworth"]) == 8 and len(category.surplus["qworth"]) == 2
 
 
 def test_the_user_s_cosine_is_the_line():
