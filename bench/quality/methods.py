@@ -7,6 +7,7 @@ but prompts on their way), and are told names alone.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -111,13 +112,17 @@ class Method:
     they were. None draws from the edited weights."""
 
 
-def library(config: EraseConfig) -> Method:
-    """`realera_fast.erase` with these settings."""
+def library(config: EraseConfig, *, accelerator: Any = None, progress: bool = False) -> Method:
+    """`realera_fast.erase` with these settings; the accelerator's processes share the work."""
 
     def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> Erasure:
         own = changed(config, vocabulary={"exclude": tuple(exclude)})
         return realera_fast.erase(
-            pipe, list(concepts), config=dataclasses.replace(own, seed=seed), progress=False
+            pipe,
+            list(concepts),
+            config=dataclasses.replace(own, seed=seed),
+            progress=progress,
+            accelerator=accelerator,
         )
 
     drawn = config.mining.mode in ("gaussian", "offset")
@@ -203,6 +208,30 @@ def baselines(*, authors: bool = True) -> dict[str, Method]:
         if authors and module.Settings() != TUNED[name]:
             found[f"{name}, {label(module.Settings())}"] = baseline(module, module.Settings())
         found[name] = baseline(module, TUNED[name])
+    return found
+
+
+def named(patterns: Sequence[str], *, tuned: bool) -> dict[str, Method]:
+    """Presets, run-time methods and baselines by their names in tables, or patterns of these.
+
+    Args:
+        tuned: whether baselines have the settings of their sweeps; else those of their authors, or
+            scaled from these, which their names then say.
+
+    Raises:
+        SystemExit: a name that nobody has.
+    """
+    known = {name: (name, method) for name, method in (variants() | run_time()).items()}
+    for name, module in BASELINES.items():
+        settings = TUNED[name] if tuned else module.Settings()
+        shown = name if tuned else f"{name}, {label(settings)}"
+        known[name] = shown, baseline(module, settings)
+    found: dict[str, Method] = {}
+    for pattern in patterns:
+        matching = [known[name] for name in known if fnmatch.fnmatch(name, pattern)]
+        if not matching:
+            raise SystemExit(f"--methods: expected some of {', '.join(known)}; got {pattern!r}")
+        found |= dict(matching)
     return found
 
 

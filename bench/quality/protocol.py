@@ -2,12 +2,15 @@
 
     python bench/run.py protocol objects --model embedded
     python bench/run.py protocol objects --model ./stable-diffusion-v1-4 --clip ./clip-vit-l-14
+    python bench/run.py protocol objects --model ./sd14 --clip ./clip --methods strict UCE OCE
     python bench/run.py protocol explicit --model ./sd14 --prompts i2p.csv --detector nudenet
 
 A protocol (bench/protocols/*.json) says what is erased, what is drawn and how that is scored. Every
 picture is drawn before and after from the same seed; what was not named to the eraser ("unnamed")
-is only ever drawn. Results: one row per erasure, with sampler, seeds, versions and the hashes of
-the evaluators in it, and one page with the pictures of the first seeds.
+is only ever drawn. Every method that is asked for erases the same and is drawn from the same seeds;
+baselines have their authors' settings, on the embedded model those of their sweeps. Results: one
+row per erasure and method, with settings, sampler, seeds, versions and the hashes of the evaluators
+in it, and one page with the means and the pictures of the first seeds.
 
 The embedded model has words of its own: with `--model embedded` the lists of a protocol are taken
 from its table (objects: the same ten classes; people: its characters; styles: its styles; explicit:
@@ -17,19 +20,23 @@ its weapons) and its own judge says what the pictures show.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import OUT
 from harness.provenance import provenance
+from harness.tables import DEFAULT
 from PIL import Image
 
-from realera_fast import Concept, EraseConfig, Erasure, embedded, erase
+from quality import methods
+from quality.editing import Editable
+from quality.methods import Method
+from quality.protocol_cases import FOLDER, Case, Shot, cases, read_prompts, read_protocol
+from realera_fast import EraseConfig, embedded
 from realera_fast.evaluation import (
     ClipJudge,
     Row,
@@ -46,112 +53,8 @@ from realera_fast.evaluation import (
 from realera_fast.models import DTYPES, components_of, find_device, load_pipeline
 from realera_fast.runtime import read_json
 
-FOLDER = Path(__file__).resolve().parents[1] / "protocols"
 COLUMNS = 4
 """Seeds that are shown."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One erasure and everything that is drawn for it."""
-
-    concepts: tuple[Concept, ...]
-    shots: tuple[Shot, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shot:
-    """One picture: prompt, seed, what group it counts for, and the name that a judge may give."""
-
-    group: str
-    prompt: str
-    seed: int
-    name: str
-    guidance: float | None = None
-
-
-def read_protocol(name: str, model: str) -> dict[str, Any]:
-    """A protocol, with the embedded model's own words where that is the model."""
-    protocol: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    if model != "embedded":
-        return protocol
-    table = embedded.words()
-    sampling = table.sampling
-    protocol["sampler"] = {
-        "steps": sampling["steps"],
-        "guidance": sampling["guidance_scale"],
-        "height": sampling["height"],
-        "width": sampling["width"],
-    }
-    own = {"people": "character", "explicit": "weapon"}
-    if name == "styles":
-        judged = [s for s in table.styles if s.split == "judged" and s.name != "color"]
-        protocol["concepts"] = [{"target": s.name, "unnamed": table.held_out(s)} for s in judged]
-        protocol["kept"] = [s.name for s in table.styles if s not in judged and s.name != "color"]
-        protocol |= {"score": "accuracy", "templates": ["a picture in the style of {}"]}
-    elif name in own:
-        things = [t for t in table.things if t.kind == own[name]]
-        half = things[: max(1, len(things) // 2)]
-        protocol["concepts"] = [{"target": t.name, "unnamed": table.held_out(t)} for t in half]
-        protocol["kept"] = [t.name for t in table.things if t not in half][:20]
-        protocol |= {"score": "accuracy", "templates": ["a photo of a {}"], "kind": "object"}
-    elif name == "general":
-        others = [t.name for t in table.things if t.name != "cat"]
-        protocol |= {"score": "accuracy", "kept": others, "templates": ["a photo of a {}"]}
-    return protocol
-
-
-def cases(
-    protocol: Mapping[str, Any],
-    *,
-    only: Sequence[str] = (),
-    pictures: int | None = None,
-    prompts: Sequence[Mapping[str, str]] = (),
-) -> Iterator[Case]:
-    """The erasures of a protocol.
-
-    Args:
-        only: targets to erase; all if empty.
-        pictures: of each name, in place of the protocol's number.
-        prompts: rows of the user's own file, drawn in place of the protocol's kept words.
-    """
-    anchor = "color" if protocol["kind"] == "style" and protocol.get("embedded") else None
-    listed = protocol["concepts"]
-    chosen = [c for c in listed if not only or c["target"] in only]
-    each = protocol["erase"] == "each"
-    for group in [[c] for c in chosen] if each else [chosen]:
-        targets = [c["target"] for c in group]
-        others = [c["target"] for c in listed if c["target"] not in targets] if each else []
-        words = [("erased", c["target"], c["target"]) for c in group]
-        words += [("unnamed", word, c["target"]) for c in group for word in c["unnamed"]]
-        if not prompts:
-            words += [("kept", name, name) for name in (*others, *protocol["kept"])]
-        count = protocol["pictures"] if pictures is None else pictures
-        templates = protocol["templates"]
-        shots = [
-            # Seeds depend on the word alone, so that runs of different cases share pictures.
-            Shot(kind, templates[i % len(templates)].format(word), _seed(word, i), name)
-            for kind, word, name in words
-            for i in range(max(1, count))
-        ]
-        for number, row in enumerate(prompts):
-            given = row.get("sd_seed") or row.get("evaluation_seed") or number
-            guidance = row.get("sd_guidance_scale") or row.get("evaluation_guidance")
-            shots.append(
-                Shot(
-                    "kept",
-                    row["prompt"],
-                    int(given),
-                    row["prompt"],
-                    float(guidance) if guidance else None,
-                )
-            )
-        concepts = tuple(Concept(target, anchor, protocol["kind"]) for target in targets)
-        yield Case(concepts, tuple(shots))
-
-
-def _seed(word: str, number: int) -> int:
-    return zlib.crc32(word.encode()) % 2**24 + number
 
 
 def draw(
@@ -227,8 +130,10 @@ def rows_of(
     before: Sequence[Image.Image],
     after: Sequence[Image.Image],
     seen: tuple[Sequence[str], Sequence[str]],
+    method: str = "",
 ) -> list[Row]:
-    """What the page shows: the first seeds of each prompt."""
+    """What the page shows: the first seeds of each prompt, and after which method if there are
+    several."""
     names = {"erased": "erased", "unnamed": "synonym", "kept": "untouched"}
     places: dict[tuple[str, str], list[int]] = {}
     for i, shot in enumerate(shots):
@@ -239,7 +144,7 @@ def rows_of(
         rows.append(
             Row(
                 group=names[group],
-                prompt=prompt,
+                prompt=f"{method}: {prompt}" if method else prompt,
                 seeds=tuple(shots[i].seed for i in shown),  # type: ignore[arg-type]
                 before=tuple(before[i] for i in shown),
                 after=tuple(after[i] for i in shown),
@@ -260,7 +165,10 @@ class Job:
     """What the rows call the pipeline."""
     judge: Any
     detectors: Mapping[str, Callable[[Image.Image], Any]]
-    config: EraseConfig
+    methods: Mapping[str, Method]
+    """Who erases, by name."""
+    seed: int
+    """Of whatever a method draws."""
     batch_size: int
     out: Path
     """A folder."""
@@ -268,6 +176,11 @@ class Job:
     """Whether every picture is written, for FID."""
     accelerator: Any = None
     """Its processes share the pictures, and the first one writes; None is this one."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process judges and writes."""
+        return self.accelerator is None or self.accelerator.is_main_process
 
     @property
     def sampling(self) -> Sampling:
@@ -291,16 +204,15 @@ class Job:
             **provenance(),
             "sampler": sampling_settings(pipe, self.sampling),
             "evaluators": {k: identity_of(v) for k, v in evaluators.items() if v is not None},
-            "erase_config": self.config.to_dict(),
+            "seed": self.seed,
         }
 
-    def save_pictures(self, number: int, **sides: Sequence[Image.Image]) -> None:
-        """Writes the pictures of a case, by side: before, after."""
-        for side, pictures in sides.items():
-            folder = self.out / "pictures" / f"{number:03d}" / side
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, picture in enumerate(pictures):
-                picture.save(folder / f"{i:06d}.png")
+    def save_pictures(self, number: int, side: str, pictures: Sequence[Image.Image]) -> None:
+        """Writes the pictures of a case: those before, or those after a method."""
+        folder = self.out / "pictures" / f"{number:03d}" / side
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures):
+            picture.save(folder / f"{i:06d}.png")
 
     def write(
         self, rows: Sequence[Mapping[str, Any]], shown: Sequence[Row], about: Mapping[str, Any]
@@ -308,11 +220,28 @@ class Job:
         """Writes the rows and the page."""
         measures = list(dict.fromkeys(k for row in rows for k in row["after"]))
         sides = ("before", "after")
-        table = [
-            (", ".join(row["erased"]), *(row[side].get(k) for k in measures for side in sides))
+        each = [
+            (
+                row["method"],
+                ", ".join(row["erased"]),
+                *(row[side].get(k) for k in measures for side in sides),
+            )
             for row in rows
         ]
-        header = ("erased", *(f"{k} {side}" for k in measures for side in sides))
+        header = ("method", "erased", *(f"{k} {side}" for k in measures for side in sides))
+        means = [
+            (name, *(found.get(k) for k in measures), *found["of"])
+            for name, found in means_of(rows).items()
+        ]
+        tables = [
+            Table(
+                title="Methods",
+                header=("method", *measures, "erasures", "seconds"),
+                rows=tuple(means),
+                note=MEANS,
+            ),
+            Table(title="Scores", header=header, rows=tuple(each)),
+        ]
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / f"{self.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         write_html(
@@ -320,20 +249,48 @@ class Job:
             title=f"Protocol: {self.name}",
             summary=self.protocol["about"],
             rows=shown,
-            tables=[Table(title="Scores", header=header, rows=tuple(table))],
+            tables=tables,
             provenance=about,
         )
 
 
+MEANS = (
+    "Means over the erasures that each method made; seconds of one erasure, median. A method with "
+    "fewer erasures than others was stopped by an error, which stands below."
+)
+"""Under the first table of the page."""
+
+
+def means_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By method: the mean of each measure that all its rows have; "of": how many and seconds."""
+    means: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        known = [k for k in own[0]["after"] if all(row["after"].get(k) is not None for row in own)]
+        means[name] = {k: statistics.mean(row["after"][k] for row in own) for k in known}
+        means[name]["of"] = len(own), statistics.median(row["seconds"] for row in own)
+    return means
+
+
 def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
-    """Every case of a protocol: samples, erases, samples, undoes; writes rows and the page."""
+    """Every case of a protocol: samples, erases, samples, undoes, each method in turn; writes rows
+    and the page. A method that fails is left out from then on, and said to be."""
     protocol, sampling = job.protocol, job.sampling
     if "scheduler" in protocol["sampler"]:
         import diffusers
 
         scheduler = getattr(diffusers, protocol["sampler"]["scheduler"])
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    settings = {name: dict(method.settings) for name, method in job.methods.items()}
+    failed: dict[str, str] = {}
     about = job.about(pipe)
+    page = about | {"settings": settings, "stopped by an error": failed}
+    own = components_of(pipe)
+    editable = Editable(
+        pipe,
+        (own.model, *own.text_encoders),
+        copied=any(name.split(",")[0] in methods.BASELINES for name in job.methods),
+    )
     drawn: dict[Shot, Image.Image] = {}
     rows: list[dict[str, Any]] = []
     shown: list[Row] = []
@@ -343,65 +300,63 @@ def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
         pictures = draw(pipe, new, sampling, f"{note} before:", job.accelerator)
         drawn |= dict(zip(new, pictures, strict=True))
         before = [drawn[shot] for shot in case.shots]
-        erasure: Erasure = erase(
-            pipe, case.concepts, config=job.config, accelerator=job.accelerator
-        )
-        try:
-            after = draw(pipe, case.shots, sampling, f"{note} after:", job.accelerator)
-        finally:
-            erasure.restore_(components_of(pipe).model)
-        if job.accelerator is not None and not job.accelerator.is_main_process:
-            continue
-        scores = [
-            scored(protocol, case.shots, p, job.judge, job.detectors) for p in (before, after)
-        ]
-        rows.append(
-            {
-                "protocol": job.name,
-                "erased": [c.target for c in case.concepts],
-                "pictures": len(case.shots),
-                "before": scores[0][0],
-                "after": scores[1][0],
-                "seconds": sum(erasure.report["seconds"].values()),
-                "aligned": bool(erasure.lora),
-                **about,
-            }
-        )
-        print(_line(rows[-1]), flush=True)
-        shown += rows_of(case.shots, before, after, (scores[0][1], scores[1][1]))
-        if job.keep_pictures:
-            job.save_pictures(number, before=before, after=after)
-        # Rewritten after each case: a run of days shows what it has.
-        job.write(rows, shown, about)
-    if protocol["score"] == "accuracy" and len(rows) > 1:
-        mean = {
-            k: sum(r["after"][k] for r in rows) / len(rows)
-            for k in rows[0]["after"]
-            if all(r["after"][k] is not None for r in rows)
-        }
-        print("mean: " + ", ".join(f"{k} {_told(v)}" for k, v in mean.items()))
+        seen = scored(protocol, case.shots, before, job.judge, job.detectors)
+        if job.keep_pictures and job.first:
+            job.save_pictures(number, "before", before)
+        for name, method in job.methods.items():
+            if name in failed:
+                continue
+
+            def work(edited: Any, told: str = f"{note} {name}:", shots: Any = case.shots) -> Any:
+                return draw(edited, shots, sampling, told, job.accelerator)
+
+            try:
+                after, seconds, erasure = editable.erased(method, case.concepts, job.seed, work)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+                print(f"{name}: stopped by an error, and left out from here: {error}", flush=True)
+                continue
+            if not job.first:
+                continue
+            scores, said = scored(protocol, case.shots, after, job.judge, job.detectors)
+            rows.append(
+                {
+                    "protocol": job.name,
+                    "method": name,
+                    "erased": [c.target for c in case.concepts],
+                    "pictures": len(case.shots),
+                    "before": seen[0],
+                    "after": scores,
+                    "seconds": seconds,
+                    "aligned": bool(erasure is not None and erasure.report["alignment"]["kept"]),
+                    "settings": settings[name],
+                    **about,
+                }
+            )
+            print(_line(rows[-1]), flush=True)
+            told = name if len(job.methods) > 1 else ""
+            shown += rows_of(case.shots, before, after, (seen[1], said), told)
+            if job.keep_pictures:
+                job.save_pictures(number, name, after)
+            # Rewritten each time: a run of days shows what it has.
+            job.write(rows, shown, page)
+    if failed and rows and job.first:
+        job.write(rows, shown, page)
+    if len(rows) > len(job.methods):
+        for name, means in means_of(rows).items():
+            of = means.pop("of")
+            values = ", ".join(f"{k} {_told(v)}" for k, v in means.items())
+            print(f"mean of {of[0]}, {name}: {values}")
     return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:
     changes = (f"{k} {_told(row['before'][k])} -> {_told(v)}" for k, v in row["after"].items())
-    return f"{', '.join(row['erased'])}: {', '.join(changes)}"
+    return f"{', '.join(row['erased'])}, {row['method']}: {', '.join(changes)}"
 
 
 def _told(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def read_prompts(file: Path, limit: int | None) -> list[dict[str, str]]:
-    """Rows of a CSV file with a column ``prompt`` (or ``caption``), names in lower case."""
-    with open(file, encoding="utf-8-sig", newline="") as opened:
-        rows = [
-            {k.strip().lower(): v for k, v in row.items() if k} for row in csv.DictReader(opened)
-        ]
-    found = [{**row, "prompt": row.get("prompt") or row.get("caption") or ""} for row in rows]
-    if not found or not all(row["prompt"] for row in found):
-        raise SystemExit(f"--prompts {file}: expected a column 'prompt' with text in every row")
-    return found[:limit]
 
 
 def options() -> argparse.ArgumentParser:
@@ -419,7 +374,16 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--erase", action="append", default=[], metavar="TARGET")
     parser.add_argument("--pictures", type=int, help="of each word (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="of the rows of --prompts")
-    parser.add_argument("--config", type=Path, help="JSON with the fields of EraseConfig")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[DEFAULT],
+        metavar="NAME",
+        help=f"who erases, by names or patterns of the tables (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--config", type=Path, help=f"JSON with the fields of EraseConfig, of {DEFAULT}"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -429,6 +393,24 @@ def options() -> argparse.ArgumentParser:
         "--shared", action="store_true", help="with the processes of `accelerate launch`"
     )
     return parser
+
+
+def methods_of(
+    arguments: argparse.Namespace, config: EraseConfig, accelerator: Any
+) -> dict[str, Method]:
+    """Who erases.
+
+    Raises:
+        SystemExit: a name that nobody has, or what can't be done as was asked.
+    """
+    found = methods.named(arguments.methods, tuned=arguments.model == "embedded")
+    if arguments.config and DEFAULT not in found:
+        raise SystemExit(f"--config is of {DEFAULT}, which --methods leaves out; add it there")
+    if accelerator is not None and list(found) != [DEFAULT]:
+        raise SystemExit(f"--shared: expected {DEFAULT} alone in --methods, got {', '.join(found)}")
+    if DEFAULT in found:
+        found[DEFAULT] = methods.library(config, accelerator=accelerator, progress=True)
+    return found
 
 
 def judge_of(
@@ -474,6 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = EraseConfig()
     if arguments.config:
         config = EraseConfig.from_dict(read_json(arguments.config.read_bytes()))
+    chosen = methods_of(arguments, config, accelerator)
     dtype = DTYPES[arguments.dtype]
     pipe: Any
     if embedded_model:
@@ -486,13 +469,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=arguments.model,
         judge=judge,
         detectors=detectors,
-        config=config,
+        methods=chosen,
+        seed=config.seed,
         batch_size=arguments.batch_size,
         out=arguments.out,
         keep_pictures=arguments.save_pictures,
         accelerator=accelerator,
     )
-    run(job, pipe, found)
-    if accelerator is None or accelerator.is_main_process:
-        print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
+    rows = run(job, pipe, found)
+    if not job.first:
+        return 0
+    if not rows:
+        print("nothing was erased: see the errors above")
+        return 1
+    print(f"wrote {arguments.out / arguments.protocol}.jsonl and .html")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from quality.editing import Editable
 from quality.methods import Method
 from quality.tasks import Task
-from realera_fast import Erasure, embedded
+from realera_fast import embedded
 from realera_fast.embedded.flow import FLOW, flow_words, load_flow
 from realera_fast.evaluation import Sampling, Shot, generate, judged
 
@@ -51,8 +51,7 @@ class Studio:
         weights = folder / "diffusion_pytorch_model.safetensors"
         self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
         """Of the denoiser's file: rows of two models do not mix."""
-        self._edited = (self.denoiser, self.pipe.text_encoder)
-        self._weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in self._edited]
+        self._editable = Editable(self.pipe, (self.denoiser, self.pipe.text_encoder))
 
     def draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """Image i of shot i."""
@@ -75,30 +74,24 @@ class Studio:
         itself."""
         if method is None:
             return work(), 0.0, {}
-        started = time.perf_counter()
-        result = method.erase(self.pipe, task.concepts, seed, task.exclude)
-        own = self.pipe
-        erasure = result if isinstance(result, Erasure) else None
-        if method.drawn and result is not None:
-            if erasure is not None:
-                erasure.restore_(self.denoiser)
-            self.pipe = method.drawn(own, result)
-        seconds = time.perf_counter() - started
-        try:
-            found = work()
-        finally:
-            self.pipe = own
-        about: dict[str, Any] = {}
-        if erasure is not None:
-            report = erasure.report
-            about = {
-                "neighbors": sum(len(words) for words in report["neighbors"].values()),
-                "rank": report["solve"]["rank"],
-                "aligned": report["alignment"]["kept"],
-                "stopped": report["alignment"]["stopped"],
-            }
-            if not method.drawn:
-                erasure.restore_(self.denoiser)
-        for model, weights in zip(self._edited, self._weights, strict=True):
-            model.load_state_dict(weights)
+
+        def drawn(pipe: Any) -> Any:
+            own, self.pipe = self.pipe, pipe
+            try:
+                return work()
+            finally:
+                self.pipe = own
+
+        found, seconds, erasure = self._editable.erased(
+            method, task.concepts, seed, drawn, task.exclude
+        )
+        if erasure is None:
+            return found, seconds, {}
+        report = erasure.report
+        about = {
+            "neighbors": sum(len(words) for words in report["neighbors"].values()),
+            "rank": report["solve"]["rank"],
+            "aligned": report["alignment"]["kept"],
+            "stopped": report["alignment"]["stopped"],
+        }
         return found, seconds, about

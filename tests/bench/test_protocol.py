@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from baselines import adv_unlearn
 from edits import CLOSED
-from model_state import weights
+from model_state import same, weights
+from quality import methods
 from quality import protocol as protocols
 from tiny_clip import tiny_clip
 from tiny_families import sd1
@@ -68,23 +71,27 @@ def small():
     }
 
 
-def run(name, protocol, cases, out, detectors=None, judge=None, accelerator=None):
+LIBRARY = {"realera_fast": methods.library(CLOSED)}
+
+
+def run(name, protocol, cases, out, detectors=None, judge=None, accelerator=None, erasers=LIBRARY):
     pipe = sd1()
-    before = weights(pipe.unet)
+    before = [weights(model) for model in (pipe.unet, pipe.text_encoder)]
     job = protocols.Job(
         name=name,
         protocol=protocol,
         model="tiny",
         judge=judge,
         detectors=detectors or {},
-        config=CLOSED,
+        methods=erasers,
+        seed=0,
         batch_size=4,
         out=out,
         keep_pictures=True,
         accelerator=accelerator,
     )
     rows = protocols.run(job, pipe, cases)
-    assert all(torch.equal(t, before[n]) for n, t in weights(pipe.unet).items())
+    assert all(map(same, (pipe.unet, pipe.text_encoder), before))
     return rows
 
 
@@ -100,8 +107,52 @@ def test_objects(small, tmp_path, capsys):
     assert saved == json.loads(json.dumps(rows))
     page = (tmp_path / "objects.html").read_text()
     assert "kitten" in page and "Acc_e after" in page
-    assert len(list((tmp_path / "pictures" / "001" / "after").glob("*.png"))) == rows[0]["pictures"]
-    assert "mean: " in capsys.readouterr().out
+    folders = [tmp_path / "pictures" / "001" / side for side in ("before", "realera_fast")]
+    assert [len(list(f.glob("*.png"))) for f in folders] == [rows[0]["pictures"]] * 2
+    assert "mean of 2, realera_fast: " in capsys.readouterr().out
+
+
+def test_methods_are_drawn_from_the_same_pictures_and_stand_in_one_table(small, tmp_path, capsys):
+    def broken(pipe, concepts, seed, exclude):
+        with torch.no_grad():
+            next(pipe.unet.parameters()).zero_()
+        raise ValueError("no such layer")
+
+    erasers = {
+        **LIBRARY,
+        **methods.named(["UCE", "AdvUnlearn"], tuned=False),
+        "OCE": methods.Method(broken, False, {}),
+    }
+    advised = "AdvUnlearn, the authors' with smaller budgets"
+    assert list(erasers) == ["realera_fast", "UCE, authors'", advised, "OCE"]
+    few = dataclasses.replace(adv_unlearn.Settings(), iterations=1, warm_up=0)
+    erasers[advised] = methods.baseline(adv_unlearn, few)
+    judge = ClipJudge(*tiny_clip(), things=("cat", "ship", "tree"))
+    found = list(protocols.cases(small, pictures=1))
+    rows = run("objects", small, found, tmp_path, judge=judge, erasers=erasers)
+    made = [(row["method"], *row["erased"]) for row in rows]
+    assert made == [(m, c) for c in ("cat", "ship") for m in list(erasers)[:3]]
+    assert rows[0]["before"] == rows[1]["before"] == rows[2]["before"]
+    assert rows[1]["settings"] == dict(erasers["UCE, authors'"].settings)
+    told = capsys.readouterr().out
+    assert "OCE: stopped by an error, and left out from here: no such layer" in told
+    page = (tmp_path / "objects.html").read_text()
+    assert page.index("Methods") < page.index("Scores") and "ValueError: no such layer" in page
+    assert all(text in page for text in ("UCE, authors&#x27;", "realera_fast: a photo of the cat"))
+
+
+def test_mistakes_in_who_erases_are_refused(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    call = ["objects", "--model", "embedded", "--erase", "cat", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"expected some of realera_fast, strict.*got 'nobody'"):
+        protocols.main([*call, "--methods", "UCE", "nobody"])
+    with pytest.raises(SystemExit, match="--config is of realera_fast"):
+        protocols.main([*call, "--methods", "UCE", "--config", str(config)])
+    found = methods.named(["MACE", "stric?"], tuned=True)
+    assert list(found) == ["MACE", "strict"] and found["MACE"].settings == dict(
+        methods.baseline(methods.BASELINES["MACE"], methods.TUNED["MACE"]).settings
+    )
 
 
 def test_one_process_of_several_writes(small, tmp_path):
