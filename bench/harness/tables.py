@@ -22,6 +22,8 @@ IN_TURN = "closed form alone, one after the other"
 EXTENDED = "closed form alone, each extends those before"
 """The same with `extends=`, so that all that went so far goes in one."""
 FIRST = "closed form alone, the first of them"
+PRESETS = (DEFAULT, FAST, STRICT, GATED)
+"""What a user of the library can ask for."""
 UNERASED = "un-erased model"
 """Name of the model before anything is erased."""
 

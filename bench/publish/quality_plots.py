@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from harness.rows import committed  # noqa: E402
-from harness.tables import DEFAULT, FAST, STRICT, UNERASED  # noqa: E402
+from harness.tables import DEFAULT, FAST, GATED, PRESETS, STRICT, UNERASED  # noqa: E402
 
 from publish.quality_rows import Found, score  # noqa: E402
 
@@ -26,7 +26,7 @@ OWN, OTHER, VARIANT = "#0072B2", "#999999", "#56B4E9"
 
 
 def _color(method: str) -> str:
-    if method in (DEFAULT, STRICT, FAST):
+    if method in PRESETS:
         return OWN
     return VARIANT if method.startswith(("closed form", "RealEra")) else OTHER
 
@@ -84,7 +84,8 @@ def bars(path: Path) -> None:
     plt.close(figure)
 
 
-MARKS = "osD^vP<>XhHpd8"
+MARKS = "os^v<>XhHpd8"
+OWN_MARKS = {DEFAULT: "*", FAST: "*", STRICT: "P", GATED: "D"}
 
 
 def scatter(path: Path) -> None:
@@ -104,14 +105,14 @@ def scatter(path: Path) -> None:
         for number, method in enumerate(shown):
             gone = [100 - 100 * v for v in found.by_seed(method, score(key))]
             kept = [100 * v for v in found.by_seed(method, score("acc_s"))]
-            own = method in (DEFAULT, STRICT, FAST)
+            own = method in PRESETS
             panel.errorbar(
                 statistics.mean(gone),
                 statistics.mean(kept),
                 xerr=_spread(gone),
                 yerr=_spread(kept),
-                fmt="*" if own else MARKS[number % len(MARKS)],
-                markersize=15 if own else 6,
+                fmt=OWN_MARKS[method] if own else MARKS[number % len(MARKS)],
+                markersize=12 if own else 6,
                 color=OWN if own else colors[number % 20],
                 linewidth=0.8,
                 label=method,
@@ -141,7 +142,7 @@ def seconds(path: Path) -> None:
         # At run time nothing is erased before there is a prompt.
         if method not in found.methods or "run time" in method:
             continue
-        above = method in (DEFAULT, FAST)
+        above = method in (DEFAULT, FAST, "MACE")
         x = statistics.median(
             r["cpu_seconds"] for r in costs if r["method"] == method and r["concepts"] == 1
         )
@@ -150,8 +151,8 @@ def seconds(path: Path) -> None:
             x,
             statistics.mean(values),
             yerr=_spread(values),
-            fmt="*" if method in (DEFAULT, STRICT, FAST) else "o",
-            markersize=13 if method in (DEFAULT, STRICT, FAST) else 6,
+            fmt=OWN_MARKS.get(method, "o"),
+            markersize=12 if method in PRESETS else 6,
             color=_color(method),
             linewidth=0.8,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness.rows import committed
-from harness.tables import DEFAULT, FAST, STRICT, UNERASED, percent
+from harness.tables import DEFAULT, FAST, PRESETS, UNERASED, percent
 
 Row = Mapping[str, Any]
 
@@ -118,7 +118,7 @@ def own_method(found: Found) -> str:
 
 
 def bold(name: str) -> str:
-    return f"**{name}**" if name in (DEFAULT, STRICT, FAST) else name
+    return f"**{name}**" if name in PRESETS else name
 
 
 SUMMED = ("10", "100")

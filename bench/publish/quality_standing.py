@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from harness.rows import committed
-from harness.tables import DEFAULT, FAST, GATED, STRICT, percent, table
+from harness.tables import PRESETS, percent, table
 from quality.methods import BASELINES
 
 from publish.quality_rows import QUALITY, Found, Row, bold, near, own_method, score
 from realera_fast.embedded.flow import FLOW
 
-PRESETS = (DEFAULT, FAST, STRICT, GATED)
-"""What a user of the library can ask for."""
 OTHERS = (*BASELINES, "RealEra")
 """How the names of all others begin."""
 SINGLE = {
