@@ -116,7 +116,8 @@ def library(config: EraseConfig, *, accelerator: Any = None, progress: bool = Fa
     """`realera_fast.erase` with these settings; the accelerator's processes share the work."""
 
     def erase(pipe: Any, concepts: Sequence[Concept], seed: int, exclude: Sequence[str]) -> Erasure:
-        own = changed(config, vocabulary={"exclude": tuple(exclude)})
+        given = config.vocabulary.exclude
+        own = changed(config, vocabulary={"exclude": (*given, *exclude)})
         return realera_fast.erase(
             pipe,
             list(concepts),

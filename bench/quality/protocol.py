@@ -131,6 +131,7 @@ def rows_of(
     after: Sequence[Image.Image],
     seen: tuple[Sequence[str], Sequence[str]],
     method: str = "",
+    columns: int = COLUMNS,
 ) -> list[Row]:
     """What the page shows: the first seeds of each prompt, and after which method if there are
     several."""
@@ -140,7 +141,7 @@ def rows_of(
         places.setdefault((shot.group, shot.prompt), []).append(i)
     rows = []
     for (group, prompt), found in places.items():
-        shown = found[:COLUMNS]
+        shown = found[:columns]
         rows.append(
             Row(
                 group=names[group],
@@ -249,6 +250,7 @@ class Job:
             title=f"Protocol: {self.name}",
             summary=self.protocol["about"],
             rows=shown,
+            warnings=[f"{name}: {text}" for name, text in about["stopped by an error"].items()],
             tables=tables,
             provenance=about,
         )
@@ -256,7 +258,7 @@ class Job:
 
 MEANS = (
     "Means over the erasures that each method made; seconds of one erasure, median. A method with "
-    "fewer erasures than others was stopped by an error, which stands below."
+    "fewer erasures than others was stopped by an error, with which the page begins."
 )
 """Under the first table of the page."""
 
@@ -289,7 +291,10 @@ def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
     editable = Editable(
         pipe,
         (own.model, *own.text_encoders),
-        copied=any(name.split(",")[0] in methods.BASELINES for name in job.methods),
+        copied=any(
+            method.drawn is None and name.split(",")[0] in methods.BASELINES
+            for name, method in job.methods.items()
+        ),
     )
     drawn: dict[Shot, Image.Image] = {}
     rows: list[dict[str, Any]] = []
@@ -335,7 +340,8 @@ def run(job: Job, pipe: Any, found: Sequence[Case]) -> list[dict[str, Any]]:
             )
             print(_line(rows[-1]), flush=True)
             told = name if len(job.methods) > 1 else ""
-            shown += rows_of(case.shots, before, after, (seen[1], said), told)
+            few = max(1, COLUMNS // len(job.methods))
+            shown += rows_of(case.shots, before, after, (seen[1], said), told, few)
             if job.keep_pictures:
                 job.save_pictures(number, name, after)
             # Rewritten each time: a run of days shows what it has.

@@ -137,8 +137,19 @@ def test_methods_are_drawn_from_the_same_pictures_and_stand_in_one_table(small, 
     told = capsys.readouterr().out
     assert "OCE: stopped by an error, and left out from here: no such layer" in told
     page = (tmp_path / "objects.html").read_text()
-    assert page.index("Methods") < page.index("Scores") and "ValueError: no such layer" in page
+    assert page.index("OCE: ValueError: no such layer") < page.index("Methods")
+    assert page.index("Methods") < page.index("Scores")
     assert all(text in page for text in ("UCE, authors&#x27;", "realera_fast: a photo of the cat"))
+
+
+def test_words_that_a_config_excludes_stay_excluded(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "realera_fast.erase", lambda *_, config, **__: given.append(config.vocabulary.exclude)
+    )
+    config = methods.changed(CLOSED, vocabulary={"exclude": ("lynx",)})
+    methods.library(config).erase(None, [], 0, ("kitty",))
+    assert given == [("lynx", "kitty")]
 
 
 def test_mistakes_in_who_erases_are_refused(tmp_path):
