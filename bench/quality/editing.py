@@ -25,7 +25,9 @@ class Editable:
         self.pipe, self.edited = pipe, tuple(edited)
         self._weights: list[dict[str, Tensor]] = []
         if copied:
-            self._weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in edited]
+            self._weights = [
+                {k: v.to("cpu", copy=True) for k, v in m.state_dict().items()} for m in edited
+            ]
 
     def erased(
         self,
