@@ -49,9 +49,7 @@ def bars(path: Path) -> None:
         m
         for m in first.ranked()
         if first.complete(m)
-        and (
-            m in (DEFAULT, STRICT, FAST) or sum(m in found.methods for found in tables.values()) > 1
-        )
+        and (m in PRESETS or sum(m in found.methods for found in tables.values()) > 1)
     ]
     figure, panels = plt.subplots(
         1,
